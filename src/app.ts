@@ -1,0 +1,206 @@
+import type {
+  FastifyPluginAsync,
+  FastifyRegisterOptions,
+  FastifyReply,
+  FastifyRequest
+} from 'fastify'
+import { type Static, Type } from 'typebox'
+import { anthropic } from './dialects/anthropic.ts'
+import type { Dialect } from './dialects/dialect.ts'
+import { ollama } from './dialects/ollama.ts'
+import { openai } from './dialects/openai.ts'
+import { GatewayError, toGatewayError } from './errors.ts'
+import { withExchanges } from './exchange.ts'
+import { checkOptions, Duration } from './options.ts'
+import auth, { AuthOptions } from './plugins/auth.ts'
+import backends, { BackendsOptions } from './plugins/backends.ts'
+import limits, { LimitsOptions } from './plugins/limits.ts'
+import log from './plugins/log.ts'
+import metering from './plugins/metering.ts'
+import metrics, { MetricsOptions } from './plugins/metrics.ts'
+import payload from './plugins/payload.ts'
+import proxy, { ProxyOptions } from './plugins/proxy.ts'
+import usage, { UsageOptions } from './plugins/usage.ts'
+import anthropicRoutes from './routes/anthropic.ts'
+import healthRoutes from './routes/health.ts'
+import metricsRoutes from './routes/metrics.ts'
+import modelRoutes from './routes/models.ts'
+import ollamaRoutes from './routes/ollama.ts'
+import openaiRoutes from './routes/openai.ts'
+
+/** What the gateway can be told, in a file and in code alike. */
+export const GatewayOptions = Type.Object(
+  {
+    ...BackendsOptions.properties,
+    auth: AuthOptions,
+    rate_limit: LimitsOptions,
+    usage: UsageOptions,
+    metrics: MetricsOptions,
+    proxy: Type.Optional(ProxyOptions),
+    drain_timeout: Type.Optional(
+      Duration(undefined, 'How long running answers may take when the server closes')
+    )
+  },
+  { additionalProperties: false }
+)
+export type GatewayOptions = Static<typeof GatewayOptions>
+
+/** What can be done to a running gateway. */
+export interface Gateway {
+  /** Takes over other options; running exchanges keep the ones they began with. */
+  reload(options: GatewayOptions): Promise<void>
+  /** Base URL of the demo backend, when it is in use. */
+  readonly demoUrl: string | undefined
+}
+
+/** As options are given: quantities may be text, and what has a default may be left out. */
+type GivenOptions = FastifyRegisterOptions<{
+  backends: object[]
+  onGateway?: (gateway: Gateway) => void
+  /** Answer every unknown path of the server, not only those under the prefix. */
+  ownsNotFound?: boolean
+}> &
+  Record<string, unknown>
+
+interface Lifecycle {
+  isDraining: boolean
+}
+
+declare module 'fastify' {
+  interface FastifyInstance {
+    lifecycle: Lifecycle
+  }
+}
+
+const DRAIN_TIMEOUT = 30_000
+const FLUSH_TIMEOUT = 5_000
+
+/**
+ * The whole gateway as one plugin. It keeps its hooks, decorators, errors and routes in its own
+ * scope, under the prefix it is registered with.
+ *
+ * @example
+ * import Fastify from 'fastify'
+ * import gateway from 'llmproxy'
+ *
+ * const fastify = Fastify()
+ * await fastify.register(gateway, { prefix: '/llm', backends: [{ url: 'http://127.0.0.1:8001' }] })
+ */
+const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify, given) {
+  const { prefix, logLevel, logSerializers, onGateway, ownsNotFound, ...rest } = given
+  const options = checkOptions(GatewayOptions, rest, 'llmproxy')
+  const lifecycle: Lifecycle = { isDraining: false }
+  fastify.decorate('lifecycle', lifecycle)
+
+  // A request passes the plugins from top to bottom. First it becomes an exchange, so that whatever
+  // happens to it is counted and logged; then what no route should see is turned away.
+  const exchanges = withExchanges(fastify)
+  fastify.setErrorHandler(answerError)
+  if (ownsNotFound || (prefix ?? '') !== '') fastify.setNotFoundHandler(answerNotFound)
+  fastify.addHook('onRequest', async (request, reply) => {
+    refuseOddPath(request.raw.url ?? '')
+    if (lifecycle.isDraining && request.exchange.endpoint !== undefined) {
+      reply.header('connection', 'close')
+      throw new GatewayError('shutting_down', 'This server is shutting down.')
+    }
+  })
+
+  // Who is it? Before the body is read: a stranger costs nothing.
+  await fastify.register(auth, options.auth)
+  // What is asked? The body stays the bytes that came.
+  await fastify.register(payload)
+  // May it be asked now? The last question, so that a refused call has cost nothing.
+  await fastify.register(limits, options.rate_limit)
+  // Who answers, and how the answer comes back.
+  await fastify.register(backends, {
+    backends: options.backends,
+    routing: options.routing,
+    health_check: options.health_check
+  })
+  await fastify.register(proxy, options.proxy ?? {})
+  // What did it cost? Read from the answer as it passes, and reported when it is over.
+  await fastify.register(metering)
+  await fastify.register(usage, options.usage)
+  // What happened? Counted and logged after everything else.
+  await fastify.register(metrics, options.metrics)
+  await fastify.register(log)
+
+  await fastify.register(openaiRoutes)
+  await fastify.register(anthropicRoutes)
+  await fastify.register(ollamaRoutes)
+  await fastify.register(modelRoutes)
+  await fastify.register(healthRoutes)
+  if (options.metrics.enabled) await fastify.register(metricsRoutes, { path: options.metrics.path })
+
+  // Closing: no new calls, running answers may finish, what remains is ended honestly.
+  fastify.addHook('preClose', async () => {
+    lifecycle.isDraining = true
+    const sweep = setInterval(() => fastify.server.closeIdleConnections(), 250).unref()
+    fastify.server.closeIdleConnections()
+    await within(options.drain_timeout ?? DRAIN_TIMEOUT, exchanges.drained())
+    for (const exchange of exchanges.open) {
+      exchange.interrupt(new GatewayError('shutting_down', 'This server is shutting down.'))
+    }
+    await within(FLUSH_TIMEOUT, exchanges.drained())
+    await fastify.usage.flush(AbortSignal.timeout(FLUSH_TIMEOUT))
+    clearInterval(sweep)
+  })
+
+  onGateway?.({
+    get demoUrl() {
+      return fastify.backends.demoUrl
+    },
+    async reload(changed) {
+      const { backends, routing, health_check } = changed
+      await fastify.backends.update({ backends, routing, health_check })
+      fastify.keys.update(changed.auth)
+      fastify.limits.update(changed.rate_limit)
+      fastify.usage.update(changed.usage)
+    }
+  })
+}
+
+/** Answers an error in the dialect of its route. */
+export function answerError(error: unknown, request: FastifyRequest, reply: FastifyReply): void {
+  const gatewayError = toGatewayError(error)
+  const { exchange } = request
+  if (gatewayError.code === 'internal_error') {
+    request.log.error({ err: error, requestId: exchange?.id }, 'unexpected error')
+  }
+  const dialect = exchange?.endpoint?.dialect ?? dialectOf(request.url)
+  reply
+    .code(gatewayError.statusCode)
+    .headers(gatewayError.headers)
+    .type('application/json; charset=utf-8')
+    .send(JSON.stringify(dialect.error(gatewayError, exchange?.id ?? '')))
+}
+
+/** Answers whatever is no route. The path stays out of it, and out of the log. */
+export function answerNotFound(request: FastifyRequest, reply: FastifyReply): void {
+  answerError(new GatewayError('not_found', 'There is no such route.'), request, reply)
+}
+
+function dialectOf(url: string): Dialect {
+  if (url.includes('/v1/messages')) return anthropic
+  return url.includes('/api/') ? ollama : openai
+}
+
+const ODD = /^[^/]|\/\/|\\|%(?:2e|5c|25|00)|(?:\/|%2f)\.{1,2}(?:\/|%2f|$)/i
+
+/** Paths that two servers could read differently reach no backend. */
+function refuseOddPath(url: string): void {
+  if (ODD.test(url.split('?', 1)[0]!)) {
+    throw new GatewayError('invalid_path', 'The path of this request is not plain.')
+  }
+}
+
+async function within(ms: number, promise: Promise<unknown>): Promise<void> {
+  let timer: NodeJS.Timeout | undefined
+  const timeout = new Promise(resolve => {
+    timer = setTimeout(resolve, ms)
+  })
+  await Promise.race([promise, timeout])
+  clearTimeout(timer)
+}
+
+export default gateway

@@ -1,0 +1,93 @@
+#!/usr/bin/env node
+import { existsSync } from 'node:fs'
+import { fileURLToPath } from 'node:url'
+import { parseArgs } from 'node:util'
+import closeWithGrace from 'close-with-grace'
+import { ConfigError, loadConfig } from './config.ts'
+import { startServer } from './server.ts'
+import { VERSION } from './version.ts'
+
+const HELP = `LLMProxy ${VERSION}: a reverse proxy for LLM inference servers
+
+Usage
+  llmproxy [serve] [--config FILE]   serve until SIGTERM or Ctrl-C; SIGHUP reloads the file
+  llmproxy check FILE                check a configuration file and exit
+  llmproxy --version
+  llmproxy --help
+
+Configuration file, the first of
+  --config FILE
+  the environment variable LLMPROXY_CONFIG
+  /home/llmproxy/config.yaml, if it is there (the container's place)
+  config/llmproxy.yaml of this package, with a built-in demo backend
+
+Whatever the gateway writes goes below LLMPROXY_DATA_DIR (default: ./data).
+`
+
+const CONTAINER_CONFIG = '/home/llmproxy/config.yaml'
+const DEFAULT_CONFIG = fileURLToPath(new URL('../config/llmproxy.yaml', import.meta.url))
+
+try {
+  process.exitCode = await run(process.argv.slice(2))
+} catch (error) {
+  console.error(error instanceof ConfigError ? error.message : explain(error as Error))
+  process.exit(1)
+}
+
+/** @returns the exit code, or undefined while the server runs */
+async function run(args: string[]): Promise<number | undefined> {
+  const { values, positionals } = parseArgs({
+    args,
+    allowPositionals: true,
+    options: {
+      config: { type: 'string', short: 'c' },
+      help: { type: 'boolean', short: 'h' },
+      version: { type: 'boolean', short: 'v' }
+    }
+  })
+  const [command = 'serve', file, ...rest] = positionals
+  if (values.version) return print(VERSION)
+  if (values.help || command === 'help') return print(HELP)
+  if (rest.length > 0) return misused(`too many arguments: ${rest.join(' ')}`)
+  if (command === 'check') {
+    const checked = file ?? values.config
+    if (checked === undefined) return misused('check needs a file')
+    await loadConfig(checked)
+    return print(`${checked} is valid`)
+  }
+  if (command !== 'serve') return misused(`there is no command "${command}"`)
+  await serve(values.config ?? file ?? defaultConfig())
+  return undefined
+}
+
+async function serve(file: string): Promise<void> {
+  const server = await startServer(file, process.env.LLMPROXY_DATA_DIR ?? './data')
+  process.on('SIGHUP', () => void server.reload())
+  // The gateway's own drain timeout ends a close; a second signal ends the process at once.
+  closeWithGrace({ delay: false, logger: server.log }, async ({ err }) => {
+    if (err) server.log.fatal({ err }, 'unexpected error')
+    await server.close()
+  })
+}
+
+function defaultConfig(): string {
+  const fromEnv = process.env.LLMPROXY_CONFIG
+  if (fromEnv) return fromEnv
+  return existsSync(CONTAINER_CONFIG) ? CONTAINER_CONFIG : DEFAULT_CONFIG
+}
+
+function print(text: string): number {
+  console.log(text)
+  return 0
+}
+
+function misused(complaint: string): number {
+  console.error(`llmproxy: ${complaint}; see llmproxy --help`)
+  return 2
+}
+
+/** An error of the operating system in a line; anything else with its stack, for a report. */
+function explain(error: NodeJS.ErrnoException): string {
+  const isExpected = error.code?.startsWith('E') || error.code?.startsWith('ERR_PARSE_ARGS')
+  return isExpected ? `llmproxy: ${error.message}` : `llmproxy: ${error.stack}`
+}

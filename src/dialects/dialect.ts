@@ -1,0 +1,17 @@
+import type { GatewayError } from '../errors.ts'
+
+/**
+ * What the gateway must know about one API: how an error looks, in a body and in a stream, and
+ * what counts as a piece of the answer while it streams.
+ */
+export interface Dialect {
+  name: 'openai' | 'responses' | 'anthropic' | 'ollama'
+  /** The error as a JSON body. */
+  error(error: GatewayError, requestId: string): object
+  /** The error as the last event of a stream that has begun. */
+  errorEvent(error: GatewayError, requestId: string): string
+  /** Members whose text, when it isn't empty, is a piece of the answer. */
+  deltaMembers: readonly string[]
+  /** Values of an event's `type` that end a stream properly (beside `[DONE]` and `"done": true`). */
+  endTypes: readonly string[]
+}

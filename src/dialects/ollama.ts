@@ -1,0 +1,10 @@
+import type { Dialect } from './dialect.ts'
+
+/** Ollama's native API: one JSON object a line, usage on the last, errors as `{"error": "text"}`. */
+export const ollama: Dialect = {
+  name: 'ollama',
+  error: error => ({ error: error.message }),
+  errorEvent: error => `${JSON.stringify({ error: error.message })}\n`,
+  deltaMembers: ['content', 'response', 'thinking'],
+  endTypes: []
+}

@@ -1,0 +1,14 @@
+import type { Dialect } from './dialect.ts'
+import { openaiError } from './openai.ts'
+
+/** The Responses API: typed events, usage inside `response.completed`, no `[DONE]`. */
+export const responses: Dialect = {
+  name: 'responses',
+  error: openaiError,
+  errorEvent: error => {
+    const { code, message } = error
+    return `event: error\ndata: ${JSON.stringify({ type: 'error', code, message, param: null })}\n\n`
+  },
+  deltaMembers: ['delta'],
+  endTypes: ['response.completed', 'response.failed', 'response.incomplete', 'error']
+}

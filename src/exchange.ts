@@ -1,0 +1,256 @@
+import { randomBytes } from 'node:crypto'
+import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
+import type { Dialect } from './dialects/dialect.ts'
+import { type GatewayError, toGatewayError } from './errors.ts'
+
+/**
+ * A request and its answer. It begins in `onRequest` and ends exactly once, when the response
+ * closes, however that comes: finished, refused, cut by the client, cut by the backend. Whatever
+ * must be given back or written down hangs on that one moment, never on Fastify's `onResponse` or
+ * `onError`, which do not run when a client leaves.
+ */
+
+/** What the finishers do, in this order, when an exchange ends. */
+export const STAGES = ['metering', 'record', 'settle', 'slot', 'metrics', 'log'] as const
+export type Stage = (typeof STAGES)[number]
+
+export type Outcome = 'ok' | 'client_gone' | 'backend_failed' | 'timed_out' | 'rejected'
+
+/** The tokens of one exchange. `exact`: the backend said so; `counted`: its deltas were counted. */
+export interface Usage {
+  promptTokens: number
+  completionTokens: number
+  totalTokens: number
+  cachedTokens?: number
+  reasoningTokens?: number
+  exactness: 'exact' | 'counted'
+}
+
+/** The owner of an API key. */
+export interface Caller {
+  /** Stable and safe to show: never the key. Limits and bills hang on it. */
+  id: string
+  name?: string
+  userId?: string
+  /** Model names (`*` as a wildcard at the end) this caller may use; absent: all. */
+  models?: string[]
+}
+
+/** One route that is forwarded to the backends. */
+export interface Endpoint {
+  method: 'GET' | 'POST' | 'DELETE'
+  /** The route's pattern, as it stands in metrics and logs. */
+  url: string
+  /** Stands before the client's path at the backend, for routes that leave `/v1` out. */
+  upstreamPrefix?: string
+  dialect: Dialect
+  /** `json`: exactly one JSON object, kept as bytes; `stream`: passed through unread. */
+  body: 'none' | 'json' | 'stream'
+  /** The backend can be asked for usage with `stream_options.include_usage`. */
+  asksForUsage?: boolean
+  /** Ollama's native routes stream unless told not to. */
+  streamsByDefault?: boolean
+  /** Where the ids of stored responses stand, which bind later calls to the same backend. */
+  makesResponses?: boolean
+}
+
+/** The bytes to send when the backend is asked for usage, and what was found out about them. */
+export interface UsageQuestion {
+  bytes: Buffer
+  /** Set once the answer comes from a backend that was asked. */
+  asked: boolean
+}
+
+/** The request body: the bytes as they came, and the few members the gateway reads. */
+export interface Payload {
+  bytes: Buffer
+  model: string | undefined
+  stream: boolean
+  /** The client itself asked for a usage chunk. */
+  includeUsage: boolean
+  previousResponseId: string | undefined
+}
+
+export class Exchange {
+  readonly id = newRequestId()
+  readonly request: FastifyRequest
+  readonly reply: FastifyReply
+  readonly endpoint: Endpoint | undefined
+  /** Wall clock (Unix ms) and monotonic clock (ms) at the beginning. */
+  readonly time = Date.now()
+  readonly startedAt = performance.now()
+  firstTokenAt = 0
+  endedAt = 0
+  lastTokenAt = 0
+  attempts = 0
+  /** Name and base URL of the backend of the latest attempt. */
+  backend: string | undefined
+  backendUrl: string | undefined
+  outcome: Outcome = 'ok'
+  /** Code of the error the gateway answered with, or ended the stream with. */
+  errorCode: string | undefined
+  usage: Usage | undefined
+  question: UsageQuestion | undefined
+  /** The backend this exchange must go to (name), because it holds the state the call is about. */
+  pinned: string | undefined
+  /** `id` that the backend gave its answer. */
+  answerId: string | undefined
+  /** Content deltas that passed, and the size of the request body in bytes. */
+  deltas = 0
+  payloadBytes = 0
+  closed = false
+  #onClose: (() => void) | undefined
+  #onInterrupt: ((error: GatewayError) => void) | undefined
+
+  constructor(request: FastifyRequest, reply: FastifyReply) {
+    this.request = request
+    this.reply = reply
+    this.endpoint = request.routeOptions.config.endpoint
+  }
+
+  /** The one thing in progress that must stop at once when the response closes. */
+  set onClose(cancel: (() => void) | undefined) {
+    this.#onClose = cancel
+  }
+
+  /** How to end it before its time; see {@link interrupt}. */
+  set onInterrupt(interrupt: (error: GatewayError) => void) {
+    this.#onInterrupt = interrupt
+  }
+
+  /** Ends it honestly now: with an error, or an error event and a broken connection. */
+  interrupt(error: GatewayError): void {
+    this.fail('timed_out', error)
+    if (this.#onInterrupt === undefined) this.reply.raw.destroy()
+    else this.#onInterrupt(error)
+  }
+
+  /** The status the client got; 499 when it left before there was one (nginx's number for it). */
+  get statusCode(): number {
+    return this.outcome === 'client_gone' && !this.reply.raw.headersSent
+      ? 499
+      : this.reply.statusCode
+  }
+
+  get durationMs(): number {
+    return (this.endedAt || performance.now()) - this.startedAt
+  }
+
+  /** Time to first token in ms; undefined when there was none. */
+  get ttftMs(): number | undefined {
+    return this.firstTokenAt === 0 ? undefined : this.firstTokenAt - this.startedAt
+  }
+
+  /** Writes down that the exchange failed; the first reason stays. */
+  fail(outcome: Outcome, error: GatewayError): void {
+    if (this.outcome !== 'ok') return
+    this.outcome = outcome
+    this.errorCode = error.code
+  }
+
+  /** The response is closed: stops what runs. Returns false when that was done before. */
+  close(): boolean {
+    if (this.closed) return false
+    this.closed = true
+    this.endedAt = performance.now()
+    if (!this.reply.raw.writableEnded && this.outcome === 'ok') this.outcome = 'client_gone'
+    this.#onClose?.()
+    this.#onClose = undefined
+    return true
+  }
+}
+
+declare module 'fastify' {
+  interface FastifyInstance {
+    exchanges: Exchanges
+  }
+  interface FastifyRequest {
+    exchange: Exchange
+  }
+  interface FastifyContextConfig {
+    endpoint?: Endpoint
+  }
+}
+
+/** All open exchanges, and what is done at their end. */
+export class Exchanges {
+  readonly open = new Set<Exchange>()
+  readonly #finishers = new Map<Stage, ((exchange: Exchange) => void)[]>()
+  readonly #log: FastifyBaseLogger
+  #ordered: ((exchange: Exchange) => void)[] = []
+  #whenEmpty: (() => void) | undefined
+
+  constructor(log: FastifyBaseLogger) {
+    this.#log = log
+  }
+
+  /** Adds a finisher. It runs once for every exchange and must not throw or wait. */
+  onEnd(stage: Stage, finisher: (exchange: Exchange) => void): void {
+    const ofStage = this.#finishers.get(stage) ?? []
+    ofStage.push(finisher)
+    this.#finishers.set(stage, ofStage)
+    this.#ordered = STAGES.flatMap(each => this.#finishers.get(each) ?? [])
+  }
+
+  begin(request: FastifyRequest, reply: FastifyReply): Exchange {
+    const exchange = new Exchange(request, reply)
+    this.open.add(exchange)
+    reply.raw.once('close', () => this.#end(exchange))
+    return exchange
+  }
+
+  /** Resolves when no exchange is open. */
+  async drained(): Promise<void> {
+    if (this.open.size === 0) return
+    await new Promise<void>(resolve => {
+      this.#whenEmpty = resolve
+    })
+  }
+
+  #end(exchange: Exchange): void {
+    if (!exchange.close()) return
+    for (const finish of this.#ordered) {
+      try {
+        finish(exchange)
+      } catch (error) {
+        this.#log.error({ err: error, requestId: exchange.id }, 'a finisher failed')
+      }
+    }
+    this.open.delete(exchange)
+    if (this.open.size === 0) this.#whenEmpty?.()
+  }
+}
+
+/**
+ * Gives every request of this scope an exchange. Plugins that need one call this first; only the
+ * first call in a scope does anything.
+ */
+export function withExchanges(fastify: FastifyInstance): Exchanges {
+  if (fastify.hasDecorator('exchanges')) return fastify.exchanges
+  const exchanges = new Exchanges(fastify.log)
+  fastify.decorate('exchanges', exchanges)
+  fastify.decorateRequest('exchange', null as unknown as Exchange)
+  fastify.addHook('onRequest', (request, reply, done) => {
+    request.exchange = exchanges.begin(request, reply)
+    reply.header('x-llmproxy-request-id', request.exchange.id)
+    done()
+  })
+  fastify.addHook('onError', (request, _reply, error, done) => {
+    const { code, statusCode } = toGatewayError(error)
+    request.exchange.errorCode ??= code
+    if (request.exchange.attempts === 0 && statusCode < 500) request.exchange.outcome = 'rejected'
+    done()
+  })
+  return exchanges
+}
+
+/**
+ * `req_` and 32 hexadecimal digits that begin with the time (a UUIDv7, RFC 9562), so that ids sort
+ * by age.
+ */
+export function newRequestId(now = Date.now()): string {
+  const random = randomBytes(10)
+  random[0] = (random[0]! & 0x0f) | 0x70
+  random[2] = (random[2]! & 0x3f) | 0x80
+  return `req_${now.toString(16).padStart(12, '0')}${random.toString('hex')}`
+}

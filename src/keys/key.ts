@@ -1,0 +1,212 @@
+import { createHash } from 'node:crypto'
+import { BlockList, isIP } from 'node:net'
+import { type Static, Type } from 'typebox'
+import { type ErrorCode, GatewayError } from '../errors.ts'
+import type { Caller } from '../exchange.ts'
+
+/** What a key source knows about one key. All but `id` may be missing. */
+export interface KeyRecord {
+  id: string
+  name?: string | undefined
+  userId?: string | undefined
+  status: KeyStatus
+  /** Unix milliseconds. */
+  startsAt?: number | undefined
+  expiresAt?: number | undefined
+  allowedIps?: string[] | undefined
+  deniedIps?: string[] | undefined
+  models?: string[] | undefined
+  /** What is left to spend, where the source says so; 0 or less refuses. */
+  quotaLeft?: number | undefined
+}
+
+export const KEY_STATUSES = ['active', 'disabled', 'expired', 'quota_exceeded'] as const
+export type KeyStatus = (typeof KEY_STATUSES)[number]
+
+/** Where keys are looked up. */
+export interface KeySource {
+  readonly name: string
+  /**
+   * @returns the key's record, a GatewayError that refuses it, or undefined for an unknown key
+   * @throws when the source can't tell (it is down): the caller gets 503, not 401
+   */
+  lookup(key: string, hash: string): Promise<KeyRecord | GatewayError | undefined>
+}
+
+const StatusCode = (status: number, message: string) =>
+  Type.Object(
+    {
+      allow: Type.Boolean({ default: false, description: 'Lets such a key pass all the same' }),
+      http_code: Type.Integer({
+        minimum: 400,
+        maximum: 599,
+        default: status,
+        description: 'Status of the answer'
+      }),
+      message: Type.String({ default: message, description: 'Text of the answer' })
+    },
+    { additionalProperties: false, default: {}, description: `Answer to such a key` }
+  )
+
+/** `auth.status_codes`: what each status of a key answers. */
+export const StatusCodes = Type.Object(
+  {
+    active: Type.Object(
+      { allow: Type.Boolean({ default: true, description: 'Active keys pass' }) },
+      { additionalProperties: true, default: {}, description: 'An active key' }
+    ),
+    disabled: StatusCode(403, 'This API key has been disabled.'),
+    expired: StatusCode(403, 'This API key has expired.'),
+    quota_exceeded: StatusCode(429, 'The quota of this API key is used up.'),
+    not_found: StatusCode(401, 'This API key is not valid.')
+  },
+  { additionalProperties: false, default: {}, description: 'What each status of a key answers' }
+)
+export type StatusCodes = Static<typeof StatusCodes>
+
+const CODES: Record<string, ErrorCode> = {
+  active: 'key_disabled',
+  disabled: 'key_disabled',
+  expired: 'key_expired',
+  quota_exceeded: 'insufficient_quota',
+  not_found: 'invalid_api_key'
+}
+
+/** The refusal of a key that has this status, or undefined when the status lets it pass. */
+export function statusRefusal(
+  status: KeyStatus | 'not_found',
+  codes: StatusCodes
+): GatewayError | undefined {
+  if (codes[status].allow) return undefined
+  const answer = status === 'active' ? codes.disabled : codes[status]
+  const retry = status === 'quota_exceeded' ? { 'x-should-retry': 'false' } : {}
+  const ask = answer.http_code === 401 ? { 'www-authenticate': 'Bearer' } : {}
+  return new GatewayError(CODES[status]!, answer.message, {
+    statusCode: answer.http_code,
+    headers: { ...retry, ...ask }
+  })
+}
+
+/**
+ * Decides whether a key may be used now, from this address.
+ *
+ * @example
+ * checkKey({ id: 'k', status: 'active', expiresAt: 0 }, { ip: '::1', now: 1, codes }) // GatewayError
+ */
+export function checkKey(
+  record: KeyRecord,
+  { ip, now, codes }: { ip: string; now: number; codes: StatusCodes }
+): GatewayError | undefined {
+  const refusal = statusRefusal(statusAt(record, now), codes)
+  if (refusal !== undefined) return refusal
+  if (record.startsAt !== undefined && now < record.startsAt) {
+    return new GatewayError('key_not_started', 'This API key is not valid yet.')
+  }
+  const denied = record.deniedIps !== undefined && contains(record.deniedIps, ip)
+  const allowed = record.allowedIps === undefined || contains(record.allowedIps, ip)
+  if (denied || !allowed) {
+    return new GatewayError('ip_not_allowed', 'This API key may not be used from this address.')
+  }
+  return undefined
+}
+
+function statusAt(record: KeyRecord, now: number): KeyStatus {
+  if (record.status !== 'active') return record.status
+  if (record.expiresAt !== undefined && now >= record.expiresAt) return 'expired'
+  return record.quotaLeft !== undefined && record.quotaLeft <= 0 ? 'quota_exceeded' : 'active'
+}
+
+export function toCaller(record: KeyRecord): Caller {
+  const { id, name, userId, models } = record
+  return {
+    id,
+    ...(name === undefined ? {} : { name }),
+    ...(userId === undefined ? {} : { userId }),
+    ...(models === undefined ? {} : { models })
+  }
+}
+
+/** SHA-256 of a key as lower-case hexadecimal digits: the only form in which keys are kept. */
+export function hashKey(key: string): string {
+  return createHash('sha256').update(key).digest('hex')
+}
+
+/**
+ * A key's status from text (`active`, `enabled`, `disabled` ...) or the number of the original
+ * (0 active, 1 disabled, 2 quota exceeded, 3 expired).
+ *
+ * @returns undefined for anything else, which must not pass
+ */
+export function parseStatus(status: unknown): KeyStatus | undefined {
+  switch (typeof status === 'string' ? status.toLowerCase() : status) {
+    case 0:
+    case '0':
+    case 'active':
+    case 'enabled':
+      return 'active'
+    case 1:
+    case '1':
+    case 'disabled':
+      return 'disabled'
+    case 2:
+    case '2':
+    case 'quota_exceeded':
+      return 'quota_exceeded'
+    case 3:
+    case '3':
+    case 'expired':
+      return 'expired'
+    default:
+      return undefined
+  }
+}
+
+/**
+ * A point in time as Unix milliseconds, from ISO 8601 text or Unix seconds (number or digits).
+ *
+ * @returns NaN for anything else
+ */
+export function parseTime(time: unknown): number {
+  if (time instanceof Date) return time.getTime()
+  if (typeof time === 'number') return time * 1000
+  if (typeof time !== 'string') return Number.NaN
+  return /^\d+$/.test(time) ? Number(time) * 1000 : Date.parse(time)
+}
+
+/** Is this an address or a network (`10.0.0.0/8`, `2001:db8::/32`)? */
+export function isNetwork(text: unknown): boolean {
+  if (typeof text !== 'string') return false
+  const [address, prefix, ...rest] = text.split('/')
+  const family = isIP(address ?? '')
+  if (family === 0 || rest.length > 0) return false
+  if (prefix === undefined) return true
+  return /^\d{1,3}$/.test(prefix) && Number(prefix) <= (family === 4 ? 32 : 128)
+}
+
+function contains(networks: string[], ip: string): boolean {
+  const list = new BlockList()
+  for (const network of networks) {
+    const [address, prefix] = network.split('/') as [string, string | undefined]
+    const family = isIP(address) === 6 ? 'ipv6' : 'ipv4'
+    if (prefix === undefined) list.addAddress(address, family)
+    else list.addSubnet(address, Number(prefix), family)
+  }
+  return list.check(ip, isIP(ip) === 6 ? 'ipv6' : 'ipv4')
+}
+
+/** Does one of the patterns (`*` stands for any text) name this model? */
+export function matchesModel(patterns: string[], model: string): boolean {
+  return patterns.some(pattern => {
+    const [head, ...tails] = pattern.split('*') as [string, ...string[]]
+    if (tails.length === 0) return model === pattern
+    if (!model.startsWith(head)) return false
+    const last = tails.pop()!
+    let at = head.length
+    for (const tail of tails) {
+      const found = model.indexOf(tail, at)
+      if (found === -1) return false
+      at = found + tail.length
+    }
+    return model.length - last.length >= at && model.endsWith(last)
+  })
+}

@@ -1,0 +1,194 @@
+import { SlidingWindow, Slots, TokenBucket } from './rates.ts'
+
+/** What one subject (everybody together, or one key) may do. 0: no such limit. */
+export interface Limits {
+  requests_per_second: number
+  requests_per_minute: number
+  burst_size: number
+  max_concurrent: number
+}
+
+export type LimitName = 'requests_per_second' | 'requests_per_minute' | 'max_concurrent'
+export type Scope = 'global' | 'per_key'
+
+/** Who may do what. An absent part limits nothing. */
+export interface Policy {
+  global?: Limits | undefined
+  per_key?: Limits | undefined
+}
+
+export interface Refusal {
+  scope: Scope
+  limit: LimitName
+  /** The number that was reached. */
+  max: number
+  retryAfterMs: number
+}
+
+/** The state of the tightest request limit, for response headers. */
+export interface Quota {
+  limit: number
+  remaining: number
+  resetMs: number
+}
+
+/** What was taken; `release` gives the slots back and does nothing a second time. */
+export interface Reservation {
+  quota: Quota | undefined
+  release(): void
+}
+
+const SWEEP_AT = 1024
+const MAX_SUBJECTS = 100_000
+
+/**
+ * Limits of one process, in memory. A reservation is one step over all limits: each has room and
+ * all are taken, or nothing is.
+ *
+ * @example
+ * const none = { requests_per_second: 0, requests_per_minute: 0, burst_size: 0, max_concurrent: 0 }
+ * const limiter = new MemoryLimiter({ per_key: { ...none, max_concurrent: 1 } })
+ * const first = limiter.reserve('alice', 0)
+ * limiter.reserve('alice', 0) // { scope: 'per_key', limit: 'max_concurrent', max: 1, retryAfterMs: 1000 }
+ */
+export class MemoryLimiter {
+  #policy: Policy
+  #global: Account
+  readonly #keys = new Map<string, Account>()
+  #sweepAt = SWEEP_AT
+
+  constructor(policy: Policy) {
+    this.#policy = policy
+    this.#global = new Account('global', policy.global)
+  }
+
+  /** New numbers for everybody; what was counted so far stays counted. */
+  update(policy: Policy): void {
+    this.#policy = policy
+    this.#global.configure(policy.global)
+    for (const account of this.#keys.values()) account.configure(policy.per_key)
+  }
+
+  /** Would a reservation be refused? Takes nothing. */
+  refusal(key: string, now: number): Refusal | undefined {
+    return this.#global.refusal(now) ?? this.#keys.get(key)?.refusal(now)
+  }
+
+  reserve(key: string, now: number): Reservation | Refusal {
+    const account = this.#account(key, now)
+    const refusal = this.#global.refusal(now) ?? account.refusal(now)
+    if (refusal !== undefined) return refusal
+    this.#global.take(now)
+    account.take(now)
+    let released = false
+    return {
+      quota: account.quota(now) ?? this.#global.quota(now),
+      release: () => {
+        if (released) return
+        released = true
+        this.#global.release()
+        account.release()
+      }
+    }
+  }
+
+  /** Subjects remembered at the moment. */
+  get size(): number {
+    return this.#keys.size
+  }
+
+  #account(key: string, now: number): Account {
+    let account = this.#keys.get(key)
+    if (account === undefined) {
+      if (this.#keys.size >= this.#sweepAt) this.#sweep(now)
+      account = new Account('per_key', this.#policy.per_key)
+      this.#keys.set(key, account)
+    }
+    return account
+  }
+
+  /** Forgets subjects that have everything back; if there are too many even so, the oldest ones. */
+  #sweep(now: number): void {
+    for (const [key, account] of this.#keys) if (account.isIdle(now)) this.#keys.delete(key)
+    for (const [key, account] of this.#keys) {
+      if (this.#keys.size < MAX_SUBJECTS) break
+      if (account.slots.inUse === 0) this.#keys.delete(key)
+    }
+    this.#sweepAt = Math.min(MAX_SUBJECTS, Math.max(SWEEP_AT, this.#keys.size * 2))
+  }
+}
+
+/** The counters of one subject. */
+class Account {
+  readonly scope: Scope
+  readonly slots = new Slots(0)
+  #bucket: TokenBucket | undefined
+  #window: SlidingWindow | undefined
+
+  constructor(scope: Scope, limits: Limits | undefined) {
+    this.scope = scope
+    this.configure(limits)
+  }
+
+  configure(limits: Limits | undefined): void {
+    const perMinute = limits?.requests_per_minute ?? 0
+    const burst = limits?.burst_size ?? 0
+    const perSecond = limits?.requests_per_second || (burst > 0 ? perMinute / 60 : 0)
+    this.slots.limit = limits?.max_concurrent ?? 0
+
+    if (perMinute === 0) this.#window = undefined
+    else if (this.#window === undefined) this.#window = new SlidingWindow(perMinute)
+    else this.#window.limit = perMinute
+
+    if (perSecond === 0) this.#bucket = undefined
+    else if (this.#bucket === undefined)
+      this.#bucket = new TokenBucket(perSecond, burst || perSecond * 2)
+    else {
+      this.#bucket.perSecond = perSecond
+      this.#bucket.burst = burst || perSecond * 2
+    }
+  }
+
+  refusal(now: number): Refusal | undefined {
+    const { scope } = this
+    const minute = this.#window?.wait(now) ?? 0
+    const second = this.#bucket?.wait(now) ?? 0
+    if (minute > 0 && minute >= second) {
+      const max = this.#window!.limit
+      return { scope, limit: 'requests_per_minute', max, retryAfterMs: minute }
+    }
+    if (second > 0) {
+      const max = this.#bucket!.perSecond
+      return { scope, limit: 'requests_per_second', max, retryAfterMs: second }
+    }
+    if (this.slots.limit > 0 && this.slots.inUse >= this.slots.limit) {
+      return { scope, limit: 'max_concurrent', max: this.slots.limit, retryAfterMs: 1000 }
+    }
+    return undefined
+  }
+
+  take(now: number): void {
+    this.#window?.take(now)
+    this.#bucket?.take(now)
+    this.slots.inUse++
+  }
+
+  release(): void {
+    this.slots.inUse--
+  }
+
+  quota(now: number): Quota | undefined {
+    const counted = [this.#window, this.#bucket].filter(each => each !== undefined)
+    const quotas = counted.map(each => ({
+      limit: each instanceof SlidingWindow ? each.limit : each.burst,
+      remaining: each.remaining(now),
+      resetMs: each.reset(now)
+    }))
+    return quotas.sort((a, b) => a.remaining - b.remaining)[0]
+  }
+
+  isIdle(now: number): boolean {
+    const back = (this.#window?.reset(now) ?? 0) + (this.#bucket?.reset(now) ?? 0)
+    return this.slots.inUse === 0 && back <= 0
+  }
+}

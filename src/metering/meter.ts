@@ -1,0 +1,285 @@
+import type { Dialect } from '../dialects/dialect.ts'
+import type { Usage } from '../exchange.ts'
+import { JsonWatcher } from './watcher.ts'
+
+/** How the answer is cut into JSON texts: SSE events, lines, or one text. */
+export type Framing = 'sse' | 'ndjson' | 'json'
+
+const DATA = Buffer.from('data:')
+const THE_END = Buffer.from('[DONE]')
+const LF = 0x0a
+const CR = 0x0d
+const MAX_HELD = 64 * 1024
+
+/** Where in a line of an event stream the next byte stands. */
+const LINE_START = 0
+const DATA_START = 1
+const DATA_LINE = 2
+const OTHER_LINE = 3
+
+/**
+ * Reads the usage out of an answer that passes by. Bytes go on as they came and when they came; only
+ * where the usage chunk was asked for by the gateway and not by the client, that one event is taken
+ * out, and for that an event's beginning waits for its end.
+ *
+ * Event streams are read as https://html.spec.whatwg.org/multipage/server-sent-events.html says:
+ * LF, CRLF or CR, one optional space after the colon, over any split of the bytes.
+ *
+ * @example
+ * const meter = new Meter({ framing: 'sse', dialect: openai, takeOut: false })
+ * meter.pass(Buffer.from('data: {"choices":[],"usage":{"prompt_tokens":2,"completion_tokens":1}}\n\n'))
+ * meter.usage // { promptTokens: 2, completionTokens: 1, totalTokens: 3, exactness: 'exact' }
+ */
+export class Meter {
+  /** Events with a piece of the answer, and when the first and the last of them passed. */
+  deltas = 0
+  firstDeltaAt = 0
+  lastDeltaAt = 0
+  /** The stream said properly that it is over. */
+  finished = false
+  /** The backend reported an error inside its answer. */
+  failed = false
+  /** `id` of the answer. */
+  id: string | undefined
+  readonly framing: Framing
+  readonly #endTypes: readonly string[]
+  readonly #takeOut: boolean
+  readonly #watcher: JsonWatcher
+  readonly #counts: Counts = {}
+  #line = LINE_START
+  #matched = 0
+  #endMatched = 0
+  #afterCr = false
+  #hasData = false
+  /** The beginning of an event that may have to be taken out. */
+  #held: Buffer | undefined
+  #tooLong = false
+  #tookOut = false
+
+  constructor(options: { framing: Framing; dialect: Dialect; takeOut: boolean }) {
+    this.framing = options.framing
+    this.#endTypes = options.dialect.endTypes
+    this.#takeOut = options.takeOut && options.framing === 'sse'
+    this.#watcher = new JsonWatcher(options.dialect.deltaMembers)
+  }
+
+  /** Looks at a chunk and returns what of it goes on now. */
+  pass(chunk: Buffer): Buffer | undefined {
+    const before = this.deltas
+    let out: Buffer | undefined = chunk
+    if (this.framing === 'sse') out = this.#events(chunk)
+    else if (this.framing === 'ndjson') this.#lines(chunk)
+    else this.#watcher.feed(chunk, 0, chunk.length)
+    if (this.deltas !== before) {
+      this.lastDeltaAt = performance.now()
+      if (before === 0) this.firstDeltaAt = this.lastDeltaAt
+    }
+    return out
+  }
+
+  /** The answer is over; returns what was held of an event that never ended. */
+  end(): Buffer | undefined {
+    if (this.framing !== 'sse') this.#harvest()
+    const held = this.#held
+    this.#held = undefined
+    return held
+  }
+
+  isCutShort(): boolean {
+    return this.framing !== 'json' && !this.finished && !this.failed
+  }
+
+  /** What the backend said, or undefined. */
+  get usage(): Usage | undefined {
+    return toUsage(this.#counts)
+  }
+
+  #lines(chunk: Buffer): void {
+    let at = 0
+    while (at < chunk.length) {
+      const end = chunk.indexOf(LF, at)
+      this.#watcher.feed(chunk, at, end === -1 ? chunk.length : end)
+      if (end === -1) return
+      this.#harvest()
+      at = end + 1
+    }
+  }
+
+  #events(chunk: Buffer): Buffer | undefined {
+    const hasCr = chunk.includes(CR)
+    const kept: Buffer[] = []
+    /** What stands before `keepFrom` has gone on or was taken out; the event began at `eventStart`. */
+    let keepFrom = 0
+    let eventStart = 0
+    let at = 0
+    while (at < chunk.length) {
+      const byte = chunk[at]!
+      if (this.#afterCr) {
+        this.#afterCr = false
+        if (byte === LF) {
+          at++
+          const endsEvent = eventStart === at - 1 && this.#held === undefined && !this.#tooLong
+          if (endsEvent) {
+            if (this.#tookOut) keepFrom = at
+            eventStart = at
+          }
+          continue
+        }
+      }
+      this.#tookOut = false
+      if (this.#line === DATA_START) {
+        this.#line = DATA_LINE
+        if (byte === 0x20) at++
+        continue
+      }
+      if (this.#line === LINE_START && byte === DATA[this.#matched]) {
+        at++
+        if (++this.#matched === DATA.length) {
+          this.#line = DATA_START
+          this.#hasData = true
+        }
+        continue
+      }
+      const isBlank =
+        this.#line === LINE_START && this.#matched === 0 && (byte === LF || byte === CR)
+      const end = isBlank ? at : lineEnd(chunk, at, hasCr)
+      if (this.#line === DATA_LINE) this.#data(chunk, at, end)
+      else if (!isBlank) this.#line = OTHER_LINE
+      at = end
+      if (end === chunk.length) break
+      this.#afterCr = chunk[end] === CR
+      this.#line = LINE_START
+      this.#matched = 0
+      at++
+      if (isBlank) {
+        if (this.#isOurs()) {
+          if (this.#held === undefined) kept.push(chunk.subarray(keepFrom, eventStart))
+          keepFrom = at
+          this.#tookOut = true
+        } else if (this.#held !== undefined) kept.push(this.#held)
+        this.#held = undefined
+        this.#tooLong = false
+        this.#endEvent()
+        eventStart = at
+      }
+    }
+    if (!this.#takeOut) return chunk
+    return this.#hold(chunk, kept, keepFrom, eventStart)
+  }
+
+  /** Keeps back the beginning of an unfinished event, and joins what goes on. */
+  #hold(chunk: Buffer, kept: Buffer[], keepFrom: number, eventStart: number): Buffer | undefined {
+    const rest = chunk.length - eventStart
+    if (rest > 0 && !this.#tooLong) {
+      const length = (this.#held?.length ?? 0) + rest
+      if (length <= MAX_HELD) {
+        if (eventStart > keepFrom) kept.push(chunk.subarray(keepFrom, eventStart))
+        const beginning = chunk.subarray(eventStart)
+        this.#held = this.#held ? Buffer.concat([this.#held, beginning]) : beginning
+        return join(kept)
+      }
+      this.#tooLong = true
+      if (this.#held !== undefined) kept.push(this.#held)
+      this.#held = undefined
+    }
+    if (keepFrom === 0 && kept.length === 0) return chunk
+    if (keepFrom < chunk.length) kept.push(chunk.subarray(keepFrom))
+    return join(kept)
+  }
+
+  #data(chunk: Buffer, from: number, to: number): void {
+    this.#watcher.feed(chunk, from, to)
+    for (
+      let at = from;
+      at < to && this.#endMatched >= 0 && this.#endMatched < THE_END.length;
+      at++
+    ) {
+      this.#endMatched = chunk[at] === THE_END[this.#endMatched] ? this.#endMatched + 1 : -1
+    }
+  }
+
+  /** Is the event that just ended the usage chunk that only the gateway asked for? */
+  #isOurs(): boolean {
+    const { noChoices, usage } = this.#watcher.seen
+    return this.#takeOut && !this.#tooLong && noChoices && usage !== undefined
+  }
+
+  #endEvent(): void {
+    if (this.#endMatched === THE_END.length) this.finished = true
+    this.#endMatched = 0
+    if (this.#hasData) this.#harvest()
+    this.#hasData = false
+  }
+
+  /** Takes what was seen in the JSON text that just ended. */
+  #harvest(): void {
+    const { seen } = this.#watcher
+    if (seen.delta) this.deltas++
+    if (seen.usage !== undefined) addCounts(this.#counts, seen.usage)
+    if (seen.promptEvalCount) this.#counts.input_tokens = seen.promptEvalCount
+    if (seen.evalCount) this.#counts.output_tokens = seen.evalCount
+    if (seen.error) this.failed = true
+    if (seen.done || (seen.type !== undefined && this.#endTypes.includes(seen.type))) {
+      this.finished = true
+    }
+    this.id ??= seen.id
+    this.#watcher.reset()
+  }
+}
+
+function lineEnd(chunk: Buffer, from: number, hasCr: boolean): number {
+  const lf = chunk.indexOf(LF, from)
+  const end = lf === -1 ? chunk.length : lf
+  if (!hasCr) return end
+  const cr = chunk.indexOf(CR, from)
+  return cr === -1 ? end : Math.min(cr, end)
+}
+
+function join(parts: Buffer[]): Buffer | undefined {
+  const full = parts.filter(part => part.length > 0)
+  return full.length < 2 ? full[0] : Buffer.concat(full)
+}
+
+/** The counts of all APIs, by the names of the wire; the last one above 0 stays. */
+type Counts = Record<string, number>
+
+function addCounts(counts: Counts, json: string): void {
+  let usage: Record<string, unknown>
+  try {
+    usage = JSON.parse(json)
+  } catch {
+    return
+  }
+  for (const [name, value] of Object.entries(usage)) {
+    if (typeof value === 'number' && value > 0) counts[name] = value
+    else if (typeof value === 'object' && value !== null) {
+      for (const [inner, count] of Object.entries(value)) {
+        if (typeof count === 'number' && count > 0) counts[inner] = count
+      }
+    }
+  }
+}
+
+/**
+ * One shape for all. Cached tokens are part of the prompt in OpenAI's counts and beside it in
+ * Anthropic's; here they are always part of it.
+ */
+function toUsage(counts: Counts): Usage | undefined {
+  if (Object.keys(counts).length === 0) return undefined
+  const beside = (counts.cache_read_input_tokens ?? 0) + (counts.cache_creation_input_tokens ?? 0)
+  const completionTokens = counts.completion_tokens ?? counts.output_tokens ?? 0
+  const input = counts.prompt_tokens ?? counts.input_tokens
+  const promptTokens =
+    input === undefined && beside === 0
+      ? Math.max(0, (counts.total_tokens ?? 0) - completionTokens)
+      : (input ?? 0) + beside
+  const cachedTokens = counts.cached_tokens ?? counts.cache_read_input_tokens
+  return {
+    promptTokens,
+    completionTokens,
+    totalTokens: Math.max(counts.total_tokens ?? 0, promptTokens + completionTokens),
+    ...(cachedTokens === undefined ? {} : { cachedTokens }),
+    ...(counts.reasoning_tokens === undefined ? {} : { reasoningTokens: counts.reasoning_tokens }),
+    exactness: 'exact'
+  }
+}

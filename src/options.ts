@@ -1,0 +1,324 @@
+import { Ajv, type ErrorObject, type FuncKeywordDefinition } from 'ajv'
+import { closest, distance } from 'fastest-levenshtein'
+import { type Static, type TSchema, type TUnsafe, Type } from 'typebox'
+
+/**
+ * Options are described once, as JSON Schema made with TypeBox: the type, the check, the defaults,
+ * the editor's schema and the reference manual all come from it. A few keywords of our own say what
+ * JSON Schema can't: `unit` (text such as `30s` or `64MB`), `notBuilt`, `shorthand` (text that
+ * stands for an object with that one member), `uniqueNames`, `check` (a function) with `expects` (what
+ * it wants, in words), and `secret` (never shown).
+ */
+
+const UNITS = {
+  ms: { ms: 1, s: 1000, m: 60_000, h: 3_600_000, d: 86_400_000 },
+  bytes: { b: 1, kb: 1024, mb: 1024 ** 2, gb: 1024 ** 3 }
+} as const
+
+/** A length of time: text with a unit in a file (`100ms`, `30s`, `1m30s`), milliseconds in code. */
+export function Duration(defaultValue: string | undefined, description: string): TUnsafe<number> {
+  return Type.Unsafe<number>({
+    type: ['string', 'number'],
+    unit: 'ms',
+    description,
+    ...(defaultValue === undefined ? {} : { default: defaultValue })
+  })
+}
+
+/** A size in bytes: text with a unit (`64MB`, 1 KB = 1024 bytes) or a number of bytes. */
+export function Size(defaultValue: string, description: string): TUnsafe<number> {
+  return Type.Unsafe<number>({
+    type: ['string', 'number'],
+    unit: 'bytes',
+    description,
+    default: defaultValue
+  })
+}
+
+/** An http or https URL. */
+export function Url(description: string) {
+  return Type.String({ check: isHttpUrl, expects: 'a URL such as http://host:8000', description })
+}
+
+/** A part of the original dialect that this version doesn't have: refused when it is switched on. */
+export function NotBuilt(description: string) {
+  return Type.Optional(Type.Unsafe<unknown>({ notBuilt: true, description }))
+}
+
+/** An object whose unknown members are refused, and which is there with its defaults if left out. */
+export function Section<T extends Record<string, TSchema>>(properties: T, description: string) {
+  return Type.Object(properties, { additionalProperties: false, default: {}, description })
+}
+
+/**
+ * Reads a quantity such as `1m30s` or `64MB`.
+ *
+ * @returns milliseconds or bytes; undefined when the text isn't one.
+ * @example
+ * parseQuantity('1m30s', 'ms') // 90000
+ * parseQuantity('64MB', 'bytes') // 67108864
+ */
+export function parseQuantity(text: string, unit: 'ms' | 'bytes'): number | undefined {
+  const factors: Record<string, number> = UNITS[unit]
+  if (text === '0') return 0
+  let total = 0
+  let matched = 0
+  for (const [part, number, suffix] of text.matchAll(/(\d+(?:\.\d+)?)([a-z]+)/gi)) {
+    const factor = factors[suffix!.toLowerCase()]
+    if (factor === undefined) return undefined
+    total += Number(number) * factor
+    matched += part.length
+  }
+  return matched > 0 && matched === text.length ? total : undefined
+}
+
+/** One thing that is wrong with the options: where, what was expected, and what was there. */
+export interface Issue {
+  path: (string | number)[]
+  message: string
+}
+
+/** Thrown by {@link checkOptions}: all that is wrong, a line each. */
+export class OptionsError extends Error {
+  readonly issues: Issue[]
+
+  constructor(issues: Issue[], name = 'options') {
+    super(issues.map(issue => `${name}: ${formatPath(issue.path)} ${issue.message}`).join('\n'))
+    this.name = 'OptionsError'
+    this.issues = issues
+  }
+}
+
+/** `['backends', 0, 'url']` as `backends[0].url:` */
+export function formatPath(path: (string | number)[]): string {
+  const text = path.reduce<string>(
+    (all, part) =>
+      typeof part === 'number' ? `${all}[${part}]` : all === '' ? part : `${all}.${part}`,
+    ''
+  )
+  return text === '' ? '' : `${text}:`
+}
+
+/** Old and documented names of the original's dialect that this gateway knows under another name. */
+const MOVED: Record<string, string> = {
+  listen: 'server.listen',
+  usage_hook: 'usage.reporters',
+  api_keys: 'auth.keys',
+  scripts: 'nothing (scripts are not supported)',
+  'auth.storage': 'auth.pipeline',
+  'auth.redis': 'auth.pipeline',
+  'auth.defaults': 'auth.status_codes',
+  'routing.load_balance_strategy': 'routing.load_balance',
+  'routing.model_mapping': 'nothing (model mapping is not built yet)'
+}
+
+const keywords: FuncKeywordDefinition[] = [
+  {
+    keyword: 'shorthand',
+    modifying: true,
+    errors: false,
+    validate: (member: string, value: unknown, _schema?: unknown, at?: DataContext) => {
+      if (typeof value === 'string') at!.parentData[at!.parentDataProperty] = { [member]: value }
+      return true
+    }
+  },
+  {
+    keyword: 'unit',
+    modifying: true,
+    errors: false,
+    validate: (unit: 'ms' | 'bytes', value: unknown, _schema?: unknown, at?: DataContext) => {
+      const number = typeof value === 'string' ? parseQuantity(value, unit) : value
+      if (typeof number !== 'number' || number < 0) return false
+      at!.parentData[at!.parentDataProperty] = number
+      return true
+    }
+  },
+  {
+    keyword: 'notBuilt',
+    errors: false,
+    validate: (_: true, value: unknown) => !isSwitchedOn(value)
+  },
+  {
+    keyword: 'check',
+    errors: false,
+    validate: (isRight: (value: unknown) => boolean, value: unknown) => isRight(value)
+  },
+  {
+    keyword: 'uniqueNames',
+    errors: false,
+    validate: (nameOf: (item: unknown) => unknown, items: unknown) => {
+      if (!Array.isArray(items)) return true
+      const names = items.map(nameOf).filter(name => typeof name === 'string')
+      return new Set(names).size === names.length
+    }
+  }
+]
+
+interface DataContext {
+  parentData: Record<string | number, unknown>
+  parentDataProperty: string | number
+}
+
+function compile(schema: TSchema) {
+  const ajv = new Ajv({ allErrors: true, useDefaults: true, verbose: true, strict: false })
+  for (const keyword of keywords) ajv.addKeyword({ ...keyword })
+  return ajv.compile(schema)
+}
+
+const compiled = new WeakMap<TSchema, ReturnType<typeof compile>>()
+
+/**
+ * Checks options against their schema, fills in the defaults, turns quantities into numbers.
+ * What was given is left as it is.
+ *
+ * @throws {OptionsError} with every issue at once
+ * @example
+ * const Options = Section({ timeout: Duration('3s', 'how long') }, 'an example')
+ * checkOptions(Options, {}) // { timeout: 3000 }
+ */
+export function checkOptions<T extends TSchema>(schema: T, given: unknown, name?: string) {
+  const options = structuredClone(given ?? {})
+  const issues = findIssues(schema, options)
+  if (issues.length > 0) throw new OptionsError(issues, name)
+  return options as Static<T>
+}
+
+/** The issues of `options`, which is completed in place. */
+export function findIssues(schema: TSchema, options: unknown): Issue[] {
+  let validate = compiled.get(schema)
+  if (validate === undefined) {
+    validate = compile(schema)
+    compiled.set(schema, validate)
+  }
+  if (validate(options)) return []
+  const seen = new Set<string>()
+  return (validate.errors ?? []).flatMap(error => {
+    const issue = toIssue(error)
+    const id = formatPath(issue.path)
+    if (seen.has(id)) return []
+    seen.add(id)
+    return [issue]
+  })
+}
+
+function toIssue(error: ErrorObject): Issue {
+  const path = error.instancePath
+    .split('/')
+    .slice(1)
+    .map(part => part.replaceAll('~1', '/').replaceAll('~0', '~'))
+    .map(part => (/^\d+$/.test(part) ? Number(part) : part))
+  const schema = (error.parentSchema ?? {}) as Described
+  switch (error.keyword) {
+    case 'additionalProperties':
+      return unknownMember(path, error.params.additionalProperty, schema)
+    case 'required':
+      return { path: [...path, error.params.missingProperty], message: 'is missing' }
+    case 'notBuilt':
+      return {
+        path,
+        message: 'is not supported by this version yet; remove it or switch it off'
+      }
+    case 'uniqueNames':
+      return { path, message: duplicates(schema, error.data) }
+    default:
+      return { path, message: `must be ${expected(schema)}${got(schema, error.data)}` }
+  }
+}
+
+function unknownMember(path: Issue['path'], member: string, schema: Described): Issue {
+  const whole = [...path, member]
+  const moved = MOVED[whole.filter(part => typeof part === 'string').join('.')]
+  if (moved !== undefined) {
+    return { path: whole, message: `is an old name; use ${moved}` }
+  }
+  const known = Object.keys(schema.properties ?? {})
+  const best = known.length === 0 ? '' : closest(member, known)
+  const near = best !== '' && distance(member, best) <= Math.max(2, member.length / 3)
+  return {
+    path: whole,
+    message: near ? `is not known; did you mean "${best}"?` : 'is not known'
+  }
+}
+
+interface Described {
+  type?: string | string[]
+  unit?: 'ms' | 'bytes'
+  secret?: true
+  enum?: unknown[]
+  minimum?: number
+  maximum?: number
+  exclusiveMinimum?: number
+  minLength?: number
+  minItems?: number
+  anyOf?: Described[]
+  const?: unknown
+  format?: string
+  expects?: string
+  items?: Described
+  shorthand?: string
+  properties?: Record<string, Described>
+  uniqueNames?: (item: unknown) => unknown
+}
+
+/** What a schema asks for, in words. */
+export function expected(schema: Described): string {
+  if (schema.expects !== undefined) return schema.expects
+  if (schema.unit === 'ms') return 'a duration such as 500ms, 30s or 1m30s'
+  if (schema.unit === 'bytes') return 'a size such as 64MB'
+  if (schema.anyOf !== undefined) return schema.anyOf.map(expected).join(' or ')
+  if (schema.enum !== undefined) return `one of ${schema.enum.join(', ')}`
+  if (schema.const !== undefined) return JSON.stringify(schema.const)
+  switch (schema.type) {
+    case 'integer':
+    case 'number':
+      return expectedNumber(schema)
+    case 'boolean':
+      return 'true or false'
+    case 'array':
+      return schema.items?.type === 'string' ? 'a list of texts' : 'a list'
+    case 'string':
+      return schema.minLength === undefined ? 'text' : 'text that is not empty'
+    default:
+      return schema.shorthand === undefined ? 'a mapping' : 'text or a mapping'
+  }
+}
+
+function expectedNumber(schema: Described): string {
+  const noun = schema.type === 'integer' ? 'integer' : 'number'
+  if (schema.minimum !== undefined && schema.maximum !== undefined) {
+    return `a ${noun} from ${schema.minimum} to ${schema.maximum}`.replace('a i', 'an i')
+  }
+  if (schema.minimum === 1 || schema.exclusiveMinimum === 0) return `a positive ${noun}`
+  if (schema.minimum === 0) return `a ${noun} of 0 or more`.replace('a i', 'an i')
+  return noun === 'integer' ? 'an integer' : 'a number'
+}
+
+/** The value that was there, unless it may be a secret or is too long to help. */
+function got(schema: Described, value: unknown): string {
+  if (schema.secret || value === undefined) return ''
+  if (value === null) return ' (got nothing)'
+  if (typeof value === 'object') return ` (got a ${Array.isArray(value) ? 'list' : 'mapping'})`
+  const text = JSON.stringify(value)
+  return text.length > 80 ? '' : ` (got ${text})`
+}
+
+function duplicates(schema: Described, items: unknown): string {
+  const names = (items as unknown[]).map(schema.uniqueNames!)
+  const twice = names.filter((name, at) => names.indexOf(name) !== at)
+  return `has the name ${[...new Set(twice)].map(name => `"${name}"`).join(', ')} twice`
+}
+
+/** Does a part that isn't built ask for anything? `enabled: false`, 0, "", [] and {} don't. */
+function isSwitchedOn(value: unknown): boolean {
+  if (Array.isArray(value)) return value.some(isSwitchedOn)
+  if (typeof value !== 'object' || value === null) return Boolean(value)
+  if ('enabled' in value) return value.enabled === true
+  return Object.values(value).some(isSwitchedOn)
+}
+
+/** Is this an absolute http or https URL? */
+export function isHttpUrl(value: unknown): boolean {
+  if (typeof value !== 'string' || !URL.canParse(value)) return false
+  const url = new URL(value)
+  return (url.protocol === 'http:' || url.protocol === 'https:') && url.hash === ''
+}

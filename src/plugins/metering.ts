@@ -1,0 +1,117 @@
+import { pipeline, Transform } from 'node:stream'
+import * as zlib from 'node:zlib'
+import type { FastifyPluginAsync } from 'fastify'
+import fp from 'fastify-plugin'
+import { openai } from '../dialects/openai.ts'
+import { type Exchange, type Usage, withExchanges } from '../exchange.ts'
+import { type Framing, Meter } from '../metering/meter.ts'
+import { askForUsage } from '../metering/question.ts'
+import type { Answer } from '../pool/answer.ts'
+
+/**
+ * Reads from every answer how many tokens it took: `request.exchange.usage`, complete when the
+ * exchange ends. Where a streaming caller did not ask for usage the gateway asks, and takes the one
+ * chunk that answers it out again.
+ *
+ * @example
+ * await fastify.register(metering)
+ * fastify.exchanges.onEnd('record', exchange => console.log(exchange.usage?.totalTokens))
+ */
+const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
+  const exchanges = withExchanges(fastify)
+  const meters = new WeakMap<Exchange, Meter>()
+
+  fastify.addHook('preHandler', async ({ exchange, payload }) => {
+    if (exchange.endpoint?.asksForUsage && payload?.stream && !payload.includeUsage) {
+      exchange.question = { bytes: askForUsage(payload.bytes), asked: false }
+    }
+  })
+
+  fastify.answerHooks.push((exchange, answer) => {
+    const { reply, request } = exchange
+    if (request.method !== 'POST' || reply.statusCode < 200 || reply.statusCode > 299)
+      return undefined
+    const framing = framingOf(String(reply.getHeader('content-type')))
+    if (framing === undefined) return undefined
+    const meter = new Meter({
+      framing,
+      dialect: exchange.endpoint?.dialect ?? openai,
+      takeOut: exchange.question?.asked === true
+    })
+    meters.set(exchange, meter)
+    const encoding = reply.getHeader('content-encoding')
+    if (encoding === undefined || encoding === 'identity') {
+      if (framing === 'sse' && exchange.question?.asked) reply.removeHeader('content-length')
+      answer.tap = meter
+      return undefined
+    }
+    const decoder = createDecoder(String(encoding))
+    if (decoder === undefined) return undefined
+    reply.removeHeader('content-encoding')
+    reply.removeHeader('content-length')
+    return decoded(answer, decoder, meter)
+  })
+
+  exchanges.onEnd('metering', exchange => {
+    const meter = meters.get(exchange)
+    if (meter === undefined) return
+    exchange.deltas = meter.deltas
+    exchange.answerId = meter.id
+    if (meter.framing !== 'json') {
+      exchange.firstTokenAt = meter.firstDeltaAt
+      exchange.lastTokenAt = meter.lastDeltaAt
+    }
+    exchange.usage = meter.usage ?? (meter.framing === 'json' ? undefined : counted(exchange))
+  })
+}
+
+function framingOf(contentType: string): Framing | undefined {
+  if (contentType.startsWith('text/event-stream')) return 'sse'
+  if (contentType.startsWith('application/x-ndjson')) return 'ndjson'
+  return contentType.startsWith('application/json') ? 'json' : undefined
+}
+
+/** English prose and code come to about four bytes a token; a rough guide where nothing was said. */
+const BYTES_PER_TOKEN = 4
+
+/** A stream that ended without usage: what passed was counted, the prompt is estimated. */
+function counted(exchange: Exchange): Usage {
+  const promptTokens = Math.ceil(exchange.payloadBytes / BYTES_PER_TOKEN)
+  return {
+    promptTokens,
+    completionTokens: exchange.deltas,
+    totalTokens: promptTokens + exchange.deltas,
+    exactness: 'counted'
+  }
+}
+
+function createDecoder(encoding: string): Transform | undefined {
+  switch (encoding) {
+    case 'gzip':
+    case 'x-gzip':
+      return zlib.createGunzip({ flush: zlib.constants.Z_SYNC_FLUSH })
+    case 'deflate':
+      return zlib.createInflate({ flush: zlib.constants.Z_SYNC_FLUSH })
+    case 'br':
+      return zlib.createBrotliDecompress()
+    case 'zstd':
+      return zlib.createZstdDecompress()
+    default:
+      return undefined
+  }
+}
+
+/** A backend that compresses although it was asked not to: the client gets the plain bytes. */
+function decoded(answer: Answer, decoder: Transform, meter: Meter): Transform {
+  const tap = new Transform({
+    transform: (chunk, _encoding, done) => done(null, meter.pass(chunk)),
+    flush: done => done(null, meter.end())
+  })
+  return pipeline(answer, decoder, tap, () => {})
+}
+
+export default fp(meteringPlugin, {
+  name: 'metering',
+  fastify: '5.x',
+  decorators: { fastify: ['answerHooks'] }
+})

@@ -1,0 +1,208 @@
+import replyFrom from '@fastify/reply-from'
+import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
+import fp from 'fastify-plugin'
+import type { Static } from 'typebox'
+import { openai } from '../dialects/openai.ts'
+import { type Exchange, withExchanges } from '../exchange.ts'
+import { checkOptions, Duration, Section } from '../options.ts'
+import type { Answer } from '../pool/answer.ts'
+import { createDispatcher, EXCHANGE } from '../pool/dispatcher.ts'
+
+/**
+ * Forwards a request to the pool and streams the answer back: `reply.forward()`.
+ *
+ * The bytes of the request and of the answer pass as they are; headers that concern one connection,
+ * the caller's key, cookies and whatever could steer a backend stay here.
+ *
+ * @example
+ * await fastify.register(backends, { backends: [{ url: 'http://127.0.0.1:8001' }] })
+ * await fastify.register(proxy)
+ * fastify.post('/v1/embeddings', (request, reply) => reply.forward())
+ */
+
+export const ProxyOptions = Section(
+  {
+    write_timeout: Duration(
+      '60s',
+      'How long a client may take no byte while some wait; 0: for ever'
+    )
+  },
+  'Forwarding'
+)
+export type ProxyOptions = Static<typeof ProxyOptions>
+
+/** Sees every answer before it is sent; may return a stream to send in its place. */
+export type AnswerHook = (exchange: Exchange, answer: Answer) => NodeJS.ReadableStream | undefined
+
+declare module 'fastify' {
+  interface FastifyInstance {
+    answerHooks: AnswerHook[]
+  }
+  interface FastifyReply {
+    /** Sends the request to a backend and its answer to the client. */
+    forward(): FastifyReply
+  }
+}
+
+const proxyPlugin: FastifyPluginAsync<Partial<ProxyOptions>> = async function proxy(
+  fastify,
+  given
+) {
+  const options = checkOptions(ProxyOptions, given)
+  const { pool, onAttempt } = fastify.backends
+  withExchanges(fastify)
+
+  await fastify.register(replyFrom, {
+    undici: createDispatcher(
+      pool,
+      (backend, result) => {
+        for (const listener of onAttempt) listener(backend, result)
+      },
+      fastify.log
+    ) as never,
+    retryMethods: [],
+    disableRequestLogging: true
+  })
+
+  const hooks: AnswerHook[] = []
+  fastify.decorate('answerHooks', hooks)
+  const credentials = () => fastify.keys?.credentialHeaders() ?? []
+
+  fastify.decorateReply('forward', function forward(this: FastifyReply) {
+    const { request } = this
+    return this.from(`http://pool${backendPath(request, fastify.prefix)}`, {
+      ...body(request),
+      rewriteRequestHeaders: (_request, headers) =>
+        toBackend(headers, request.exchange, credentials()),
+      rewriteHeaders: headers => toClient(headers, request.exchange),
+      onResponse: (_request, reply, response) => {
+        const answer = (response as unknown as { stream: Answer }).stream
+        const { exchange } = request
+        answer.stallTimeout = options.write_timeout
+        if (isStream(reply)) {
+          const dialect = exchange.endpoint?.dialect ?? openai
+          answer.lastWords = error => dialect.errorEvent(error, exchange.id)
+        }
+        let sent: NodeJS.ReadableStream = answer
+        for (const hook of hooks) sent = hook(exchange, answer) ?? sent
+        ;(reply as unknown as FastifyReply).send(sent)
+      },
+      onError: (reply, { error }) => {
+        reply.send((error.cause as Error) ?? error)
+      }
+    })
+  })
+}
+
+/** The path at the backend; the query string follows by itself. */
+function backendPath(request: FastifyRequest, prefix: string): string {
+  const path = request.url.slice(prefix.length).split('?', 1)[0]!
+  return (request.exchange.endpoint?.upstreamPrefix ?? '') + path
+}
+
+/** The body as the bytes that came; a stream is passed on by reply-from itself. */
+function body(request: FastifyRequest): { body?: Buffer | null; contentType?: string } {
+  if (request.method === 'GET' || request.method === 'HEAD') return {}
+  if (!Buffer.isBuffer(request.body)) return request.body === undefined ? { body: null } : {}
+  const contentType = request.headers['content-type'] ?? 'application/json'
+  return { body: request.body, contentType }
+}
+
+/**
+ * Headers that never reach a backend: of one connection (RFC 9110, section 7.6.1), of the caller's
+ * identity, and those that steer an inference server behind the gateway's back: vLLM's rank and
+ * priority, llama.cpp's conversation that would go on generating after the client has left.
+ */
+const NOT_TO_BACKEND = new Set([
+  'connection',
+  'keep-alive',
+  'proxy-authenticate',
+  'proxy-authorization',
+  'proxy-connection',
+  'te',
+  'trailer',
+  'transfer-encoding',
+  'upgrade',
+  'expect',
+  'host',
+  'authorization',
+  'x-api-key',
+  'api-key',
+  'cookie',
+  'origin',
+  'referer',
+  'forwarded',
+  'x-real-ip',
+  'x-conversation-id',
+  'x-data-parallel-rank',
+  'x-vllm-priority',
+  'endpoint-load-metrics-format',
+  'traceparent',
+  'tracestate',
+  'baggage'
+])
+
+type Headers = Record<string, string | string[] | undefined>
+
+function toBackend(headers: Headers, exchange: Exchange, credentials: string[]) {
+  const kept: Headers & { [EXCHANGE]: Exchange } = { [EXCHANGE]: exchange }
+  for (const name in headers) {
+    if (NOT_TO_BACKEND.has(name) || name.startsWith('x-forwarded-')) continue
+    if (name.startsWith('x-llmproxy-') || credentials.includes(name)) continue
+    kept[name] = headers[name]
+  }
+  if (exchange.request.method === 'GET' || exchange.request.method === 'HEAD') {
+    delete kept['content-length']
+  }
+  // The answer is read as it passes, so it must come uncompressed.
+  kept['accept-encoding'] = 'identity'
+  kept['x-request-id'] = exchange.id
+  kept['x-llmproxy-request-id'] = exchange.id
+  return kept as never
+}
+
+const NOT_TO_CLIENT = new Set([
+  'connection',
+  'keep-alive',
+  'proxy-authenticate',
+  'proxy-connection',
+  'te',
+  'trailer',
+  'transfer-encoding',
+  'upgrade'
+])
+
+/** What the gateway itself has set stays: its id, its limits, its CORS headers. */
+function toClient(headers: Headers, exchange: Exchange) {
+  const { reply } = exchange
+  const listed = connectionListed(headers.connection)
+  const kept: Headers = {}
+  for (const name in headers) {
+    if (NOT_TO_CLIENT.has(name) || listed.includes(name) || reply.hasHeader(name)) continue
+    kept[name] = headers[name]
+  }
+  kept['x-request-id'] ??= exchange.id
+  if (String(kept['content-type']).startsWith('text/event-stream')) {
+    // nginx in front would collect the events otherwise.
+    kept['x-accel-buffering'] ??= 'no'
+  }
+  return kept as never
+}
+
+function connectionListed(header: string | string[] | undefined): string[] {
+  if (header === undefined || header === 'keep-alive' || header === 'close') return []
+  return String(header)
+    .toLowerCase()
+    .split(',')
+    .map(name => name.trim())
+}
+
+function isStream(reply: { getHeader(name: string): unknown }): boolean {
+  return /^(text\/event-stream|application\/x-ndjson)/.test(String(reply.getHeader('content-type')))
+}
+
+export default fp(proxyPlugin, {
+  name: 'proxy',
+  fastify: '5.x',
+  decorators: { fastify: ['backends'] }
+})

@@ -1,0 +1,146 @@
+import { ServerResponse } from 'node:http'
+import { Readable } from 'node:stream'
+import type { Dispatcher } from 'undici'
+import type { GatewayError } from '../errors.ts'
+
+/** Looks at every chunk of an answer and says what of it goes on. */
+export interface Tap {
+  pass(chunk: Buffer): Buffer | undefined
+  /** The answer is over; returns what was kept back. */
+  end(): Buffer | undefined
+  /** Is it a stream that has not said that it is over? */
+  isCutShort(): boolean
+}
+
+/**
+ * A backend's answer on its way to the client.
+ *
+ * It is a Readable for whoever wants one. Piped straight into an HTTP/1.1 response it writes the
+ * backend's chunks there itself: nothing is queued in between, the backend waits while the client
+ * does, and an answer that breaks can say so as its last words before the connection is cut.
+ */
+export class Answer extends Readable {
+  tap: Tap | undefined
+  /** What to tell a client whose stream breaks: an event in the dialect of its route. */
+  lastWords: ((error: GatewayError) => string) | undefined
+  /** How long (ms) a client may take no byte while some wait; 0: for ever. */
+  stallTimeout = 0
+  readonly #controller: Dispatcher.DispatchController
+  /** Chunks that came before anybody listened. */
+  #early: Buffer[] = []
+  #flowing = false
+  #over: 'ended' | GatewayError | undefined
+  #response: ServerResponse | undefined
+  #stalled: NodeJS.Timeout | undefined
+
+  constructor(controller: Dispatcher.DispatchController) {
+    super()
+    this.#controller = controller
+    this.on('error', () => {})
+  }
+
+  /** A chunk from the backend. */
+  data(chunk: Buffer): void {
+    if (this.#flowing) this.#forward(chunk)
+    else {
+      this.#early.push(chunk)
+      this.#controller.pause()
+    }
+  }
+
+  /** The backend's answer is complete. */
+  end(): void {
+    this.#over = 'ended'
+    if (this.#flowing) this.#finish()
+  }
+
+  /** The backend's answer broke off. */
+  break(error: GatewayError): void {
+    if (this.#over !== undefined) return
+    this.#over = error
+    if (this.#flowing) this.#finish()
+  }
+
+  override pipe<T extends NodeJS.WritableStream>(to: T, options?: { end?: boolean }): T {
+    if (!(to instanceof ServerResponse) || options?.end === false) return super.pipe(to, options)
+    this.#response = to
+    to.on('drain', () => this.#resume())
+    this.#flow()
+    return to
+  }
+
+  override _read(): void {
+    if (this.#flowing) this.#controller.resume()
+    else this.#flow()
+  }
+
+  override _destroy(error: Error | null, done: (error: Error | null) => void): void {
+    clearTimeout(this.#stalled)
+    if (this.#over === undefined) this.#controller.abort(error ?? new Error('the client has left'))
+    done(error)
+  }
+
+  #flow(): void {
+    this.#flowing = true
+    const early = this.#early
+    this.#early = []
+    let open = true
+    for (const chunk of early) open = this.#forward(chunk)
+    if (this.#over !== undefined) this.#finish()
+    else if (open) this.#controller.resume()
+  }
+
+  #forward(chunk: Buffer): boolean {
+    const out = this.tap === undefined ? chunk : this.tap.pass(chunk)
+    if (out === undefined) return true
+    const open = this.#response === undefined ? this.push(out) : this.#response.write(out)
+    if (!open) {
+      this.#controller.pause()
+      if (this.#response !== undefined && this.stallTimeout > 0) this.#watchStall()
+    }
+    return open
+  }
+
+  #resume(): void {
+    clearTimeout(this.#stalled)
+    this.#stalled = undefined
+    if (this.#over === undefined) this.#controller.resume()
+  }
+
+  #watchStall(): void {
+    this.#stalled ??= setTimeout(
+      () => this.destroy(new Error('the client takes no data')),
+      this.stallTimeout
+    ).unref()
+  }
+
+  #finish(): void {
+    const held = this.tap?.end()
+    const error = this.#over === 'ended' ? undefined : this.#over
+    const words = error && this.lastWords?.(error)
+    const last =
+      words === undefined ? held : Buffer.concat([held ?? Buffer.of(), Buffer.from(words)])
+    if (this.#response !== undefined) this.#finishResponse(this.#response, last, error)
+    else this.#finishReadable(last, error)
+  }
+
+  #finishResponse(
+    response: ServerResponse,
+    last: Buffer | undefined,
+    error: Error | undefined
+  ): void {
+    if (error === undefined) {
+      response.end(last)
+      this.push(null)
+      this.resume()
+    } else if (last === undefined) this.destroy(error)
+    else response.write(last, () => this.destroy(error))
+  }
+
+  #finishReadable(last: Buffer | undefined, error: Error | undefined): void {
+    if (last !== undefined) this.push(last)
+    if (error === undefined) this.push(null)
+    // Destroying drops what is still buffered: one turn of the loop lets a reader have it.
+    else setImmediate(() => this.destroy(error))
+  }
+}

@@ -1,0 +1,108 @@
+import type { Socket } from 'node:net'
+import { buildConnector, type Dispatcher, Pool as Sockets } from 'undici'
+
+/** One inference server as it is configured. Times in milliseconds. */
+export interface BackendConfig {
+  name: string
+  /** Base URL; a trailing slash or `/v1` is no part of it. */
+  url: string
+  weight: number
+  /** Sent with every request, over the client's own. */
+  headers: Record<string, string>
+  /** Time to the head of the answer, to a connection, and between two chunks. */
+  timeout: number
+  connectTimeout: number
+  idleTimeout: number
+}
+
+/** Sees one request through; a connection that is being opened for it shows up in `socket`. */
+export interface BackendHandler extends Dispatcher.DispatchHandler {
+  socket: Socket | undefined
+}
+
+/** How fast old latencies are forgotten, and how much a new one counts. */
+const FORGET_MS = 15_000
+const ALPHA = 0.3
+
+/** One inference server: what is configured, and what is known of it at the moment. */
+export class Backend {
+  config: BackendConfig
+  /** Exchanges whose answer has not ended. */
+  inFlight = 0
+  healthy = true
+  /** Smooth weighted round robin keeps its place here. */
+  currentWeight = 0
+  /** It takes `stream_options.include_usage`; false once it has refused it. */
+  takesUsageQuestion = true
+  readonly origin: string
+  readonly basePath: string
+  readonly #sockets: Sockets
+  #opening: BackendHandler | undefined
+  #latency = 0
+  #latencyAt = 0
+
+  constructor(config: BackendConfig) {
+    this.config = config
+    const url = new URL(config.url)
+    this.origin = url.origin
+    this.basePath = url.pathname.replace(/\/+$/, '').replace(/\/v1$/, '')
+    const connect = buildConnector({ timeout: config.connectTimeout, allowH2: false }) as (
+      ...args: Parameters<buildConnector.connector>
+    ) => Socket
+    this.#sockets = new Sockets(this.origin, {
+      // No cap here: admission is the limits' work, and undici's own queue can't be seen.
+      allowH2: false,
+      connect: (options, done) => {
+        const socket = connect(options, done)
+        if (this.#opening !== undefined) this.#opening.socket = socket
+      }
+    })
+  }
+
+  get name(): string {
+    return this.config.name
+  }
+
+  /** May it be given work? */
+  get available(): boolean {
+    return this.healthy
+  }
+
+  dispatch(options: Dispatcher.DispatchOptions, handler: BackendHandler): void {
+    this.#opening = handler
+    try {
+      this.#sockets.dispatch(
+        {
+          ...options,
+          path: this.basePath + options.path,
+          headersTimeout: this.config.timeout,
+          bodyTimeout: this.config.idleTimeout
+        },
+        handler
+      )
+    } finally {
+      this.#opening = undefined
+    }
+  }
+
+  /** A time to first byte in ms; a failure counts as a long one, so that failing fast attracts nothing. */
+  observeLatency(ms: number, now: number): void {
+    this.#latency = this.#latencyAt === 0 ? ms : this.latency(now) * (1 - ALPHA) + ms * ALPHA
+    this.#latencyAt = now
+  }
+
+  /** Expected latency (ms): forgotten while nothing is observed, so that a slow one is tried again. */
+  latency(now: number): number {
+    if (this.#latencyAt === 0) return 0
+    return this.#latency * Math.exp(-(now - this.#latencyAt) / FORGET_MS)
+  }
+
+  /** Closes idle connections at once and busy ones when their answers have ended. */
+  async close(): Promise<void> {
+    await this.#sockets.close()
+  }
+
+  async destroy(): Promise<void> {
+    await this.#sockets.destroy()
+  }
+}

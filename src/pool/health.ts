@@ -1,0 +1,87 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { FastifyBaseLogger } from 'fastify'
+import { request } from 'undici'
+import type { Backend } from './backend.ts'
+
+/** Active health checks. Times in milliseconds. */
+export interface HealthCheck {
+  enabled: boolean
+  interval: number
+  timeout: number
+  method: 'GET' | 'HEAD' | 'POST'
+  path: string
+  expectedStatus: number
+  unhealthyThreshold: number
+  healthyThreshold: number
+}
+
+/**
+ * Probes every backend at once and then every `interval`. A backend goes away after
+ * `unhealthyThreshold` failures in a row and comes back after `healthyThreshold` successes; the very
+ * first probe decides alone, so that a gateway does not begin by sending calls to a dead backend.
+ */
+export class HealthChecker {
+  readonly #log: FastifyBaseLogger
+  #stop = new AbortController()
+
+  constructor(log: FastifyBaseLogger) {
+    this.#log = log
+  }
+
+  /** Begins anew with these backends; ones that are not checked any more count as healthy. */
+  watch(backends: Backend[], check: HealthCheck): void {
+    this.stop()
+    this.#stop = new AbortController()
+    for (const backend of backends) {
+      if (check.enabled) void this.#watch(backend, check, this.#stop.signal)
+      else backend.healthy = true
+    }
+  }
+
+  stop(): void {
+    this.#stop.abort()
+  }
+
+  async #watch(backend: Backend, check: HealthCheck, signal: AbortSignal): Promise<void> {
+    let successes = 0
+    let failures = 0
+    let isFirst = true
+    while (!signal.aborted) {
+      const failure = await probe(backend, check, signal)
+      if (signal.aborted) return
+      successes = failure === undefined ? successes + 1 : 0
+      failures = failure === undefined ? 0 : failures + 1
+      if (backend.healthy && (failures >= check.unhealthyThreshold || (isFirst && failures > 0))) {
+        backend.healthy = false
+        this.#log.warn({ backend: backend.name, reason: failure }, 'backend is unhealthy')
+      } else if (
+        !backend.healthy &&
+        (successes >= check.healthyThreshold || (isFirst && successes > 0))
+      ) {
+        backend.healthy = true
+        this.#log.info({ backend: backend.name }, 'backend is healthy')
+      }
+      isFirst = false
+      await sleep(check.interval, undefined, { signal, ref: false }).catch(() => {})
+    }
+  }
+}
+
+/** What went wrong, or undefined. */
+async function probe(
+  backend: Backend,
+  check: HealthCheck,
+  signal: AbortSignal
+): Promise<string | undefined> {
+  try {
+    const { statusCode, body } = await request(backend.origin + backend.basePath + check.path, {
+      method: check.method,
+      headers: backend.config.headers,
+      signal: AbortSignal.any([signal, AbortSignal.timeout(check.timeout)])
+    })
+    await body.dump()
+    return statusCode === check.expectedStatus ? undefined : `status ${statusCode}`
+  } catch (error) {
+    return (error as { code?: string }).code ?? (error as Error).message
+  }
+}

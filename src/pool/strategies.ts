@@ -1,0 +1,72 @@
+import type { Backend } from './backend.ts'
+
+/** Chooses one of the candidates, of which there is at least one. `now`: a monotonic clock in ms. */
+export type Strategy = (candidates: Backend[], now: number) => Backend
+
+/**
+ * Smooth weighted round robin, as nginx does it: weights 5 and 1 give AABAAA, not AAAAAB.
+ * A candidate's place is kept while it is away and never makes it ineligible.
+ */
+const roundRobin: Strategy = candidates => {
+  let total = 0
+  for (const backend of candidates) {
+    backend.currentWeight += backend.config.weight
+    total += backend.config.weight
+  }
+  const chosen = best(candidates, backend => -backend.currentWeight)
+  chosen.currentWeight -= total
+  return chosen
+}
+
+/** Fewest in flight for its weight; among equals, weighted round robin. */
+const leastConnections: Strategy = (candidates, now) => {
+  const load = (backend: Backend) => (backend.inFlight + 1) / backend.config.weight
+  const least = Math.min(...candidates.map(load))
+  return roundRobin(
+    candidates.filter(backend => load(backend) <= least),
+    now
+  )
+}
+
+/**
+ * Shortest expected wait: time to first byte, times what is in flight. A backend nothing is known
+ * of comes first; one that is idle is forgiven slowly and so gets another try.
+ */
+const latencyBased: Strategy = (candidates, now) =>
+  best(
+    candidates,
+    backend => backend.latency(now) * (backend.inFlight + 1) + backend.inFlight / 1e6
+  )
+
+const random: Strategy = candidates => {
+  const total = candidates.reduce((sum, backend) => sum + backend.config.weight, 0)
+  let point = Math.random() * total
+  for (const backend of candidates) {
+    point -= backend.config.weight
+    if (point < 0) return backend
+  }
+  return candidates[0]!
+}
+
+export const strategies = {
+  round_robin: roundRobin,
+  weighted: roundRobin,
+  least_connections: leastConnections,
+  latency_based: latencyBased,
+  random
+} satisfies Record<string, Strategy>
+
+export type StrategyName = keyof typeof strategies
+
+function best(candidates: Backend[], cost: (backend: Backend) => number): Backend {
+  let chosen = candidates[0]!
+  let least = cost(chosen)
+  for (const backend of candidates) {
+    const its = cost(backend)
+    if (its < least) {
+      chosen = backend
+      least = its
+    }
+  }
+  return chosen
+}

@@ -1,0 +1,74 @@
+import type { FastifyPluginAsync } from 'fastify'
+import { openai } from '../dialects/openai.ts'
+import { responses } from '../dialects/responses.ts'
+import { GatewayError } from '../errors.ts'
+import type { Endpoint, Exchange } from '../exchange.ts'
+import { forwarded } from './forwarded.ts'
+
+const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
+  method: 'POST',
+  url,
+  dialect: openai,
+  body: 'json',
+  ...more
+})
+
+/** What OpenAI's API and its relatives (vLLM, SGLang, llama.cpp, TGI) offer. */
+const ENDPOINTS: Endpoint[] = [
+  post('/v1/chat/completions', { asksForUsage: true }),
+  post('/v1/completions', { asksForUsage: true }),
+  post('/v1/embeddings'),
+  post('/chat/completions', { asksForUsage: true, upstreamPrefix: '/v1' }),
+  post('/completions', { asksForUsage: true, upstreamPrefix: '/v1' }),
+  post('/embeddings', { upstreamPrefix: '/v1' }),
+  post('/v1/rerank'),
+  post('/v1/score'),
+  post('/v1/images/generations'),
+  post('/v1/audio/transcriptions', { body: 'stream' }),
+  post('/v1/audio/translations', { body: 'stream' }),
+  post('/tokenize'),
+  post('/detokenize'),
+  post('/v1/responses', { dialect: responses, makesResponses: true }),
+  post('/v1/responses/input_tokens', { dialect: responses }),
+  post('/v1/responses/:id/cancel', { dialect: responses, body: 'none' }),
+  { method: 'GET', url: '/v1/responses/:id', dialect: responses, body: 'none' },
+  { method: 'GET', url: '/v1/responses/:id/input_items', dialect: responses, body: 'none' }
+]
+
+const MAX_RESPONSES = 10_000
+
+/** A stored response lives in the backend that made it, and belongs to who asked for it. */
+interface Made {
+  backend: string
+  caller: string | undefined
+}
+
+const openaiRoutes: FastifyPluginAsync = async function openaiRoutes(fastify) {
+  const made = new Map<string, Made>()
+
+  fastify.exchanges.onEnd('metering', ({ endpoint, answerId, backend, request }) => {
+    if (!endpoint?.makesResponses || answerId === undefined || backend === undefined) return
+    if (made.size >= MAX_RESPONSES) made.delete(made.keys().next().value!)
+    made.set(answerId, { backend, caller: request.caller?.id })
+  })
+
+  fastify.addHook('preHandler', async request => {
+    const { exchange, payload } = request
+    if (exchange.endpoint?.dialect !== responses) return
+    const { id } = request.params as { id?: string }
+    bind(exchange, id ?? payload?.previousResponseId)
+  })
+
+  await forwarded(fastify, ENDPOINTS)
+
+  function bind(exchange: Exchange, id: string | undefined): void {
+    const known = id === undefined ? undefined : made.get(id)
+    if (known === undefined) return
+    if (known.caller !== exchange.request.caller?.id) {
+      throw new GatewayError('not_found', 'There is no such response.')
+    }
+    exchange.pinned = known.backend
+  }
+}
+
+export default openaiRoutes

@@ -1,0 +1,237 @@
+import { mkdirSync, readFileSync, unwatchFile, watchFile } from 'node:fs'
+import type { Server as TlsServer } from 'node:https'
+import type { AddressInfo, Socket } from 'node:net'
+import { dirname, resolve } from 'node:path'
+import { isDeepStrictEqual } from 'node:util'
+import cors from '@fastify/cors'
+import Fastify, { type FastifyBaseLogger, type FastifyInstance, LogController } from 'fastify'
+import pino from 'pino'
+import pretty from 'pino-pretty'
+import gateway, { answerError, type Gateway } from './app.ts'
+import { type Config, loadConfig } from './config.ts'
+import { openaiError } from './dialects/openai.ts'
+import { GatewayError } from './errors.ts'
+import { VERSION } from './version.ts'
+
+/** One serving process: it listens, reloads its configuration, and drains when it is to stop. */
+export interface Server {
+  readonly url: string
+  /** Reads the file again; a broken one is refused and the last good one stays. */
+  reload(): Promise<boolean>
+  /** Lets running answers finish, then stops. */
+  close(): Promise<void>
+  readonly log: FastifyBaseLogger
+}
+
+const WATCH_INTERVAL = 1_000
+
+/** Starts to serve. `file` is watched and read again when it changes. */
+export async function startServer(file: string, dataDir: string): Promise<Server> {
+  let config = await loadConfig(file)
+  const log = createLog(config.log, dataDir)
+  const { fastify, control } = await createApp(config, log)
+  const url = await listen(fastify, config.server.listen)
+  log.info({ version: VERSION, node: process.version, config: file, url }, 'LLMProxy is listening')
+  sayDemo(log, control, url)
+
+  const watched = new Map<string, () => void>([[file, () => void reload()]])
+  const { cert_file, key_file, client_ca_file } = config.server.tls
+  for (const path of [cert_file, key_file, client_ca_file]) {
+    if (config.server.tls.enabled && path !== undefined) watched.set(path, renewTls)
+  }
+  for (const [path, onChange] of watched) {
+    watchFile(path, { interval: WATCH_INTERVAL, persistent: false }, onChange)
+  }
+
+  async function reload(): Promise<boolean> {
+    try {
+      const changed = await loadConfig(file)
+      await control.reload(sections(changed))
+      const names = needRestart(config, changed)
+      config = changed
+      log.level = config.log.level
+      if (names.length > 0) log.warn({ sections: names }, 'changes that need a restart')
+      log.info({ config: file }, 'configuration reloaded')
+      return true
+    } catch (error) {
+      log.error({ config: file, errors: (error as Error).message.split('\n') }, 'reload refused')
+      return false
+    }
+  }
+
+  function renewTls(): void {
+    try {
+      ;(fastify.server as unknown as TlsServer).setSecureContext(readTls(config.server.tls))
+      log.info('TLS certificate renewed')
+    } catch (error) {
+      log.error({ err: error }, 'the changed TLS files cannot be used; the last good ones stay')
+    }
+  }
+
+  return {
+    url,
+    log,
+    reload,
+    async close() {
+      for (const path of watched.keys()) unwatchFile(path)
+      log.info('shutting down')
+      await fastify.close()
+      log.info('stopped')
+    }
+  }
+}
+
+async function createApp(config: Config, log: FastifyBaseLogger) {
+  const { server } = config
+  const fastify = Fastify({
+    ...(server.tls.enabled ? { https: readTls(server.tls) } : {}),
+    http: { maxHeaderSize: server.max_header_bytes, headersTimeout: server.header_timeout },
+    // 0: the time for the body is limited, the time an answer takes is not.
+    connectionTimeout: 0,
+    requestTimeout: server.read_timeout,
+    keepAliveTimeout: server.idle_timeout,
+    bodyLimit: server.max_body_size,
+    trustProxy: server.trust_proxy,
+    requestIdHeader: false,
+    forceCloseConnections: true,
+    return503OnClosing: false,
+    loggerInstance: log,
+    childLoggerFactory: (logger: FastifyBaseLogger) => logger,
+    logController: new QuietLog({ disableRequestLogging: true }),
+    clientErrorHandler: answerClientError,
+    routerOptions: { maxParamLength: 500 },
+    exposeHeadRoutes: true
+  } as never) as unknown as FastifyInstance
+  fastify.setErrorHandler(answerError)
+  if (server.cors.enabled) await fastify.register(cors, corsOptions(server.cors))
+
+  let control!: Gateway
+  await fastify.register(gateway, {
+    ...sections(config),
+    proxy: { write_timeout: server.write_timeout },
+    drain_timeout: server.drain_timeout,
+    ownsNotFound: true,
+    onGateway: (created: Gateway) => {
+      control = created
+    }
+  })
+  await fastify.ready()
+  return { fastify, control }
+}
+
+/** The gateway logs a line for each exchange itself; Fastify's own would hold URLs with their queries. */
+class QuietLog extends LogController {
+  override streamError(): void {}
+  override routeNotFound(): void {}
+  override serviceUnavailable(): void {}
+}
+
+/** The sections of the file that the gateway plugin takes. */
+function sections({ backends, routing, health_check, auth, rate_limit, usage, metrics }: Config) {
+  return { backends, routing, health_check, auth, rate_limit, usage, metrics }
+}
+
+/** Names of the settings that differ but can't be changed while running. */
+function needRestart(before: Config, after: Config): string[] {
+  const names = (['server', 'log'] as const).flatMap(section =>
+    Object.keys(after[section])
+      .filter(name => `${section}.${name}` !== 'log.level')
+      .filter(
+        name => !isDeepStrictEqual(member(before[section], name), member(after[section], name))
+      )
+      .map(name => `${section}.${name}`)
+  )
+  return isDeepStrictEqual(before.metrics, after.metrics) ? names : [...names, 'metrics']
+}
+
+function member(section: object, name: string): unknown {
+  return (section as Record<string, unknown>)[name]
+}
+
+function readTls(tls: Config['server']['tls']) {
+  return {
+    cert: readFileSync(tls.cert_file!),
+    key: readFileSync(tls.key_file!),
+    minVersion: 'TLSv1.2' as const,
+    ...(tls.client_ca_file === undefined ? {} : { ca: readFileSync(tls.client_ca_file) }),
+    requestCert: tls.client_auth !== 'none',
+    rejectUnauthorized: tls.client_auth === 'require'
+  }
+}
+
+function corsOptions(options: Config['server']['cors']) {
+  const all = options.allowed_origins.includes('*')
+  return {
+    origin: all && !options.allow_credentials ? '*' : all ? true : options.allowed_origins,
+    methods: options.allowed_methods,
+    allowedHeaders: options.allowed_headers,
+    exposedHeaders: options.expose_headers,
+    credentials: options.allow_credentials,
+    ...(options.max_age > 0 ? { maxAge: options.max_age } : {})
+  }
+}
+
+function createLog(options: Config['log'], dataDir: string): FastifyBaseLogger {
+  const redact = ['*.authorization', '*["x-api-key"]', '*["api-key"]']
+  const settings = { level: options.level, redact, base: null }
+  if (options.output === 'file') {
+    const path = resolve(dataDir, options.file.path)
+    mkdirSync(dirname(path), { recursive: true })
+    return pino(settings, pino.destination({ dest: path, sync: false }))
+  }
+  const fd = options.output === 'stdout' ? 1 : 2
+  const isTerminal = options.output === 'stdout' ? process.stdout.isTTY : process.stderr.isTTY
+  if (options.format === 'text' || (options.format === 'auto' && isTerminal)) {
+    return pino(settings, pretty({ destination: fd, sync: true, translateTime: 'SYS:HH:MM:ss.l' }))
+  }
+  return pino(settings, pino.destination({ dest: fd, sync: true }))
+}
+
+async function listen(fastify: FastifyInstance, address: string): Promise<string> {
+  const colon = address.lastIndexOf(':')
+  const host = address.slice(0, colon).replace(/^\[|\]$/g, '')
+  const port = Number(address.slice(colon + 1))
+  if (host !== '') return fastify.listen({ host, port })
+  try {
+    await fastify.listen({ host: '::', port })
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException
+    if (code !== 'EAFNOSUPPORT' && code !== 'EADDRNOTAVAIL') throw error
+    await fastify.listen({ host: '0.0.0.0', port })
+  }
+  const scheme = 'setSecureContext' in fastify.server ? 'https' : 'http'
+  return `${scheme}://localhost:${(fastify.server.address() as AddressInfo).port}`
+}
+
+function sayDemo(log: FastifyBaseLogger, { demoUrl }: Gateway, url: string): void {
+  if (demoUrl === undefined) return
+  log.info('A backend of this configuration is the built-in demo. Try it:')
+  log.info(
+    `curl -N ${url}/v1/chat/completions -H 'content-type: application/json' ` +
+      `-d '{"model": "demo", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}'`
+  )
+}
+
+/** What is not even HTTP gets a short answer, in OpenAI's shape, and the connection is closed. */
+function answerClientError(error: NodeJS.ErrnoException & { rawPacket?: Buffer }, socket: Socket) {
+  if (error.code === 'ECONNRESET' || socket.destroyed) return
+  if (!socket.writable) return void socket.destroy()
+  const answer =
+    error.code === 'HPE_HEADER_OVERFLOW'
+      ? new GatewayError('headers_too_large', 'The headers of this request are too large.')
+      : error.code === 'ERR_HTTP_REQUEST_TIMEOUT'
+        ? new GatewayError('request_timeout', 'The request did not arrive in time.')
+        : new GatewayError('invalid_request', 'This is not a valid HTTP request.')
+  const body = JSON.stringify(openaiError(answer))
+  socket.end(
+    `HTTP/1.1 ${answer.statusCode} ${REASONS[answer.statusCode]}\r\n` +
+      'content-type: application/json; charset=utf-8\r\n' +
+      `content-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`
+  )
+}
+
+const REASONS: Record<number, string> = {
+  400: 'Bad Request',
+  408: 'Request Timeout',
+  431: 'Request Header Fields Too Large'
+}
