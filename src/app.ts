@@ -1,9 +1,4 @@
-import type {
-  FastifyPluginAsync,
-  FastifyRegisterOptions,
-  FastifyReply,
-  FastifyRequest
-} from 'fastify'
+import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import { type Static, Type } from 'typebox'
 import { anthropic } from './dialects/anthropic.ts'
 import type { Dialect } from './dialects/dialect.ts'
@@ -54,13 +49,14 @@ export interface Gateway {
 }
 
 /** As options are given: quantities may be text, and what has a default may be left out. */
-type GivenOptions = FastifyRegisterOptions<{
+interface GivenOptions {
   backends: object[]
+  prefix?: string
   onGateway?: (gateway: Gateway) => void
   /** Answer every unknown path of the server, not only those under the prefix. */
   ownsNotFound?: boolean
-}> &
-  Record<string, unknown>
+  [section: string]: unknown
+}
 
 interface Lifecycle {
   isDraining: boolean

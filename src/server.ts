@@ -5,7 +5,7 @@ import { dirname, resolve } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import cors from '@fastify/cors'
 import Fastify, { type FastifyBaseLogger, type FastifyInstance, LogController } from 'fastify'
-import pino from 'pino'
+import { pino } from 'pino'
 import pretty from 'pino-pretty'
 import gateway, { answerError, type Gateway } from './app.ts'
 import { type Config, loadConfig } from './config.ts'
@@ -81,7 +81,8 @@ export async function startServer(file: string, dataDir: string): Promise<Server
   }
 }
 
-async function createApp(config: Config, log: FastifyBaseLogger) {
+/** The gateway in a Fastify server of its own, as the configuration has it, not listening yet. */
+export async function createApp(config: Config, log: FastifyBaseLogger) {
   const { server } = config
   const fastify = Fastify({
     ...(server.tls.enabled ? { https: readTls(server.tls) } : {}),
