@@ -86,7 +86,11 @@ export async function createApp(config: Config, log: FastifyBaseLogger) {
   const { server } = config
   const fastify = Fastify({
     ...(server.tls.enabled ? { https: readTls(server.tls) } : {}),
-    http: { maxHeaderSize: server.max_header_bytes, headersTimeout: server.header_timeout },
+    http: {
+      maxHeaderSize: server.max_header_bytes,
+      headersTimeout: server.header_timeout,
+      connectionsCheckingInterval: 500
+    },
     // 0: the time for the body is limited, the time an answer takes is not.
     connectionTimeout: 0,
     requestTimeout: server.read_timeout,

@@ -112,10 +112,12 @@ export type Answerer = (
 /** Starts a backend that answers as it is told. */
 export async function fakeBackend(t: TestContext, answer: Answerer): Promise<FakeBackend> {
   const requests: SeenRequest[] = []
+  const closes = new WeakMap<Socket, Promise<unknown>>()
   const waiting = new Set<() => void>()
   const server = createServer(async (raw, response) => {
     response.on('error', () => {})
-    const closed = once(raw.socket, 'close')
+    const closed = closes.get(raw.socket) ?? closing(raw.socket)
+    closes.set(raw.socket, closed)
     const chunks: Buffer[] = []
     try {
       for await (const chunk of raw) chunks.push(chunk)
@@ -161,6 +163,22 @@ export async function fakeBackend(t: TestContext, answer: Answerer): Promise<Fak
   }
 }
 
+/** Resolves when it is closed, with or without an error. */
+export function closing(emitter: NodeJS.EventEmitter): Promise<void> {
+  return new Promise(resolve => emitter.once('close', () => resolve()))
+}
+
+/** Resolves when a response takes more, or is closed. */
+export function writable(response: ServerResponse): Promise<void> {
+  return new Promise(resolve => {
+    const done = () => {
+      response.off('drain', done).off('close', done)
+      resolve()
+    }
+    response.once('drain', done).once('close', done)
+  })
+}
+
 /** A port of the loopback interface on which nothing listens. */
 export async function closedPort(): Promise<number> {
   const server = createServer().listen(0, '127.0.0.1')
@@ -204,20 +222,21 @@ export async function rawClient(t: TestContext, port: number, text = ''): Promis
   const client: RawClient = {
     socket,
     received: '',
-    closed: once(socket, 'close'),
+    closed: closing(socket),
     until(pattern) {
       return new Promise((resolve, reject) => {
-        const look = () => {
-          if (!pattern.test(client.received)) return
-          socket.off('data', look)
-          resolve(client.received)
+        const settle = (done: () => void) => {
+          socket.off('data', look).off('close', fail)
+          done()
         }
-        socket.on('data', look)
-        socket.once('close', () => {
-          if (pattern.test(client.received)) resolve(client.received)
-          else reject(new Error(`closed before ${pattern}: ${client.received}`))
-        })
+        const look = () => {
+          if (pattern.test(client.received)) settle(() => resolve(client.received))
+        }
+        const fail = () =>
+          settle(() => reject(new Error(`closed before ${pattern}: ${client.received}`)))
+        socket.on('data', look).on('close', fail)
         look()
+        if (socket.destroyed) fail()
       })
     }
   }

@@ -125,12 +125,16 @@ export class Attempt implements BackendHandler {
 
   onResponseError(_controller: Dispatcher.DispatchController, error: Error): void {
     this.#end()
-    if (this.#isCancelled) return
+    // An answer that was destroyed is one that its client gave up.
+    if (this.#isCancelled || this.#answer?.destroyed) return
     if (this.#isDelivered) return this.#break(error)
     if (this.#refusal !== undefined && !this.#isInDoubt) return this.#refusal.lose()
     const kind = isTimeout(error) ? 'timeout' : 'connect_failure'
-    this.#owner.count(this, kind)
-    this.#penalise()
+    // An error of our own making is about the request's body: the backend is not to blame.
+    if (!(error instanceof GatewayError)) {
+      this.#owner.count(this, kind)
+      this.#penalise()
+    }
     this.#owner.failed(this, kind, error)
   }
 

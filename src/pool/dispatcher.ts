@@ -98,6 +98,7 @@ class Delivery implements AttemptOwner {
   }
 
   failed(attempt: Attempt, kind: FailureKind, error: Error): void {
+    if (error instanceof GatewayError) return this.#giveUp(error, 'rejected')
     this.#logFailure(attempt, kind, reason(error))
     const wait = isOurs(error) ? undefined : this.#plan(kind)
     if (wait !== undefined) this.#retry(wait)

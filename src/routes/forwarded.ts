@@ -45,6 +45,8 @@ function limited(body: NodeJS.ReadableStream, length: number, limit: number): Tr
     }
   })
   counter.on('error', () => {})
-  body.on('error', error => counter.destroy(error))
+  body.on('error', () => {
+    counter.destroy(new GatewayError('client_gone', 'The client has left.'))
+  })
   return body.pipe(counter)
 }

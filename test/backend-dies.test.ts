@@ -1,0 +1,130 @@
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { CHAT, chunk, events, fakeBackend, rawClient, rawPost, startGateway } from './helper.ts'
+
+/** A stream in each API that the backend cuts after its first event, and what the client must see. */
+const STREAMS = [
+  {
+    path: '/v1/chat/completions',
+    type: 'text/event-stream',
+    first: chunk('Hi'),
+    last: /data: \{"error":\{"message":"The backend broke off.*"code":"backend_failed"\}\}\n\n/
+  },
+  {
+    path: '/v1/responses',
+    type: 'text/event-stream',
+    first: 'event: response.created\ndata: {"type":"response.created","response":{"id":"r1"}}\n\n',
+    last: /event: error\ndata: \{"type":"error","code":"backend_failed","message":/
+  },
+  {
+    path: '/v1/messages',
+    type: 'text/event-stream',
+    first: 'event: ping\ndata: {"type":"ping"}\n\n',
+    last: /event: error\ndata: \{"type":"error","error":\{"type":"api_error","message":.*"request_id":"req_/
+  },
+  {
+    path: '/api/chat',
+    type: 'application/x-ndjson',
+    first: '{"model":"m","message":{"role":"assistant","content":"Hi"},"done":false}\n',
+    last: /\{"error":"The backend broke off[^"]*"\}\n/
+  }
+]
+
+for (const { path, type, first, last } of STREAMS) {
+  test(`${path}: a backend that dies in the middle of a stream is no clean end`, async t => {
+    const backend = await fakeBackend(t, (_request, response, raw) => {
+      response.writeHead(200, { 'content-type': type })
+      response.write(first, () => raw.socket.destroy())
+    })
+    const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+    const body = JSON.stringify({ ...CHAT, stream: true })
+    const client = await rawClient(t, gateway.port, rawPost(path, body))
+    await client.closed
+    assert.match(client.received, /^HTTP\/1.1 200 /)
+    assert.ok(client.received.includes(first))
+    assert.match(client.received, last)
+    assert.doesNotMatch(client.received, /\[DONE\]/)
+    assert.doesNotMatch(client.received, /\r\n0\r\n/, 'no end of a chunked body')
+    const line = await gateway.logged({ msg: 'exchange' })
+    assert.equal(line.outcome, 'backend_failed')
+    assert.equal(line.error, 'backend_failed')
+    assert.equal(await gateway.metric('llmproxy_backend_in_flight'), 0)
+  })
+}
+
+test('a whole answer that breaks off is not completed', async t => {
+  const backend = await fakeBackend(t, (_request, response, raw) => {
+    response.writeHead(200, { 'content-type': 'application/json', 'content-length': 100 })
+    response.write('{"id":"x"', () => raw.socket.destroy())
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/embeddings', JSON.stringify(CHAT)))
+  await client.closed
+  assert.match(client.received, /\{"id":"x"$/)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'backend_failed')
+})
+
+test('a stream that only the closed connection ends, without saying so, is no clean end', async t => {
+  const backend = await fakeBackend(t, (_request, _response, raw) => {
+    const head = 'HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n'
+    raw.socket.end(head + chunk('Hi'))
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await client.closed
+  assert.match(client.received, /"code":"backend_failed"/)
+  assert.doesNotMatch(client.received, /\r\n0\r\n/)
+})
+
+test('a stream that the closed connection ends after [DONE] is complete', async t => {
+  const backend = await fakeBackend(t, (_request, _response, raw) => {
+    const head = 'HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n'
+    raw.socket.end(`${head}${chunk('Hi')}data: [DONE]\n\n`)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await client.until(/\r\n0\r\n/)
+  assert.equal(events(client.received).at(-1), '[DONE]')
+  assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'ok')
+})
+
+test('a backend that falls silent in a stream is cut after idle_timeout', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url, idle_timeout: '200ms' }]
+  })
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await client.closed
+  assert.match(client.received, /"code":"backend_timeout"/)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'timed_out')
+  await (await backend.request()).closed
+})
+
+test('a backend that sends no head in time is a 504', async t => {
+  const backend = await fakeBackend(t, () => {})
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    routing: { timeout: '200ms' }
+  })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/embeddings', JSON.stringify(CHAT)))
+  await client.until(/backend_timeout/)
+  assert.match(client.received, /^HTTP\/1.1 504 /)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'timed_out')
+  await (await backend.request()).closed
+})
+
+test('a backend that does not speak HTTP is a 502', async t => {
+  const backend = await fakeBackend(t, (_request, _response, raw) => {
+    raw.socket.end('SSH-2.0-OpenSSH_9.9\r\n')
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/embeddings', JSON.stringify(CHAT)))
+  await client.until(/backend_unreachable/)
+  assert.match(client.received, /^HTTP\/1.1 502 /)
+})

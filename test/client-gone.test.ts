@@ -1,0 +1,169 @@
+import assert from 'node:assert/strict'
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { readFileSync } from 'node:fs'
+import { connect } from 'node:net'
+import { type TestContext, test } from 'node:test'
+import { CHAT, chunk, fakeBackend, rawClient, rawPost, startGateway } from './helper.ts'
+
+/** Resolves to how long it took in ms until the backend's connection was closed. */
+async function timed(closed: Promise<unknown>): Promise<number> {
+  const start = performance.now()
+  await closed
+  return performance.now() - start
+}
+
+const LIMITS = { rate_limit: { enabled: true, per_key: { max_concurrent: 1 } } }
+
+async function assertNothingIsLeft(gateway: Awaited<ReturnType<typeof startGateway>>) {
+  const line = await gateway.logged({ msg: 'exchange' })
+  assert.equal(line.outcome, 'client_gone')
+  assert.equal(await gateway.metric('llmproxy_backend_in_flight'), 0)
+  assert.equal(gateway.fastify.server.listening, true)
+  return line
+}
+
+for (const stream of [true, false]) {
+  test(`gone before the head of the answer, stream: ${stream}`, async t => {
+    const backend = await fakeBackend(t, () => {})
+    const gateway = await startGateway(t, { backends: [{ url: backend.url }], ...LIMITS })
+    const body = JSON.stringify({ ...CHAT, stream })
+    const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+    const seen = await backend.request()
+    client.socket.destroy()
+    assert.ok((await timed(seen.closed)) < 100)
+    const line = await assertNothingIsLeft(gateway)
+    assert.equal(line.status, 499)
+    assert.equal(await gateway.metric('llmproxy_attempts_total', { result: 'client_gone' }), 1)
+  })
+}
+
+test('gone in the middle of a stream', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+    response.write(chunk(' you'))
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }], ...LIMITS })
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await client.until(/you/)
+  const seen = await backend.request()
+  client.socket.destroy()
+  assert.ok((await timed(seen.closed)) < 100)
+  const line = await assertNothingIsLeft(gateway)
+  assert.equal(line.completionTokens, 2)
+  assert.equal(line.exactness, 'counted')
+  assert.ok(Number(line.promptTokens) > 0)
+})
+
+test('gone in the middle of a whole answer', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'application/json', 'content-length': 1000 })
+    response.write('{"id":')
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }], ...LIMITS })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/embeddings', JSON.stringify(CHAT)))
+  await client.until(/"id"/)
+  const seen = await backend.request()
+  client.socket.destroy()
+  assert.ok((await timed(seen.closed)) < 100)
+  await assertNothingIsLeft(gateway)
+})
+
+test('gone while waiting between two attempts', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(503)
+    response.end('{}')
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    routing: { retry: { enabled: true, initial_wait: '60s', max_wait: '60s' } }
+  })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/embeddings', JSON.stringify(CHAT)))
+  await gateway.logged({ msg: 'attempt failed' })
+  client.socket.destroy()
+  const line = await assertNothingIsLeft(gateway)
+  assert.equal(line.attempts, 1)
+  assert.equal(backend.requests.length, 1)
+})
+
+test('gone while the connection to the backend is being opened', async t => {
+  const port = await fullPort(t)
+  const gateway = await startGateway(t, {
+    backends: [{ url: `http://127.0.0.1:${port}` }],
+    routing: { connect_timeout: '60s' }
+  })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/embeddings', JSON.stringify(CHAT)))
+  await polled(() => opening(port) === 1)
+  client.socket.destroy()
+  const start = performance.now()
+  await polled(() => opening(port) === 0)
+  assert.ok(performance.now() - start < 100)
+  await assertNothingIsLeft(gateway)
+})
+
+test('gone while the body is still on its way', async t => {
+  const backend = await fakeBackend(t, () => {})
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }], ...LIMITS })
+  const text = rawPost('/v1/embeddings', '{"model":"m"}').replace('length: 13', 'length: 1000')
+  const client = await rawClient(t, gateway.port, text)
+  await polled(async () => (await gateway.metric('llmproxy_requests_in_flight')) === 1)
+  client.socket.destroy()
+  await polled(async () => (await gateway.metric('llmproxy_requests_in_flight')) === 0)
+  assert.equal(backend.requests.length, 0)
+})
+
+test('a slot comes back however a call ends', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }], ...LIMITS })
+  const text = rawPost('/v1/chat/completions', JSON.stringify({ ...CHAT, stream: true }))
+  for (let round = 0; round < 3; round++) {
+    const client = await rawClient(t, gateway.port, text)
+    await client.until(/Hi/)
+    const refused = await rawClient(t, gateway.port, text)
+    assert.match(await refused.until(/\}\}/), /^HTTP\/1.1 429 /)
+    refused.socket.destroy()
+    client.socket.destroy()
+    await polled(async () => (await gateway.metric('llmproxy_requests_in_flight')) === 0)
+  }
+  assert.equal(backend.requests.length, 3)
+})
+
+/** A port that completes no more connections: its owner is stopped and its queue is full. */
+async function fullPort(t: TestContext): Promise<number> {
+  const child = spawn(process.execPath, [
+    '-e',
+    `const server = require('node:net').createServer()
+    server.listen({ port: 0, host: '127.0.0.1', backlog: 1 }, () => {
+      process.stdout.write(String(server.address().port))
+    })`
+  ])
+  t.after(() => child.kill('SIGKILL'))
+  const [data] = await once(child.stdout, 'data')
+  const port = Number(data)
+  child.kill('SIGSTOP')
+  // The queue takes backlog + 1 connections; the next one's SYN is dropped.
+  for (let opened = 0; opened < 2; opened++) {
+    const socket = connect(port, '127.0.0.1')
+    t.after(() => socket.destroy())
+    await once(socket, 'connect')
+  }
+  return port
+}
+
+/** Connections to this port that wait for their SYN to be answered (state 02). */
+function opening(port: number): number {
+  const remote = `0100007F:${port.toString(16).toUpperCase().padStart(4, '0')}`
+  return readFileSync('/proc/net/tcp', 'utf8')
+    .split('\n')
+    .filter(line => line.trim().split(/\s+/)[2] === remote && line.trim().split(/\s+/)[3] === '02')
+    .length
+}
+
+async function polled(condition: () => boolean | Promise<boolean>): Promise<void> {
+  while (!(await condition())) await new Promise(resolve => setImmediate(resolve))
+}

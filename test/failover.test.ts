@@ -1,0 +1,229 @@
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { answerChat, CHAT, chunk, closedPort, fakeBackend, post, startGateway } from './helper.ts'
+
+const RETRY = { enabled: true, initial_wait: '1ms', max_wait: '50ms' }
+const REFUSED = '{"error":{"message":"try later","type":"overloaded"}}'
+
+test('a refused connection goes to another backend without any configuration', async t => {
+  const good = await fakeBackend(t, answerChat)
+  const gateway = await startGateway(t, {
+    backends: [{ name: 'dead', url: `http://127.0.0.1:${await closedPort()}` }, { url: good.url }]
+  })
+  for (let call = 0; call < 4; call++) {
+    assert.equal((await post(`${gateway.url}/v1/chat/completions`, CHAT)).status, 200)
+  }
+  assert.equal(good.requests.length, 4)
+  assert.ok((await gateway.metric('llmproxy_attempts_total', { result: 'connect_failure' })) >= 1)
+})
+
+test('a connection that breaks before any answer goes to another backend', async t => {
+  const bad = await fakeBackend(t, (_request, _response, raw) => raw.socket.destroy())
+  const good = await fakeBackend(t, answerChat)
+  const gateway = await startGateway(t, { backends: [{ url: bad.url }, { url: good.url }] })
+  for (let call = 0; call < 2; call++) {
+    assert.equal((await post(`${gateway.url}/v1/chat/completions`, CHAT)).status, 200)
+  }
+  assert.equal(bad.requests.length, 1)
+})
+
+test('a stream whose head came but no byte of it goes to another backend', async t => {
+  const bad = await fakeBackend(t, (_request, response, raw) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.flushHeaders()
+    setImmediate(() => raw.socket.destroy())
+  })
+  const good = await fakeBackend(t, answerChat)
+  const gateway = await startGateway(t, {
+    backends: [{ url: bad.url, weight: 100 }, { url: good.url }]
+  })
+  const response = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+  assert.match(await response.text(), /\[DONE\]/)
+  assert.equal(bad.requests.length, 1)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).attempts, 2)
+})
+
+test('nobody listens: 502 in the dialect of the route', async t => {
+  const gateway = await startGateway(t, {
+    backends: [{ url: `http://127.0.0.1:${await closedPort()}` }]
+  })
+  const openai = await post(`${gateway.url}/v1/chat/completions`, CHAT)
+  assert.equal(openai.status, 502)
+  assert.equal((await openai.json()).error.code, 'backend_unreachable')
+  const anthropic = await post(`${gateway.url}/v1/messages`, CHAT)
+  assert.equal((await anthropic.json()).error.type, 'api_error')
+  const ollama = await post(`${gateway.url}/api/chat`, CHAT)
+  assert.equal(typeof (await ollama.json()).error, 'string')
+})
+
+for (const status of [500, 503, 429]) {
+  test(`without retry a ${status} passes as it is`, async t => {
+    const bad = await fakeBackend(t, (_request, response) => {
+      response.writeHead(status, { 'content-type': 'application/json', 'retry-after': '7' })
+      response.end(REFUSED)
+    })
+    const good = await fakeBackend(t, answerChat)
+    const gateway = await startGateway(t, { backends: [{ url: bad.url }, { url: good.url }] })
+    const response = await post(`${gateway.url}/v1/chat/completions`, CHAT)
+    assert.equal(response.status, status)
+    assert.equal(response.headers.get('retry-after'), '7')
+    assert.equal(await response.text(), REFUSED)
+  })
+
+  test(`with retry a ${status} goes to another backend at once`, async t => {
+    const bad = await fakeBackend(t, (_request, response) => {
+      response.writeHead(status, { 'retry-after': '3600' })
+      response.end(REFUSED)
+    })
+    const good = await fakeBackend(t, answerChat)
+    const gateway = await startGateway(t, {
+      backends: [{ url: bad.url }, { url: good.url }],
+      routing: { retry: RETRY }
+    })
+    const response = await post(`${gateway.url}/v1/chat/completions`, CHAT)
+    assert.equal(response.status, 200)
+    await response.text()
+    assert.equal((await gateway.logged({ msg: 'exchange' })).attempts, 2)
+  })
+}
+
+test('when all refuse, the last answer is passed on with its body, and all were tried', async t => {
+  const answer =
+    (status: number) => (_request: unknown, response: import('node:http').ServerResponse) => {
+      response.writeHead(status, { 'content-type': 'application/json', 'x-from': String(status) })
+      response.end(REFUSED)
+    }
+  const first = await fakeBackend(t, answer(500))
+  const second = await fakeBackend(t, answer(502))
+  const gateway = await startGateway(t, {
+    backends: [{ url: first.url }, { url: second.url }],
+    routing: { retry: { ...RETRY, max_retries: 3 } }
+  })
+  const response = await post(`${gateway.url}/v1/chat/completions`, CHAT)
+  assert.ok(response.status === 500 || response.status === 502)
+  assert.equal(response.headers.get('x-from'), String(response.status))
+  assert.equal(await response.text(), REFUSED)
+  assert.equal(first.requests.length + second.requests.length, 4)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).attempts, 4)
+})
+
+test('a refusal is passed on when the other backend cannot even be reached', async t => {
+  const bad = await fakeBackend(t, (_request, response) => {
+    response.writeHead(503, { 'content-type': 'application/json' })
+    response.end(REFUSED)
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: bad.url, weight: 9 }, { url: `http://127.0.0.1:${await closedPort()}` }],
+    routing: { retry: { ...RETRY, max_retries: 1 } }
+  })
+  const response = await post(`${gateway.url}/v1/chat/completions`, CHAT)
+  assert.equal(response.status, 503)
+  assert.equal(await response.text(), REFUSED)
+})
+
+test('a short Retry-After is waited for, a long one is not', async t => {
+  let calls = 0
+  const busy = await fakeBackend(t, (request, response, raw) => {
+    if (calls++ > 0) return answerChat(request, response, raw)
+    response.writeHead(429, { 'retry-after': '0.02' })
+    return response.end(REFUSED)
+  })
+  const patient = await startGateway(t, {
+    backends: [{ url: busy.url }],
+    routing: { retry: RETRY }
+  })
+  assert.equal((await post(`${patient.url}/v1/chat/completions`, CHAT)).status, 200)
+  assert.equal(calls, 2)
+
+  const full = await fakeBackend(t, (_request, response) => {
+    response.writeHead(429, { 'retry-after': '3600' })
+    response.end(REFUSED)
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: full.url }],
+    routing: { retry: RETRY }
+  })
+  const response = await post(`${gateway.url}/v1/chat/completions`, CHAT)
+  assert.equal(response.status, 429)
+  assert.equal(response.headers.get('retry-after'), '3600')
+  assert.equal(await response.text(), REFUSED)
+  assert.equal(full.requests.length, 1)
+})
+
+test('a timeout is tried again only when retry_on says so', async t => {
+  const silent = await fakeBackend(t, () => {})
+  const good = await fakeBackend(t, answerChat)
+  const backends = [{ url: silent.url, timeout: '100ms' }, { url: good.url }]
+  const strict = await startGateway(t, { backends, routing: { retry: RETRY } })
+  assert.equal((await post(`${strict.url}/v1/chat/completions`, CHAT)).status, 504)
+  const retrying = await startGateway(t, {
+    backends,
+    routing: { retry: { ...RETRY, retry_on: ['timeout'] } }
+  })
+  assert.equal((await post(`${retrying.url}/v1/chat/completions`, CHAT)).status, 200)
+})
+
+test('nothing is tried again once the client has had a byte', async t => {
+  const bad = await fakeBackend(t, (_request, response, raw) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'), () => raw.socket.destroy())
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: bad.url }, { name: 'b', url: bad.url }],
+    routing: { retry: RETRY }
+  })
+  const response = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+  await assert.rejects(response.text())
+  assert.equal(bad.requests.length, 1)
+})
+
+test('an upload that was refused before it began goes to another backend', async t => {
+  const good = await fakeBackend(t, (_request, response) => response.end('{"text":"hello"}'))
+  const gateway = await startGateway(t, {
+    backends: [{ url: `http://127.0.0.1:${await closedPort()}`, weight: 9 }, { url: good.url }]
+  })
+  const form = new FormData()
+  form.set('model', 'whisper')
+  form.set('file', new Blob(['x'.repeat(100_000)]), 'a.wav')
+  const response = await fetch(`${gateway.url}/v1/audio/transcriptions`, {
+    method: 'POST',
+    body: form
+  })
+  assert.equal(response.status, 200)
+  assert.equal(await response.text(), '{"text":"hello"}')
+  assert.ok(good.requests[0]!.body.includes('x'.repeat(100_000)))
+})
+
+test('a backend that takes no stream_options is asked without, and remembered', async t => {
+  const strict = await fakeBackend(t, (request, response) => {
+    if (!JSON.parse(request.body).stream_options) {
+      response.writeHead(200, { 'content-type': 'text/event-stream' })
+      return response.end(`${chunk('Hi')}${chunk('!')}data: [DONE]\n\n`)
+    }
+    response.writeHead(400, { 'content-type': 'application/json' })
+    return response.end('{"error":{"message":"Unrecognized request argument: stream_options"}}')
+  })
+  const gateway = await startGateway(t, { backends: [{ url: strict.url }] })
+  for (let call = 0; call < 2; call++) {
+    const response = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+    assert.equal(await response.text(), `${chunk('Hi')}${chunk('!')}data: [DONE]\n\n`)
+  }
+  assert.equal(strict.requests.length, 3)
+  const line = await gateway.logged({ msg: 'exchange' })
+  assert.equal(line.completionTokens, 2)
+  assert.equal(line.exactness, 'counted')
+  assert.equal(line.attempts, 1)
+})
+
+test('any other 400 to a question for usage is the client’s', async t => {
+  const body = '{"error":{"message":"context length exceeded"}}'
+  const strict = await fakeBackend(t, (_request, response) => {
+    response.writeHead(400, { 'content-type': 'application/json' })
+    response.end(body)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: strict.url }] })
+  const response = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+  assert.equal(response.status, 400)
+  assert.equal(await response.text(), body)
+  assert.equal(strict.requests.length, 1)
+})

@@ -1,0 +1,240 @@
+import assert from 'node:assert/strict'
+import { once } from 'node:events'
+import { connect } from 'node:net'
+import { type TestContext, test } from 'node:test'
+import { CHAT, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
+
+/** A gateway over a backend that must never be reached. */
+async function unreached(t: TestContext, config: object = {}) {
+  const backend = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }], ...config })
+  t.after(() => assert.equal(backend.requests.length, 0, 'no backend may be reached'))
+  return gateway
+}
+
+const BODIES: [string, string][] = [
+  ['nothing', ''],
+  ['an array', '[]'],
+  ['null', 'null'],
+  ['text', '"hello"'],
+  ['half an object', '{"model": "m"'],
+  ['two objects', '{"model":"m"}{"model":"n"}'],
+  ['an object and more', '{"model":"m"} x'],
+  ['a byte order mark', '\ufeff{"model":"m"}'],
+  ['a single quote', "{'model':'m'}"],
+  ['a number as model', '{"model": 1}'],
+  ['text as stream', '{"stream": "true"}'],
+  ['deep nesting', '['.repeat(100_000)]
+]
+
+test('a body that is not exactly one JSON object is a 400 in the dialect of the route', async t => {
+  const gateway = await unreached(t)
+  for (const [name, body] of BODIES) {
+    for (const path of ['/v1/chat/completions', '/v1/messages', '/api/chat', '/v1/responses']) {
+      const response = await post(gateway.url + path, body)
+      assert.equal(response.status, 400, `${name} at ${path}`)
+      const { error, type } = await response.json()
+      if (path === '/v1/messages') {
+        assert.equal(type, 'error')
+        assert.equal(error.type, 'invalid_request_error')
+      } else if (path === '/api/chat') assert.equal(typeof error, 'string')
+      else assert.deepEqual(Object.keys(error), ['message', 'type', 'param', 'code'])
+    }
+  }
+  const invalid = Buffer.concat([Buffer.from('{"model":"'), Buffer.of(0xff), Buffer.from('"}')])
+  const response = await fetch(`${gateway.url}/v1/embeddings`, { method: 'POST', body: invalid })
+  assert.equal(response.status, 400)
+})
+
+test('what is wrong with a body is said without repeating it', async t => {
+  const gateway = await unreached(t)
+  const response = await post(`${gateway.url}/v1/embeddings`, '{"password": hunter2}')
+  const text = await response.text()
+  assert.match(text, /not valid JSON/)
+  assert.doesNotMatch(text, /hunter2|password/)
+  await gateway.logged({ msg: 'exchange' })
+  assert.doesNotMatch(JSON.stringify(gateway.lines), /hunter2/)
+})
+
+test('a compressed body is a 415', async t => {
+  const gateway = await unreached(t)
+  const response = await post(`${gateway.url}/v1/embeddings`, CHAT, { 'content-encoding': 'zstd' })
+  assert.equal(response.status, 415)
+})
+
+test('a body over max_body_size is a 413 before it has been sent', async t => {
+  const gateway = await unreached(t, { server: { max_body_size: '1KB' } })
+  for (const path of ['/v1/chat/completions', '/v1/audio/transcriptions']) {
+    const head = rawPost(path, '').replace('content-length: 0', 'content-length: 1000000000')
+    const client = await rawClient(t, gateway.port, head)
+    assert.match(await client.until(/\}\}/), /^HTTP\/1.1 413 [\s\S]*"code":"body_too_large"/)
+  }
+  const client = await rawClient(t, gateway.port)
+  client.socket.write(
+    `POST /v1/embeddings HTTP/1.1\r\nhost: g\r\ntransfer-encoding: chunked\r\n\r\n800\r\n${' '.repeat(2048)}\r\n`
+  )
+  assert.match(await client.until(/\}\}/), /^HTTP\/1.1 413 /)
+})
+
+test('an upload that grows over max_body_size is a 413', async t => {
+  const backend = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    server: { max_body_size: '1KB' }
+  })
+  const client = await rawClient(t, gateway.port)
+  client.socket.write(
+    `POST /v1/audio/transcriptions HTTP/1.1\r\nhost: g\r\ntransfer-encoding: chunked\r\n\r\n800\r\n${' '.repeat(2048)}\r\n`
+  )
+  assert.match(await client.until(/\}\}/), /^HTTP\/1.1 413 [\s\S]*"code":"body_too_large"/)
+  assert.equal(backend.requests.length, 0)
+})
+
+const ODD_REQUESTS: [string, string][] = [
+  [
+    'two different lengths',
+    'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}'
+  ],
+  [
+    'two equal lengths',
+    'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\ncontent-length: 2\r\ncontent-length: 2\r\n\r\n{}'
+  ],
+  [
+    'a list of lengths',
+    'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\ncontent-length: 2, 2\r\n\r\n{}'
+  ],
+  ['a negative length', 'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\ncontent-length: -2\r\n\r\n{}'],
+  [
+    'a length and chunks',
+    'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n'
+  ],
+  [
+    'an unknown coding',
+    'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\ntransfer-encoding: xchunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n'
+  ],
+  [
+    'chunks that are not last',
+    'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\ntransfer-encoding: chunked, identity\r\n\r\n2\r\n{}\r\n0\r\n\r\n'
+  ],
+  [
+    'a folded header',
+    'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\nx-a: b\r\n c\r\ncontent-length: 2\r\n\r\n{}'
+  ],
+  [
+    'a space before the colon',
+    'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\ncontent-length : 2\r\n\r\n{}'
+  ],
+  ['a bare line feed', 'POST /v1/embeddings HTTP/1.1\nhost: g\ncontent-length: 2\n\n{}'],
+  ['no host', 'POST /v1/embeddings HTTP/1.1\r\ncontent-length: 2\r\n\r\n{}'],
+  [
+    'a null byte',
+    'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\nx-a: b\0c\r\ncontent-length: 2\r\n\r\n{}'
+  ],
+  ['no HTTP at all', 'hello\r\n\r\n']
+]
+
+for (const [name, text] of ODD_REQUESTS) {
+  test(`a request with ${name} is a 400`, async t => {
+    const gateway = await unreached(t)
+    const client = await rawClient(t, gateway.port, text)
+    await client.until(/^HTTP\/1.1 400 /)
+  })
+}
+
+const ODD_PATHS = [
+  '//v1/models',
+  '/v1//models',
+  '/v1/../v1/models',
+  '/v1/models/..',
+  '/v1/models/../../pause',
+  '/v1/models/%2e%2e/pause',
+  '/v1/models/%2E./pause',
+  '/v1/models/..%2fpause',
+  '/v1/models/x%2f..%2f..%2fpause',
+  '/v1/models/%252e%252e/pause',
+  '/v1/models/..\\pause',
+  '/v1/models/%5c..%5cpause',
+  '/v1/models/x%00',
+  '/v1/./models',
+  'http://backend:8000/v1/models',
+  'http://backend:8000/pause',
+  '*',
+  '/v1/models%3fx'
+]
+
+test('tricks with paths are a 400 or a 404', async t => {
+  const gateway = await unreached(t)
+  for (const path of ODD_PATHS) {
+    const client = await rawClient(t, gateway.port, `GET ${path} HTTP/1.1\r\nhost: g\r\n\r\n`)
+    assert.match(await client.until(/\}\}|400/), /^HTTP\/1.1 40[04] /, path)
+    client.socket.destroy()
+  }
+  const client = await rawClient(t, gateway.port, 'CONNECT backend:80 HTTP/1.1\r\nhost: g\r\n\r\n')
+  await client.closed
+  assert.doesNotMatch(client.received, / 200 /)
+})
+
+const CONTROL = [
+  'GET /',
+  'GET /metrics/',
+  'POST /pause',
+  'POST /collective_rpc',
+  'POST /v1/load_lora_adapter',
+  'POST /invocations',
+  'POST /api/pull',
+  'POST /api/push',
+  'DELETE /api/delete',
+  'POST /api/create',
+  'POST /api/copy',
+  'POST /flush_cache',
+  'POST /abort_request',
+  'GET /props',
+  'GET /slots',
+  'GET /server_info',
+  'POST /v1/chat/completions/',
+  'GET /v1/chat/completions',
+  'PUT /v1/models',
+  'DELETE /v1/models/m',
+  'TRACE /v1/models',
+  'POST /inference/v1/generate',
+  'GET /v1/responses'
+]
+
+test('everything that is not declared is a 404 in JSON', async t => {
+  const gateway = await unreached(t)
+  for (const line of CONTROL) {
+    const text = `${line} HTTP/1.1\r\nhost: g\r\ncontent-length: 0\r\n\r\n`
+    const client = await rawClient(t, gateway.port, text)
+    const received = await client.until(/\}\}?$/)
+    assert.match(received, /^HTTP\/1.1 404 /, line)
+    assert.match(received, /content-type: application\/json/)
+    assert.match(received, /x-llmproxy-request-id: req_/)
+    client.socket.destroy()
+  }
+})
+
+test('a client that is slow with its head or its body is cut', async t => {
+  const gateway = await unreached(t, {
+    server: { header_timeout: '100ms', read_timeout: '300ms' }
+  })
+  const head = await rawClient(t, gateway.port, 'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\n')
+  const body = await rawClient(t, gateway.port, rawPost('/v1/embeddings', '{"a":1}').slice(0, -3))
+  await Promise.all([head.closed, body.closed])
+  assert.match(head.received, /^HTTP\/1.1 408 /)
+  assert.match(body.received, /^HTTP\/1.1 408 /)
+})
+
+test('headers over max_header_bytes are a 431', async t => {
+  const gateway = await unreached(t, { server: { max_header_bytes: '8KB' } })
+  const client = await rawClient(t, gateway.port)
+  client.socket.write(`GET /v1/models HTTP/1.1\r\nhost: g\r\nx-a: ${'x'.repeat(10_000)}\r\n\r\n`)
+  assert.match(await client.until(/\}\}/), /^HTTP\/1.1 431 [\s\S]*headers_too_large/)
+})
+
+test('a connection that sends nothing does no harm', async t => {
+  const gateway = await unreached(t)
+  const socket = connect(gateway.port, '127.0.0.1')
+  await once(socket, 'connect')
+  socket.resetAndDestroy()
+  assert.equal((await fetch(`${gateway.url}/health`)).status, 200)
+})
