@@ -39,7 +39,7 @@ export class Backend {
   readonly #sockets: Sockets
   #opening: BackendHandler | undefined
   #latency = 0
-  #latencyAt = 0
+  #latencyAt: number | undefined
 
   constructor(config: BackendConfig) {
     this.config = config
@@ -87,13 +87,17 @@ export class Backend {
 
   /** A time to first byte in ms; a failure counts as a long one, so that failing fast attracts nothing. */
   observeLatency(ms: number, now: number): void {
-    this.#latency = this.#latencyAt === 0 ? ms : this.latency(now) * (1 - ALPHA) + ms * ALPHA
+    const before = this.latency(now)
+    this.#latency = before === undefined ? ms : before * (1 - ALPHA) + ms * ALPHA
     this.#latencyAt = now
   }
 
-  /** Expected latency (ms): forgotten while nothing is observed, so that a slow one is tried again. */
-  latency(now: number): number {
-    if (this.#latencyAt === 0) return 0
+  /**
+   * Expected latency (ms), forgotten while nothing is observed, so that a slow one is tried again;
+   * undefined before the first observation.
+   */
+  latency(now: number): number | undefined {
+    if (this.#latencyAt === undefined) return undefined
     return this.#latency * Math.exp(-(now - this.#latencyAt) / FORGET_MS)
   }
 

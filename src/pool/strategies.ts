@@ -29,14 +29,19 @@ const leastConnections: Strategy = (candidates, now) => {
 }
 
 /**
- * Shortest expected wait: time to first byte, times what is in flight. A backend nothing is known
- * of comes first; one that is idle is forgiven slowly and so gets another try.
+ * Shortest expected wait: time to first byte, times what is in flight. A backend nothing is known of
+ * gets one call to show itself and counts as an average one meanwhile; one that is idle is forgiven
+ * slowly and so gets another try.
  */
-const latencyBased: Strategy = (candidates, now) =>
-  best(
-    candidates,
-    backend => backend.latency(now) * (backend.inFlight + 1) + backend.inFlight / 1e6
-  )
+const latencyBased: Strategy = (candidates, now) => {
+  const known = candidates.map(backend => backend.latency(now)).filter(ms => ms !== undefined)
+  const average = known.length === 0 ? 1 : known.reduce((sum, ms) => sum + ms, 0) / known.length
+  return best(candidates, backend => {
+    const ms = backend.latency(now)
+    if (ms === undefined && backend.inFlight === 0) return 0
+    return (ms ?? average) * (backend.inFlight + 1)
+  })
+}
 
 const random: Strategy = candidates => {
   const total = candidates.reduce((sum, backend) => sum + backend.config.weight, 0)

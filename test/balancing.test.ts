@@ -1,0 +1,184 @@
+import assert from 'node:assert/strict'
+import { type TestContext, test } from 'node:test'
+import { Backend } from '../src/pool/backend.ts'
+import { strategies } from '../src/pool/strategies.ts'
+import { CHAT, chunk, DONE, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
+
+function backends(t: TestContext, ...weights: number[]): Backend[] {
+  return weights.map((weight, index) => {
+    const backend = new Backend({
+      name: 'ABCDEF'[index]!,
+      url: 'http://127.0.0.1:1',
+      weight,
+      headers: {},
+      timeout: 0,
+      connectTimeout: 0,
+      idleTimeout: 0
+    })
+    t.after(() => backend.destroy())
+    return backend
+  })
+}
+
+function picks(strategy: keyof typeof strategies, candidates: Backend[], count: number): string {
+  return Array.from({ length: count }, () => strategies[strategy](candidates, 0).name).join('')
+}
+
+test('round_robin honours weights, smoothly', t => {
+  assert.equal(picks('round_robin', backends(t, 1, 1, 1), 6), 'ABCABC')
+  assert.equal(picks('round_robin', backends(t, 5, 1), 12), 'AAABAAAAABAA')
+  assert.equal(picks('weighted', backends(t, 3, 2, 1), 6), 'ABACBA')
+})
+
+test('round_robin never loses a backend that was away', t => {
+  const [a, b] = backends(t, 10, 1) as [Backend, Backend]
+  picks('round_robin', [a, b], 5)
+  for (let count = 0; count < 50; count++) assert.equal(strategies.round_robin([b], 0), b)
+  assert.match(picks('round_robin', [a, b], 22), /A.*B|B.*A/)
+})
+
+test('least_connections counts what is in flight, for each weight', t => {
+  const [a, b] = backends(t, 2, 1) as [Backend, Backend]
+  const order = Array.from({ length: 6 }, () => {
+    const chosen = strategies.least_connections([a, b], 0)
+    chosen.inFlight++
+    return chosen.name
+  })
+  assert.deepEqual([a.inFlight, b.inFlight], [4, 2], order.join(''))
+})
+
+test('latency_based prefers the fast, shuns the failing, and tries the idle again', t => {
+  const [a, b] = backends(t, 1, 1) as [Backend, Backend]
+  a.observeLatency(100, 0)
+  b.observeLatency(1000, 0)
+  assert.equal(strategies.latency_based([a, b], 0), a)
+  a.observeLatency(10_000, 1)
+  assert.equal(strategies.latency_based([a, b], 1), b, 'a failure counts as a long latency')
+  b.observeLatency(1000, 60_000)
+  assert.equal(strategies.latency_based([a, b], 60_000), a, 'after a minute it gets another try')
+})
+
+test('latency_based gives an unknown backend its first call', t => {
+  const [a, b] = backends(t, 1, 1) as [Backend, Backend]
+  a.observeLatency(1, 0)
+  assert.equal(strategies.latency_based([a, b], 0), b)
+})
+
+test('random honours weights', t => {
+  const chosen = picks('random', backends(t, 9, 1), 2000)
+  const share = chosen.replaceAll('B', '').length / chosen.length
+  assert.ok(share > 0.85 && share < 0.95, String(share))
+})
+
+test('weights hold over real calls', async t => {
+  const a = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const b = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const gateway = await startGateway(t, { backends: [{ url: a.url, weight: 3 }, { url: b.url }] })
+  for (let call = 0; call < 8; call++) await post(`${gateway.url}/v1/embeddings`, CHAT)
+  assert.deepEqual([a.requests.length, b.requests.length], [6, 2])
+})
+
+test('least_connections counts a stream until its body ends', async t => {
+  const hold = (_request: unknown, response: import('node:http').ServerResponse) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+  }
+  const a = await fakeBackend(t, hold)
+  const b = await fakeBackend(t, hold)
+  const gateway = await startGateway(t, {
+    backends: [{ url: a.url }, { url: b.url }],
+    routing: { load_balance: 'least_connections' }
+  })
+  const text = rawPost('/v1/chat/completions', JSON.stringify({ ...CHAT, stream: true }))
+  for (let stream = 0; stream < 6; stream++) {
+    const client = await rawClient(t, gateway.port, text)
+    await client.until(/Hi/)
+  }
+  assert.deepEqual([a.requests.length, b.requests.length], [3, 3])
+})
+
+test('least_connections gives a backend that fails fast no more than its share', async t => {
+  const bad = await fakeBackend(t, (_request, response) => {
+    response.writeHead(500)
+    response.end()
+  })
+  const good = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const gateway = await startGateway(t, {
+    backends: [{ url: bad.url }, { url: good.url }],
+    routing: { load_balance: 'least_connections' }
+  })
+  for (let call = 0; call < 20; call++) await post(`${gateway.url}/v1/embeddings`, CHAT)
+  assert.ok(bad.requests.length <= 10)
+})
+
+test('latency_based over real calls shuns the backend that fails', async t => {
+  const bad = await fakeBackend(t, (_request, response) => {
+    response.writeHead(500)
+    response.end()
+  })
+  const good = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const gateway = await startGateway(t, {
+    backends: [{ url: bad.url }, { url: good.url }],
+    routing: { load_balance: 'latency_based' }
+  })
+  for (let call = 0; call < 20; call++) await post(`${gateway.url}/v1/embeddings`, CHAT)
+  assert.ok(bad.requests.length <= 2, String(bad.requests.length))
+})
+
+test('calls about a stored response go to the backend that made it, for its caller only', async t => {
+  const answer = (name: string) =>
+    ((request, response) => {
+      const isStream = request.body !== '' && JSON.parse(request.body).stream === true
+      if (!isStream) {
+        response.writeHead(200, { 'content-type': 'application/json' })
+        return response.end(JSON.stringify({ id: `resp_${name}`, output: [{ id: 'msg_1' }] }))
+      }
+      response.writeHead(200, { 'content-type': 'text/event-stream' })
+      const created = { type: 'response.created', response: { id: `resp_${name}_stream` } }
+      const completed = { type: 'response.completed', response: { id: `resp_${name}_stream` } }
+      response.write(`event: response.created\ndata: ${JSON.stringify(created)}\n\n`)
+      return response.end(`event: response.completed\ndata: ${JSON.stringify(completed)}\n\n`)
+    }) satisfies import('./helper.ts').Answerer
+  const a = await fakeBackend(t, answer('a'))
+  const b = await fakeBackend(t, answer('b'))
+  const gateway = await startGateway(t, {
+    backends: [{ url: a.url }, { url: b.url }],
+    auth: { enabled: true, keys: ['one', 'two'] }
+  })
+  const key = { authorization: 'Bearer one' }
+  for (const stream of [false, true]) {
+    const first = await post(`${gateway.url}/v1/responses`, { ...CHAT, stream }, key)
+    const id = /resp_(a|b)(_stream)?/.exec(await first.text())![0]
+    const own = id.startsWith('resp_a') ? a : b
+    const before = own.requests.length
+    for (let call = 0; call < 3; call++) {
+      const got = await fetch(`${gateway.url}/v1/responses/${id}`, { headers: key })
+      assert.equal(got.status, 200)
+    }
+    await post(`${gateway.url}/v1/responses/${id}/cancel`, '', key)
+    await post(`${gateway.url}/v1/responses`, { ...CHAT, previous_response_id: id }, key)
+    assert.equal(own.requests.length, before + 5)
+    const stranger = { authorization: 'Bearer two' }
+    const refused = await fetch(`${gateway.url}/v1/responses/${id}`, { headers: stranger })
+    assert.equal(refused.status, 404)
+  }
+  assert.equal(await gateway.metric('llmproxy_backend_in_flight'), 0)
+})
+
+test('smooth weights are honoured with streams in flight too', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.end(chunk('Hi') + DONE)
+  })
+  const gateway = await startGateway(t, {
+    backends: [
+      { name: 'a', url: backend.url, weight: 2 },
+      { name: 'b', url: backend.url }
+    ]
+  })
+  for (let call = 0; call < 6; call++) {
+    await (await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })).text()
+  }
+  assert.equal(await gateway.metric('llmproxy_requests_total', { backend: 'a' }), 4)
+  assert.equal(await gateway.metric('llmproxy_requests_total', { backend: 'b' }), 2)
+})
