@@ -1,0 +1,260 @@
+import assert from 'node:assert/strict'
+import { type TestContext, test } from 'node:test'
+import fc from 'fast-check'
+import { type Limits, MemoryLimiter } from '../src/limits/memory.ts'
+import { SlidingWindow, TokenBucket } from '../src/limits/rates.ts'
+import { goDuration } from '../src/plugins/limits.ts'
+import { CHAT, chunk, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
+
+const NONE: Limits = {
+  requests_per_second: 0,
+  requests_per_minute: 0,
+  burst_size: 0,
+  max_concurrent: 0
+}
+
+test('a window lets through exactly its limit in any minute, for limits of any size', () => {
+  fc.assert(
+    fc.property(
+      fc.integer({ min: 1, max: 3000 }),
+      fc.array(fc.integer({ min: 0, max: 400 }), { minLength: 1, maxLength: 3000 }),
+      (limit, gaps) => {
+        const window = new SlidingWindow(limit)
+        const taken: number[] = []
+        let now = 0
+        for (const gap of gaps) {
+          now += gap
+          if (window.wait(now) === 0) {
+            window.take(now)
+            taken.push(now)
+          }
+          const inWindow = taken.filter(time => time > now - 60_000).length
+          assert.ok(inWindow <= limit)
+        }
+      }
+    ),
+    { numRuns: 30 }
+  )
+})
+
+test('a window of up to 512 is exact to the millisecond, a larger one at most 1/512 late', () => {
+  const small = new SlidingWindow(60)
+  for (let at = 0; at < 60; at++) small.take(at * 10)
+  assert.equal(small.wait(1000), 59_000)
+  assert.equal(small.wait(60_000), 0)
+
+  const large = new SlidingWindow(1_000_000)
+  for (let count = 0; count < 1_000_000; count++) large.take(count * 0.05)
+  const wait = large.wait(50_000)
+  assert.ok(wait >= 10_000 && wait <= 10_000 + 60_000 / 512 + 1, String(wait))
+})
+
+test('the window’s memory does not grow with its limit', () => {
+  const window = new SlidingWindow(5_000_000)
+  for (let count = 0; count < 2_000_000; count++) window.take(count * 0.03)
+  const before = process.memoryUsage().arrayBuffers
+  for (let count = 0; count < 1_000_000; count++) window.take(60_000 + count * 0.03)
+  assert.ok(process.memoryUsage().arrayBuffers - before < 100_000)
+})
+
+test('a bucket gives a burst and then its rate', () => {
+  const bucket = new TokenBucket(10, 20)
+  let taken = 0
+  while (bucket.wait(0) === 0) {
+    bucket.take(0)
+    taken++
+  }
+  assert.equal(taken, 20)
+  assert.equal(bucket.wait(0), 100)
+  assert.equal(bucket.wait(100), 0)
+})
+
+test('a burst does not widen the minute', () => {
+  const limiter = new MemoryLimiter({
+    per_key: { ...NONE, requests_per_minute: 60, burst_size: 10 }
+  })
+  let allowed = 0
+  for (let now = 0; now < 60_000; now += 10) {
+    if (!('scope' in limiter.reserve('k', now))) allowed++
+  }
+  assert.equal(allowed, 60)
+  const fresh = new MemoryLimiter({ per_key: { ...NONE, requests_per_minute: 60, burst_size: 10 } })
+  let atOnce = 0
+  while (!('scope' in fresh.reserve('k', 0))) atOnce++
+  assert.equal(atOnce, 10)
+})
+
+test('a refused call costs nothing, in none of the limits', () => {
+  const limiter = new MemoryLimiter({
+    global: { ...NONE, requests_per_minute: 3 },
+    per_key: { ...NONE, max_concurrent: 1 }
+  })
+  const first = limiter.reserve('a', 0)
+  for (let call = 0; call < 10; call++) {
+    const refused = limiter.reserve('a', 1)
+    assert.ok('scope' in refused && refused.limit === 'max_concurrent')
+  }
+  assert.ok(!('scope' in limiter.reserve('b', 2)))
+  assert.ok(!('scope' in limiter.reserve('c', 3)))
+  assert.ok('release' in first)
+  const over = limiter.reserve('d', 4)
+  assert.ok('scope' in over && over.scope === 'global' && over.limit === 'requests_per_minute')
+})
+
+test('any order of reserving and releasing keeps to the slots and gives all back', () => {
+  fc.assert(
+    fc.property(
+      fc.integer({ min: 1, max: 5 }),
+      fc.array(fc.tuple(fc.constantFrom('a', 'b', 'c'), fc.boolean()), { maxLength: 200 }),
+      (max, steps) => {
+        const limiter = new MemoryLimiter({
+          global: { ...NONE, max_concurrent: max + 2 },
+          per_key: { ...NONE, max_concurrent: max }
+        })
+        const held: { key: string; release: () => void }[] = []
+        for (const [key, reserve] of steps) {
+          if (!reserve) {
+            const released = held.shift()
+            released?.release()
+            released?.release()
+            continue
+          }
+          const result = limiter.reserve(key, 0)
+          const own = held.filter(each => each.key === key).length
+          const fits = own < max && held.length < max + 2
+          assert.equal(!('scope' in result), fits)
+          if (!('scope' in result)) held.push({ key, release: result.release })
+        }
+        for (const { release } of held) release()
+        for (const key of ['a', 'b', 'c']) assert.equal(limiter.refusal(key, 0), undefined)
+      }
+    )
+  )
+})
+
+test('forgotten keys do not pile up', () => {
+  const limiter = new MemoryLimiter({ per_key: { ...NONE, requests_per_minute: 1 } })
+  for (let key = 0; key < 50_000; key++) {
+    const reserved = limiter.reserve(String(key), key * 100)
+    assert.ok('release' in reserved)
+    reserved.release()
+  }
+  assert.ok(limiter.size < 50_000 / 10, String(limiter.size))
+})
+
+async function start(t: TestContext, rate_limit: object, more: object = {}) {
+  const backend = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    rate_limit: { enabled: true, ...rate_limit },
+    ...more
+  })
+  const call = (key?: string, path = '/v1/embeddings') =>
+    post(gateway.url + path, CHAT, key === undefined ? {} : { authorization: `Bearer ${key}` })
+  return { backend, gateway, call }
+}
+
+const AUTH = { auth: { enabled: true, keys: ['a', 'b'], skip_paths: ['/health', '/metrics'] } }
+
+test('requests a minute, for each key, over all routes, with OpenAI’s headers and body', async t => {
+  const { call, gateway, backend } = await start(t, { per_key: { requests_per_minute: 3 } }, AUTH)
+  const first = await call('a')
+  assert.equal(first.headers.get('x-ratelimit-limit-requests'), '3')
+  assert.equal(first.headers.get('x-ratelimit-remaining-requests'), '2')
+  assert.match(first.headers.get('x-ratelimit-reset-requests')!, /^(1m0s|[\d.]+s)$/)
+  await call('a', '/v1/chat/completions')
+  await call('a', '/tokenize')
+  const refused = await call('a')
+  assert.equal(refused.status, 429)
+  const seconds = Number(refused.headers.get('retry-after'))
+  assert.ok(seconds > 50 && seconds <= 60)
+  assert.ok(Number(refused.headers.get('retry-after-ms')) > 50_000)
+  assert.equal(refused.headers.get('x-ratelimit-remaining-requests'), '0')
+  const { error } = await refused.json()
+  assert.equal(error.type, 'rate_limit_error')
+  assert.equal(error.code, 'rate_limit_exceeded')
+  assert.match(error.message, /limited to 3 requests a minute/)
+  assert.equal((await call('b')).status, 200, 'the other key has its own')
+  const anthropic = await call('a', '/v1/messages')
+  assert.equal((await anthropic.json()).error.type, 'rate_limit_error')
+  assert.equal(backend.requests.length, 4)
+  assert.equal(
+    await gateway.metric('llmproxy_limit_refusals_total', { limit: 'requests_per_minute' }),
+    2
+  )
+  assert.equal((await fetch(`${gateway.url}/health`)).status, 200, 'health has no limit')
+})
+
+test('requests a second, global', async t => {
+  const { call } = await start(t, { global: { requests_per_second: 1, burst_size: 2 } })
+  assert.equal((await call()).status, 200)
+  assert.equal((await call('x')).status, 200)
+  const refused = await call('y')
+  assert.equal(refused.status, 429)
+  assert.equal(refused.headers.get('retry-after'), '1')
+  assert.match((await refused.json()).error.message, /This server/)
+})
+
+test('max_concurrent counts until the last byte', async t => {
+  const held: import('node:http').ServerResponse[] = []
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+    held.push(response)
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    rate_limit: { enabled: true, per_key: { max_concurrent: 2 } }
+  })
+  const text = rawPost('/v1/chat/completions', JSON.stringify({ ...CHAT, stream: true }))
+  const [first] = await Promise.all(
+    [1, 2].map(async () => {
+      const client = await rawClient(t, gateway.port, text)
+      await client.until(/Hi/)
+      return client
+    })
+  )
+  const refused = await post(`${gateway.url}/v1/chat/completions`, CHAT)
+  assert.equal(refused.status, 429)
+  assert.equal(refused.headers.get('retry-after'), '1')
+  assert.match((await refused.json()).error.message, /2 requests at the same time/)
+  held[0]!.end('data: [DONE]\n\n')
+  await gateway.logged({ msg: 'exchange', outcome: 'ok' })
+  const next = await rawClient(t, gateway.port, text)
+  await next.until(/ 200 OK/)
+  first!.socket.destroy()
+})
+
+test('without auth each client address has its own count, whatever key it shows', async t => {
+  const { call } = await start(t, { per_key: { requests_per_minute: 1 } })
+  assert.equal((await call('x')).status, 200)
+  assert.equal((await call('y')).status, 429)
+})
+
+test('a refused upload is refused before it is sent', async t => {
+  const { call, gateway } = await start(t, { per_key: { requests_per_minute: 1 } })
+  await call()
+  const client = await rawClient(t, gateway.port)
+  client.socket.write('POST /v1/embeddings HTTP/1.1\r\nhost: g\r\ncontent-length: 60000000\r\n\r\n')
+  assert.match(await client.until(/\}\}/), / 429 /)
+})
+
+test('an answer of the backend costs its slot and no more, even when it fails', async t => {
+  const backend = await fakeBackend(t, (_request, _response, raw) => raw.socket.destroy())
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    rate_limit: { enabled: true, per_key: { max_concurrent: 1 } }
+  })
+  for (let call = 0; call < 5; call++) {
+    assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 502)
+  }
+})
+
+test('durations in headers are written as OpenAI writes them', () => {
+  assert.equal(goDuration(12), '12ms')
+  assert.equal(goDuration(1000), '1s')
+  assert.equal(goDuration(1500), '1.5s')
+  assert.equal(goDuration(60_000), '1m0s')
+  assert.equal(goDuration(360_000), '6m0s')
+  assert.equal(goDuration(59_990), '1m0s')
+})

@@ -1,0 +1,559 @@
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import fc from 'fast-check'
+import { anthropic } from '../src/dialects/anthropic.ts'
+import type { Dialect } from '../src/dialects/dialect.ts'
+import { ollama } from '../src/dialects/ollama.ts'
+import { openai } from '../src/dialects/openai.ts'
+import { responses } from '../src/dialects/responses.ts'
+import { findMembers } from '../src/metering/members.ts'
+import { type Framing, Meter } from '../src/metering/meter.ts'
+import { askForUsage } from '../src/metering/question.ts'
+import { CHAT, chunk, DONE, fakeBackend, post, startGateway, USAGE_CHUNK } from './helper.ts'
+
+const data = (value: unknown) => `data: ${JSON.stringify(value)}\n\n`
+const typed = (value: { type: string }) => `event: ${value.type}\n${data(value)}`
+const chat = (delta: object, more: object = {}) =>
+  data({ id: 'c', choices: [{ index: 0, delta, finish_reason: null }], ...more })
+const last = (usage: unknown, more: object = {}) => data({ id: 'c', choices: [], usage, ...more })
+
+interface Case {
+  name: string
+  framing: Framing
+  dialect: Dialect
+  text: string
+  /** prompt, completion, total, cached */
+  tokens: [number, number, number, number?] | undefined
+  deltas: number
+  /** What is left when the usage chunk is taken out; the whole text if left out. */
+  kept?: string
+}
+
+const OPENAI_HEAD = chat({ role: 'assistant', content: '' }) + chat({ reasoning: 'Let me' })
+
+const CASES: Case[] = [
+  {
+    name: 'vLLM, asked',
+    framing: 'sse',
+    dialect: openai,
+    text: `${OPENAI_HEAD}${chat({ content: 'Hi' })}${last({ prompt_tokens: 12, total_tokens: 20, completion_tokens: 8 })}${DONE}`,
+    tokens: [12, 8, 20],
+    deltas: 2,
+    kept: `${OPENAI_HEAD}${chat({ content: 'Hi' })}${DONE}`
+  },
+  {
+    name: 'vLLM, not asked',
+    framing: 'sse',
+    dialect: openai,
+    text: OPENAI_HEAD + chat({ content: 'Hi' }) + DONE,
+    tokens: undefined,
+    deltas: 2
+  },
+  {
+    name: 'vLLM, continuous usage on every chunk',
+    framing: 'sse',
+    dialect: openai,
+    text:
+      chat(
+        { content: 'a' },
+        { usage: { prompt_tokens: 5, completion_tokens: 1, total_tokens: 6 } }
+      ) +
+      chat(
+        { content: 'b' },
+        { usage: { prompt_tokens: 5, completion_tokens: 2, total_tokens: 7 } }
+      ) +
+      DONE,
+    tokens: [5, 2, 7],
+    deltas: 2
+  },
+  {
+    name: 'SGLang: nulls, an empty chunk that is not usage, cached tokens',
+    framing: 'sse',
+    dialect: openai,
+    text:
+      chat({ content: 'a', reasoning_content: null, tool_calls: null }, { usage: null }) +
+      data({ id: 'c', choices: [], sglext: { x: 1 }, usage: null }) +
+      last({
+        prompt_tokens: 9,
+        completion_tokens: 1,
+        total_tokens: 10,
+        prompt_tokens_details: { cached_tokens: 4 }
+      }) +
+      DONE,
+    tokens: [9, 1, 10, 4],
+    deltas: 1,
+    kept:
+      chat({ content: 'a', reasoning_content: null, tool_calls: null }, { usage: null }) +
+      data({ id: 'c', choices: [], sglext: { x: 1 }, usage: null }) +
+      DONE
+  },
+  {
+    name: 'Ollama /v1/completions: zeros on every chunk, the numbers at the end',
+    framing: 'sse',
+    dialect: openai,
+    text:
+      data({
+        choices: [{ text: 'a' }],
+        usage: { prompt_tokens: 0, completion_tokens: 0, total_tokens: 0 }
+      }) +
+      last({ prompt_tokens: 3, completion_tokens: 1, total_tokens: 4 }) +
+      DONE,
+    tokens: [3, 1, 4],
+    deltas: 1,
+    kept:
+      data({
+        choices: [{ text: 'a' }],
+        usage: { prompt_tokens: 0, completion_tokens: 0, total_tokens: 0 }
+      }) + DONE
+  },
+  {
+    name: 'usage inside the last chunk with text (TGI, llama.cpp completions)',
+    framing: 'sse',
+    dialect: openai,
+    text:
+      data({ choices: [{ text: 'a' }] }) +
+      data({
+        choices: [{ text: 'b' }],
+        usage: { prompt_tokens: 2, completion_tokens: 2, total_tokens: 4 }
+      }) +
+      DONE,
+    tokens: [2, 2, 4],
+    deltas: 2
+  },
+  {
+    name: 'tool calls in pieces',
+    framing: 'sse',
+    dialect: openai,
+    text:
+      chat({
+        tool_calls: [
+          { id: 't', type: 'function', index: 0, function: { name: 'f', arguments: '' } }
+        ]
+      }) +
+      chat({ tool_calls: [{ index: 0, function: { arguments: '{"usage":' } }] }) +
+      chat({ tool_calls: [{ index: 0, function: { arguments: '{"prompt_tokens":9}}' } }] }) +
+      DONE,
+    tokens: undefined,
+    deltas: 2
+  },
+  {
+    name: 'text that looks like usage',
+    framing: 'sse',
+    dialect: openai,
+    text:
+      chat({ content: '"usage":{"prompt_tokens":99,"completion_tokens":99}' }) +
+      chat({ content: 'data: {"choices":[],"usage":{"prompt_tokens":99}}\n\n' }) +
+      chat({ content: 'usage', usage: { prompt_tokens: 98 } }) +
+      data({ choices: [{ delta: { content: 'x' }, usage: { prompt_tokens: 97 } }] }) +
+      DONE,
+    tokens: undefined,
+    deltas: 4
+  },
+  {
+    name: 'no space after the colon, comments, other fields, data in two lines',
+    framing: 'sse',
+    dialect: openai,
+    text: `:\n\n: hello\n\nid: 1\nevent: x\nretry: 5\ndata:{"choices":[],\ndata: "usage":{"prompt_tokens":1,"completion_tokens":2}}\n\ndata:[DONE]\n\n`,
+    tokens: [1, 2, 3],
+    deltas: 0,
+    kept: ':\n\n: hello\n\ndata:[DONE]\n\n'
+  },
+  {
+    name: 'Responses',
+    framing: 'sse',
+    dialect: responses,
+    text:
+      typed({ type: 'response.created', response: { id: 'r', usage: null } } as never) +
+      typed({ type: 'response.output_text.delta', delta: 'Hi' } as never) +
+      typed({ type: 'response.function_call_arguments.delta', delta: '{' } as never) +
+      typed({ type: 'response.output_text.done', text: 'Hi' } as never) +
+      typed({
+        type: 'response.completed',
+        response: {
+          id: 'r',
+          output: [{ content: [{ text: 'x'.repeat(100_000) }] }],
+          usage: {
+            input_tokens: 36,
+            input_tokens_details: { cached_tokens: 6 },
+            output_tokens: 87,
+            output_tokens_details: { reasoning_tokens: 7 },
+            total_tokens: 123
+          }
+        }
+      } as never),
+    tokens: [36, 87, 123, 6],
+    deltas: 2
+  },
+  {
+    name: 'Anthropic, cached tokens beside the input',
+    framing: 'sse',
+    dialect: anthropic,
+    text:
+      typed({
+        type: 'message_start',
+        message: {
+          id: 'm',
+          content: [],
+          usage: { input_tokens: 12, output_tokens: 1, cache_read_input_tokens: 100 }
+        }
+      } as never) +
+      typed({
+        type: 'content_block_start',
+        index: 0,
+        content_block: { type: 'text', text: '' }
+      } as never) +
+      typed({ type: 'ping' }) +
+      typed({
+        type: 'content_block_delta',
+        index: 0,
+        delta: { type: 'text_delta', text: 'Hi' }
+      } as never) +
+      typed({
+        type: 'content_block_delta',
+        index: 1,
+        delta: { type: 'input_json_delta', partial_json: '{' }
+      } as never) +
+      typed({
+        type: 'message_delta',
+        delta: { stop_reason: 'end_turn' },
+        usage: { output_tokens: 8 }
+      } as never) +
+      typed({ type: 'message_stop' }),
+    tokens: [112, 8, 120, 100],
+    deltas: 2
+  },
+  {
+    name: 'Anthropic from Ollama: an estimate first, the numbers in message_delta',
+    framing: 'sse',
+    dialect: anthropic,
+    text:
+      typed({
+        type: 'message_start',
+        message: { usage: { input_tokens: 50, output_tokens: 0 } }
+      } as never) +
+      typed({ type: 'message_delta', usage: { input_tokens: 41, output_tokens: 8 } } as never) +
+      typed({ type: 'message_stop' }),
+    tokens: [41, 8, 49],
+    deltas: 0
+  },
+  {
+    name: 'Ollama native',
+    framing: 'ndjson',
+    dialect: ollama,
+    text: `${JSON.stringify({ model: 'm', message: { role: 'assistant', content: 'Hi' }, done: false })}\n${JSON.stringify(
+      { model: 'm', message: { content: '' }, done: true, prompt_eval_count: 26, eval_count: 298 }
+    )}\n`,
+    tokens: [26, 298, 324],
+    deltas: 1
+  },
+  {
+    name: 'Ollama generate, the prompt was cached (no prompt_eval_count)',
+    framing: 'ndjson',
+    dialect: ollama,
+    text: '{"response":"Hi","done":false}\n{"response":"","done":true,"eval_count":7}\n',
+    tokens: [0, 7, 7],
+    deltas: 1
+  },
+  {
+    name: 'a whole chat answer',
+    framing: 'json',
+    dialect: openai,
+    text: JSON.stringify(
+      {
+        id: 'c',
+        choices: [{ message: { content: '{"usage":{"prompt_tokens":99}}' } }],
+        usage: { prompt_tokens: 12, completion_tokens: 3, total_tokens: 15 }
+      },
+      null,
+      2
+    ),
+    tokens: [12, 3, 15],
+    deltas: 1
+  },
+  {
+    name: 'embeddings',
+    framing: 'json',
+    dialect: openai,
+    text: JSON.stringify({
+      data: [{ embedding: Array.from({ length: 3000 }, (_, index) => index / 7) }],
+      usage: { prompt_tokens: 8, total_tokens: 8 }
+    }),
+    tokens: [8, 0, 8],
+    deltas: 0
+  },
+  {
+    name: 'rerank',
+    framing: 'json',
+    dialect: openai,
+    text: JSON.stringify({
+      usage: { total_tokens: 56 },
+      results: [{ document: { text: 'usage' } }]
+    }),
+    tokens: [56, 0, 56],
+    deltas: 1
+  },
+  {
+    name: 'a whole Messages answer',
+    framing: 'json',
+    dialect: anthropic,
+    text: JSON.stringify({
+      type: 'message',
+      content: [{ type: 'text', text: 'Hi' }],
+      usage: {
+        input_tokens: 5,
+        cache_creation_input_tokens: 3,
+        cache_read_input_tokens: 0,
+        output_tokens: 2
+      }
+    }),
+    tokens: [8, 2, 10],
+    deltas: 1
+  },
+  {
+    name: 'Ollama embed',
+    framing: 'json',
+    dialect: ollama,
+    text: '{"model":"m","embeddings":[[0.1,-2.5e-3]],"prompt_eval_count":4}',
+    tokens: [4, 0, 4],
+    deltas: 0
+  }
+]
+
+/** Runs a text through a meter, cut at these places. */
+function run({ framing, dialect, text }: Case, cuts: number[], takeOut: boolean) {
+  const meter = new Meter({ framing, dialect, takeOut })
+  const bytes = Buffer.from(text)
+  const places = [...new Set([0, ...cuts.map(cut => cut % bytes.length), bytes.length])].sort(
+    (a, b) => a - b
+  )
+  const out: Buffer[] = []
+  for (const [index, place] of places.slice(0, -1).entries()) {
+    const passed = meter.pass(bytes.subarray(place, places[index + 1]))
+    if (passed !== undefined) out.push(passed)
+  }
+  const rest = meter.end()
+  if (rest !== undefined) out.push(rest)
+  return { meter, out: Buffer.concat(out).toString() }
+}
+
+function check(each: Case, { meter, out }: ReturnType<typeof run>, kept: string) {
+  const { usage } = meter
+  const tokens = usage && [usage.promptTokens, usage.completionTokens, usage.totalTokens]
+  if (usage?.cachedTokens !== undefined) tokens!.push(usage.cachedTokens)
+  assert.deepEqual(tokens, each.tokens)
+  assert.equal(meter.deltas, each.deltas)
+  assert.equal(out, kept)
+}
+
+for (const each of CASES) {
+  test(`usage is read from: ${each.name}`, () => {
+    check(each, run(each, [], false), each.text)
+    check(each, run(each, [], true), each.kept ?? each.text)
+  })
+}
+
+const ENDS = { LF: '\n', CRLF: '\r\n', CR: '\r' }
+
+for (const [name, end] of Object.entries(ENDS)) {
+  test(`usage is read, and taken out, over any split of the bytes, lines ending in ${name}`, () => {
+    const cases = CASES.filter(({ framing }) => framing === 'sse' || end === '\n').map(each => ({
+      ...each,
+      text: each.text.replaceAll('\n', end),
+      kept: (each.kept ?? each.text).replaceAll('\n', end)
+    }))
+    fc.assert(
+      fc.property(
+        fc.constantFrom(...cases),
+        fc.array(fc.nat(200_000), { maxLength: 30 }),
+        fc.boolean(),
+        (each, cuts, takeOut) => {
+          check(each, run(each, cuts, takeOut), takeOut ? each.kept : each.text)
+        }
+      ),
+      { numRuns: 500 }
+    )
+  })
+}
+
+test('every single byte alone', () => {
+  for (const each of CASES.filter(({ text }) => text.length < 5000)) {
+    const cuts = Array.from({ length: Buffer.byteLength(each.text) }, (_, index) => index)
+    check(each, run(each, cuts, true), each.kept ?? each.text)
+  }
+})
+
+test('bytes pass unchanged whatever they are', () => {
+  fc.assert(
+    fc.property(
+      fc.array(fc.uint8Array({ minLength: 1, maxLength: 200 }), { maxLength: 20 }),
+      fc.constantFrom<Framing>('sse', 'ndjson', 'json'),
+      fc.boolean(),
+      (pieces, framing, takeOut) => {
+        const meter = new Meter({ framing, dialect: openai, takeOut })
+        const out: Uint8Array[] = []
+        for (const piece of pieces) {
+          const passed = meter.pass(Buffer.from(piece))
+          if (passed !== undefined) out.push(passed)
+        }
+        const rest = meter.end()
+        if (rest !== undefined) out.push(rest)
+        assert.deepEqual(Buffer.concat(out), Buffer.concat(pieces))
+      }
+    ),
+    { numRuns: 500 }
+  )
+})
+
+test('any JSON answer with usage gives it, wherever it stands', () => {
+  fc.assert(
+    fc.property(
+      fc.array(fc.tuple(fc.string(), fc.jsonValue()), { maxLength: 8 }),
+      fc.nat(8),
+      fc.array(fc.nat(5000), { maxLength: 10 }),
+      fc.boolean(),
+      (members, place, cuts, spaced) => {
+        const others = members.filter(
+          ([name]) =>
+            !['usage', 'prompt_eval_count', 'eval_count', 'message', 'response'].includes(name)
+        )
+        const usage = { prompt_tokens: 3, completion_tokens: 4, total_tokens: 7 }
+        others.splice(place % (others.length + 1), 0, ['usage', usage])
+        const text = JSON.stringify(Object.fromEntries(others), null, spaced ? 2 : 0)
+        const { meter } = run({ framing: 'json', dialect: openai, text } as Case, cuts, false)
+        assert.equal(meter.usage?.totalTokens, 7, text)
+      }
+    ),
+    { numRuns: 500 }
+  )
+})
+
+test('an event too long to be held back goes on, and usage after it is read', () => {
+  const text =
+    chat({ content: 'x'.repeat(200_000) }) + last({ prompt_tokens: 1, completion_tokens: 1 }) + DONE
+  const meter = new Meter({ framing: 'sse', dialect: openai, takeOut: true })
+  const bytes = Buffer.from(text)
+  let heldMost = 0
+  let seen = 0
+  let passed = 0
+  for (let at = 0; at < bytes.length; at += 1000) {
+    const piece = bytes.subarray(at, at + 1000)
+    seen += piece.length
+    passed += meter.pass(piece)?.length ?? 0
+    heldMost = Math.max(heldMost, seen - passed)
+  }
+  assert.ok(heldMost <= 64 * 1024 + 1000)
+  assert.equal(meter.usage?.totalTokens, 2)
+})
+
+const QUESTIONS: [string, string][] = [
+  ['{"stream":true}', '{"stream_options":{"include_usage":true},"stream":true}'],
+  ['  { "stream" : true }', '  {"stream_options":{"include_usage":true}, "stream" : true }'],
+  ['{"a":1,"stream_options":null}', '{"a":1,"stream_options":{"include_usage":true}}'],
+  ['{"stream_options": {} ,"a":1}', '{"stream_options": {"include_usage":true} ,"a":1}'],
+  [
+    '{"stream_options":{"x":[1,{"include_usage":false}]}}',
+    '{"stream_options":{"include_usage":true,"x":[1,{"include_usage":false}]}}'
+  ],
+  [
+    '{"stream_options":{"include_usage": false , "y":2},"b":"\\"}"}',
+    '{"stream_options":{"include_usage": true , "y":2},"b":"\\"}"}'
+  ],
+  [
+    '{"messages":[{"content":"stream_options"}],"stream":true}',
+    '{"stream_options":{"include_usage":true},"messages":[{"content":"stream_options"}],"stream":true}'
+  ]
+]
+
+test('the question for usage changes that part of the body and no other', () => {
+  for (const [before, after] of QUESTIONS) {
+    assert.equal(askForUsage(Buffer.from(before)).toString(), after)
+  }
+})
+
+test('a body with any members keeps them all, byte for byte', () => {
+  fc.assert(
+    fc.property(
+      fc.dictionary(fc.string(), fc.jsonValue()),
+      fc.constantFrom(
+        undefined,
+        null,
+        {},
+        { include_usage: false },
+        { include_usage: null, a: [1] }
+      ),
+      fc.boolean(),
+      (members, options, spaced) => {
+        const body = {
+          ...members,
+          stream: true,
+          ...(options === undefined ? {} : { stream_options: options })
+        }
+        const text = JSON.stringify(body, null, spaced ? 1 : 0)
+        const asked = JSON.parse(askForUsage(Buffer.from(text)).toString())
+        assert.equal(asked.stream_options.include_usage, true)
+        const { stream_options: _a, ...rest } = asked
+        const { stream_options: _b, ...expected } = JSON.parse(text)
+        assert.deepEqual(rest, expected)
+      }
+    )
+  )
+})
+
+test('the members of any object are found where they stand', () => {
+  fc.assert(
+    fc.property(fc.dictionary(fc.string(), fc.jsonValue()), fc.boolean(), (object, spaced) => {
+      const text = JSON.stringify(object, null, spaced ? 2 : 0)
+      const bytes = Buffer.from(text)
+      const found = findMembers(bytes).map(({ name, start, end }) => [
+        name,
+        JSON.parse(bytes.toString('utf8', start, end))
+      ])
+      assert.deepEqual(found, Object.entries(JSON.parse(text)))
+    })
+  )
+})
+
+test('a caller who said include_usage: false is not given usage', async t => {
+  const backend = await fakeBackend(t, (request, response) => {
+    assert.equal(JSON.parse(request.body).stream_options.include_usage, true)
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.end(chunk('Hi') + USAGE_CHUNK + DONE)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const body = { ...CHAT, stream: true, stream_options: { include_usage: false } }
+  const response = await post(`${gateway.url}/v1/chat/completions`, body)
+  assert.equal(await response.text(), chunk('Hi') + DONE)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).totalTokens, undefined)
+  assert.equal(await gateway.metric('llmproxy_usage_tokens_total', { type: 'prompt' }), 12)
+})
+
+test('answers of 400 and above, GET and HEAD cost no tokens, whatever they say', async t => {
+  const body = JSON.stringify({
+    usage: { prompt_tokens: 5, completion_tokens: 5, total_tokens: 10 }
+  })
+  const backend = await fakeBackend(t, (request, response) => {
+    response.writeHead(request.method === 'POST' ? 404 : 200, {
+      'content-type': 'application/json'
+    })
+    response.end(body)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
+  await (await fetch(`${gateway.url}/v1/models`)).text()
+  await fetch(`${gateway.url}/v1/models`, { method: 'HEAD' })
+  await gateway.logged({ msg: 'exchange', method: 'HEAD' })
+  assert.equal(await gateway.metric('llmproxy_usage_tokens_total'), 0)
+})
+
+test('Ollama’s native routes stream when stream is absent, and the log says so', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'application/x-ndjson' })
+    response.end('{"message":{"content":"Hi"},"done":true,"eval_count":2,"prompt_eval_count":3}\n')
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  await (await post(`${gateway.url}/api/chat`, CHAT)).text()
+  const line = await gateway.logged({ msg: 'exchange' })
+  assert.deepEqual([line.stream, line.promptTokens, line.completionTokens], [true, 3, 2])
+  assert.ok(Number(line.ttftMs) > 0)
+  assert.equal(backend.requests[0]!.body, JSON.stringify(CHAT))
+})
