@@ -156,7 +156,7 @@ export async function loadConfig(file: string, env = process.env): Promise<Confi
  */
 export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv): Config {
   const lines = new LineCounter()
-  const document = parseDocument(yaml, { lineCounter: lines, prettyErrors: false, merge: true })
+  const document = parseDocument(yaml, { lineCounter: lines, prettyErrors: false })
   const place = (offset: number) => {
     const { line, col } = lines.linePos(offset)
     return `${name}:${line}:${col}`
@@ -173,7 +173,9 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
     throw new ConfigError(`${name}:1:1 must be a mapping of sections such as server and backends`)
   }
   const failed = new Set(issues.map(issue => formatPath(issue.path)))
-  issues.push(...numbersWithoutUnit(ConfigSchema as SchemaNode, root, []))
+  const schema = ConfigSchema as SchemaNode
+  retype(schema, root, [], reading.fromEnv)
+  issues.push(...numbersWithoutUnit(schema, root, []))
   for (const issue of findIssues(ConfigSchema, root)) {
     if (!failed.has(formatPath(issue.path))) issues.push(issue)
   }
@@ -228,7 +230,33 @@ function numbersWithoutUnit(schema: SchemaNode, value: unknown, path: Issue['pat
   )
 }
 
+/** The environment holds text only: where a number or a truth value is wanted it is read as one. */
+function retype(
+  schema: SchemaNode,
+  value: unknown,
+  path: Issue['path'],
+  fromEnv: Set<string>
+): void {
+  if (typeof value !== 'object' || value === null) return
+  const members = value as Record<string, unknown>
+  for (const [name, member] of Object.entries(members)) {
+    const isList = Array.isArray(value)
+    const inner = (isList ? schema.items : schema.properties?.[name]) ?? {}
+    const innerPath = [...path, isList ? Number(name) : name]
+    if (!fromEnv.has(formatPath(innerPath))) retype(inner, member, innerPath, fromEnv)
+    else if (inner.type === 'boolean' && /^(true|false)$/i.test(String(member))) {
+      members[name] = String(member).toLowerCase() === 'true'
+    } else if (
+      /^(integer|number)$/.test(String(inner.type)) &&
+      /^-?\d+(\.\d+)?$/.test(String(member))
+    ) {
+      members[name] = Number(member)
+    }
+  }
+}
+
 interface SchemaNode {
+  type?: string | string[]
   unit?: 'ms' | 'bytes'
   items?: SchemaNode
   properties?: Record<string, SchemaNode>
@@ -270,8 +298,7 @@ function toPlain(node: Node | null | undefined, path: Issue['path'], reading: Re
     return undefined
   }
   reading.fromEnv.add(formatPath(path))
-  // What stood there without quotes is read as YAML would read it: ${PORT} may be a number.
-  return node.type === 'PLAIN' ? retype(filled) : filled
+  return filled
 }
 
 const VARIABLE = /\$\$\{|\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}/g
@@ -291,11 +318,6 @@ export function substitute(value: string, env: NodeJS.ProcessEnv, missing: strin
       return fallback ?? ''
     }
   )
-}
-
-function retype(value: string): unknown {
-  if (/^(true|false)$/i.test(value)) return value.toLowerCase() === 'true'
-  return /^-?(0|[1-9]\d*)(\.\d+)?$/.test(value) ? Number(value) : value
 }
 
 /** Where in the file a path stands: at its name, or as near to it as the file goes. */

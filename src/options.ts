@@ -147,9 +147,7 @@ const keywords: FuncKeywordDefinition[] = [
     keyword: 'uniqueNames',
     errors: false,
     validate: (nameOf: (item: unknown) => unknown, items: unknown) => {
-      if (!Array.isArray(items)) return true
-      const names = items.map(nameOf).filter(name => typeof name === 'string')
-      return new Set(names).size === names.length
+      return !Array.isArray(items) || repeated(items, nameOf).length === 0
     }
   }
 ]
@@ -303,9 +301,17 @@ function got(schema: Described, value: unknown): string {
 }
 
 function duplicates(schema: Described, items: unknown): string {
-  const names = (items as unknown[]).map(schema.uniqueNames!)
-  const twice = names.filter((name, at) => names.indexOf(name) !== at)
-  return `has the name ${[...new Set(twice)].map(name => `"${name}"`).join(', ')} twice`
+  const names = repeated(items as unknown[], schema.uniqueNames!)
+  return `has the name ${names.map(name => `"${name}"`).join(', ')} twice`
+}
+
+/** Names that more than one of the items has. */
+function repeated(items: unknown[], nameOf: (item: unknown) => unknown): unknown[] {
+  const names = items
+    .filter(item => typeof item === 'object' && item !== null)
+    .map(nameOf)
+    .filter(name => typeof name === 'string')
+  return [...new Set(names.filter((name, at) => names.indexOf(name) !== at))]
 }
 
 /** Does a part that isn't built ask for anything? `enabled: false`, 0, "", [] and {} don't. */

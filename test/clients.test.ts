@@ -5,7 +5,7 @@ import type { AddressInfo } from 'node:net'
 import { type TestContext, test } from 'node:test'
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible'
 import Anthropic from '@anthropic-ai/sdk'
-import { APICallError, generateText, jsonSchema, streamText, tool } from 'ai'
+import { APICallError, generateText, jsonSchema, streamText } from 'ai'
 import { Ollama } from 'ollama'
 import OpenAI, { toFile } from 'openai'
 import { type Answerer, fakeBackend, startGateway, type TestGateway } from './helper.ts'
@@ -76,7 +76,6 @@ async function assertBroken(gateway: TestGateway, route: string): Promise<void> 
   const line = await gateway.logged({ msg: 'exchange', route })
   assert.equal(line.outcome, 'backend_failed')
   assert.equal(line.error, 'backend_failed')
-  assert.equal(line.exactness, 'counted')
 }
 
 /** All of a stream: what it yielded, and the error it ended with. */
@@ -357,8 +356,6 @@ test('openai: over the limit, and no retry', async t => {
   assert.equal(error.code, 'rate_limit_exceeded')
   const seconds = Number(error.headers.get('retry-after'))
   assert.ok(seconds > 0 && seconds <= 60, `retry-after: ${seconds}`)
-  const line = await gateway.logged({ msg: 'exchange', status: 429 })
-  assert.equal(error.requestID, line.requestId)
   assert.equal(backend.requests.length, 1)
 })
 
@@ -423,10 +420,40 @@ for (const [server, chat] of Object.entries(CHATS)) {
     assert.match(error.message, BROKE_OFF)
     assert.equal(error.code, 'backend_failed')
     await assertBroken(gateway, CHAT_ROUTE)
+    assert.equal((await metered(gateway, CHAT_ROUTE)).exactness, 'counted')
     const final = client.chat.completions.stream(CHAT).finalChatCompletion()
     assert.match((await failure(final, OpenAI.APIError)).message, BROKE_OFF)
   })
 }
+
+test('openai: Ollama fails and just ends its stream', async t => {
+  const { gateway } = await serve(
+    t,
+    speaks(ask => ({ ...ollamaChat(ask), events: ollamaChat(ask).events.slice(0, 4) }))
+  )
+  const stream = await openai(gateway).chat.completions.create({ ...CHAT, stream: true })
+  const { error } = await drain(stream)
+  assert.ok(error instanceof OpenAI.APIError)
+  assert.match(error.message, BROKE_OFF)
+  await assertBroken(gateway, CHAT_ROUTE)
+})
+
+test('openai: vLLM reports an error in the middle of its stream', async t => {
+  const error = { message: 'CUDA went', type: 'InternalServerError', param: null, code: 500 }
+  const { gateway } = await serve(
+    t,
+    speaks(ask => {
+      const { headers, events } = vllmChat(ask)
+      const report = `data: ${JSON.stringify({ error })}\n\n`
+      return { headers, events: [...events.slice(0, 4), report, events.at(-1)!] }
+    })
+  )
+  const stream = await openai(gateway).chat.completions.create({ ...CHAT, stream: true })
+  const drained = await drain(stream)
+  assert.equal(drained.seen.length, 4)
+  assert.ok(drained.error instanceof OpenAI.APIError)
+  assert.deepEqual(drained.error.error, error)
+})
 
 test('openai: a response dies', async t => {
   const { gateway } = await serve(t, dies(responses, 7))
@@ -461,7 +488,7 @@ test('anthropic: a message, whole', async t => {
   assert.equal(message.stop_reason, 'end_turn')
   assert.deepEqual(await metered(gateway, MESSAGES_ROUTE), METERED)
   const { headers } = backend.requests[0]!
-  assert.equal(headers['anthropic-version'], '2023-06-01')
+  assert.match(String(headers['anthropic-version']), /^\d{4}-\d\d-\d\d$/)
   assert.equal(headers['x-api-key'], undefined)
 
   const called = await client.messages.create({ ...MESSAGE, tools: ANTHROPIC_TOOLS })
@@ -521,7 +548,17 @@ test('anthropic: a wrong key', async t => {
   assert.match(body.error.message, /API key/)
   const line = await gateway.logged({ msg: 'exchange', status: 401 })
   assert.equal(body.request_id, line.requestId)
-  assert.equal(error.requestID, line.requestId)
+})
+
+test('anthropic: the id of a request stands where the client looks for it', async t => {
+  const { gateway } = await serve(t, speaks(messages()), AUTH)
+  const { _request_id } = await anthropic(gateway).messages.create(MESSAGE)
+  const answered = await gateway.logged({ msg: 'exchange', status: 200 })
+  assert.equal(_request_id, answered.requestId)
+  const call = anthropic(gateway, { apiKey: 'sk-wrong' }).messages.create(MESSAGE)
+  const { requestID } = await failure(call, Anthropic.AuthenticationError)
+  const refused = await gateway.logged({ msg: 'exchange', status: 401 })
+  assert.equal(requestID, refused.requestId)
 })
 
 test('anthropic: the backend dies', async t => {
@@ -538,6 +575,17 @@ test('anthropic: the backend dies', async t => {
   await assertBroken(gateway, MESSAGES_ROUTE)
   const final = client.messages.stream(MESSAGE).finalMessage()
   assert.match((await failure(final, Anthropic.APIError)).message, BROKE_OFF)
+})
+
+test('anthropic: what a dead backend has said is counted', async t => {
+  const { gateway } = await serve(t, dies(messages(), 4))
+  await drain(await anthropic(gateway).messages.create({ ...MESSAGE, stream: true }))
+  // message_start has told the prompt; two pieces of text have passed.
+  assert.deepEqual(await metered(gateway, MESSAGES_ROUTE), {
+    promptTokens: PROMPT_TOKENS,
+    completionTokens: 2,
+    exactness: 'counted'
+  })
 })
 
 test('anthropic: whoever leaves a stream frees the backend', async t => {
@@ -643,10 +691,33 @@ test('ollama: the backend dies', async t => {
   await assertBroken(gateway, '/api/chat')
 })
 
+test('ollama: the backend reports an error in the middle of its stream', async t => {
+  const { gateway } = await serve(
+    t,
+    speaks(ask => {
+      const { headers, events } = nativeChat(ask)
+      return { headers, events: [...events.slice(0, 3), '{"error":"the runner went"}\n'] }
+    })
+  )
+  const { seen, error } = await drain(await ollama(gateway).chat({ ...CHAT, stream: true }))
+  assert.equal(seen.length, 3)
+  assert.equal(error!.message, 'the runner went')
+})
+
 test('ollama: whoever leaves a stream frees the backend', async t => {
   const { gateway, backend } = await serve(t, stalls(nativeChat, 2))
   const stream = await ollama(gateway).chat({ ...CHAT, stream: true })
-  for await (const part of stream) if (part.message.content === PIECES[1]) stream.abort()
+  let text = ''
+  await assert.rejects(
+    async () => {
+      for await (const { message } of stream) {
+        text += message.content
+        if (message.content === PIECES[1]) stream.abort()
+      }
+    },
+    { name: 'AbortError' }
+  )
+  assert.equal(text, PIECES.slice(0, 2).join(''))
   await backend.requests[0]!.closed
   await assertGone(gateway)
 })
@@ -656,7 +727,7 @@ test('ollama: whoever leaves a stream frees the backend', async t => {
 const AI_TOOLS = Object.fromEntries(
   SCHEMAS.map(({ name, description, schema }) => [
     name,
-    tool({ description, inputSchema: jsonSchema<Record<string, string>>(schema) })
+    { description, inputSchema: jsonSchema(schema) }
   ])
 )
 const PROMPT = { prompt: 'Grüezi', maxRetries: 0 }
@@ -706,10 +777,12 @@ for (const [server, chat] of Object.entries(CHATS)) {
   test(`ai: ${server} dies`, async t => {
     const { gateway } = await serve(t, dies(chat, 5))
     const result = streamText({ model: aiModel(gateway), ...PROMPT, onError() {} })
-    const { seen } = await drain(result.fullStream)
+    const { seen, error } = await drain(result.fullStream)
+    assert.ok(error !== undefined)
     assert.ok(seen.some(({ type }) => type === 'text-delta'))
     const part = seen.find(({ type }) => type === 'error') as { error: unknown } | undefined
-    assert.match(String((part?.error as Error)?.message ?? part?.error), BROKE_OFF)
+    assert.match((part?.error as Error).message, BROKE_OFF)
+    await assert.rejects(Promise.resolve(result.text))
     await assertBroken(gateway, CHAT_ROUTE)
   })
 }

@@ -69,8 +69,7 @@ export function stalls(say: Say, after: number): Answerer {
 }
 
 function begin(say: Say, request: SeenRequest, response: ServerResponse): string[] {
-  const isJson = /^application\/json/.test(request.headers['content-type'] ?? '')
-  const { status, headers, events } = say(isJson ? JSON.parse(request.body) : {}, request)
+  const { status, headers, events } = say(JSON.parse(request.body || '{}'), request)
   response.writeHead(status ?? 200, headers)
   return events
 }

@@ -1,0 +1,335 @@
+import assert from 'node:assert/strict'
+import { readFileSync } from 'node:fs'
+import { test } from 'node:test'
+import fc from 'fast-check'
+import { ConfigError, parseConfig, substitute } from '../src/config.ts'
+import { checkOptions, Duration, OptionsError, parseQuantity, Section } from '../src/options.ts'
+
+const parse = (yaml: string, env: NodeJS.ProcessEnv = {}) => parseConfig(yaml, 'config.yaml', env)
+
+/** The lines of the complaint about a file. */
+function complaint(yaml: string, env: NodeJS.ProcessEnv = {}): string[] {
+  try {
+    parse(yaml, env)
+  } catch (error) {
+    assert.ok(error instanceof ConfigError)
+    return error.message.split('\n')
+  }
+  return []
+}
+
+const BACKEND = 'backends:\n  - url: http://a:1\n'
+
+test('the provider page’s configuration works literally', () => {
+  const page = readFileSync(new URL('./provider-page.yaml', import.meta.url), 'utf8')
+  const [main, routing] = page.split('---\n') as [string, string]
+  const config = parse(main)
+  assert.equal(config.server.listen, ':8000')
+  assert.deepEqual(
+    config.backends.map(({ url, weight }) => [url, weight]),
+    [
+      ['http://vllm:8000', 5],
+      ['http://ollama:11434', 3]
+    ]
+  )
+  assert.equal(config.auth.enabled, true)
+  assert.deepEqual(config.auth.skip_paths, ['/health', '/metrics'])
+  assert.equal(config.usage.reporters[0]!.webhook!.timeout, 3000)
+  assert.equal(config.rate_limit.per_key.enabled, true)
+  assert.equal(config.rate_limit.per_key.requests_per_minute, 60)
+  assert.equal(config.rate_limit.per_key.max_concurrent, 3)
+  assert.equal(parse(routing).routing.load_balance, 'least_connections')
+})
+
+test('an error names the file, the line, the column, the member, what is right and what was there', () => {
+  const yaml = `server:
+  listen: ":8000"
+
+backends:
+  - name: a
+    url: http://a:1
+    weight: 2
+  - name: b
+    url: http://b:1
+    # a comment
+    timeout: 3s
+    weight: ten
+`
+  assert.deepEqual(complaint(yaml), [
+    'config.yaml:12:5 backends[1].weight: must be a positive integer (got "ten")'
+  ])
+})
+
+test('all errors at once, in the order of the file', () => {
+  const yaml = `server:
+  listen: 8000
+  read_timeout: soon
+  max_body_size: 3 apples
+  wite_timeout: 3s
+log:
+  level: loud
+backends:
+  - url: http://a:1
+    weight: 0
+  - weight: 3
+  - url: ftp://x
+  - url: http://a:1
+auth:
+  enabled: yes please
+  keys: [1]
+  pipeline:
+    - type: webhook
+rate_limit:
+  per_key: {requests_per_minute: -1}
+routing:
+  load_balance: fastest
+  retry: {retry_on: [6xx]}
+nonsense: 1
+`
+  assert.deepEqual(complaint(yaml), [
+    'config.yaml:2:3 server.listen: must be an address such as :8000 or 127.0.0.1:8000 (got 8000)',
+    'config.yaml:3:3 server.read_timeout: must be a duration such as 500ms, 30s or 1m30s (got "soon")',
+    'config.yaml:4:3 server.max_body_size: must be a size such as 64MB (got "3 apples")',
+    'config.yaml:5:3 server.wite_timeout: is not known; did you mean "write_timeout"?',
+    'config.yaml:7:3 log.level: must be one of trace, debug, info, warn, error, fatal, silent (got "loud")',
+    'config.yaml:8:1 backends: has the name "a:1" twice',
+    'config.yaml:10:5 backends[0].weight: must be a positive integer (got 0)',
+    'config.yaml:11:5 backends[1].url: is missing',
+    'config.yaml:12:5 backends[2].url: must be a URL such as http://host:8000 (got "ftp://x")',
+    'config.yaml:15:3 auth.enabled: must be true or false (got "yes please")',
+    'config.yaml:16:10 auth.keys[0]: must be text or a mapping (got 1)',
+    'config.yaml:18:7 auth.pipeline[0]: must be a mapping with the part that its type names, such as static: {keys: [...]} (got a mapping)',
+    'config.yaml:20:13 rate_limit.per_key.requests_per_minute: must be an integer of 0 or more (got -1)',
+    'config.yaml:22:3 routing.load_balance: must be one of round_robin, weighted, least_connections, latency_based, random (got "fastest")',
+    'config.yaml:23:22 routing.retry.retry_on[0]: must be one of connect_failure, timeout, 5xx, 429 (got "6xx")',
+    'config.yaml:24:1 nonsense: is not known'
+  ])
+})
+
+test('a number without a unit is refused where it could be anything', () => {
+  assert.deepEqual(complaint(`${BACKEND}    timeout: 30\n`), [
+    'config.yaml:3:5 backends[0].timeout: must have a unit, such as 30s or 30ms (got 30)'
+  ])
+  assert.equal(parse(`${BACKEND}routing: {idle_timeout: 0}`).routing.idle_timeout, 0)
+  assert.equal(parse(`${BACKEND}server: {max_body_size: 1024}`).server.max_body_size, 1024)
+})
+
+test('YAML that is none, and files that are no mapping', () => {
+  assert.match(complaint('a: [1\nb: 2')[0]!, /^config\.yaml:\d+:\d+ /)
+  assert.match(complaint('a: 1\na: 2')[0]!, /^config\.yaml:2:1 /)
+  assert.match(complaint('- 1')[0]!, /must be a mapping of sections/)
+  assert.deepEqual(complaint(''), ['config.yaml:1:1 backends: is missing'])
+  assert.deepEqual(complaint('backends: []'), [
+    'config.yaml:1:1 backends: must be a list of at least one backend (got a list)'
+  ])
+})
+
+const NOT_BUILT = [
+  'storage: {databases: [{name: a, driver: mysql, enabled: true}]}',
+  'storage: {caches: [{name: a, driver: redis}]}',
+  'discovery: {enabled: true}',
+  'admin: {enabled: true, token: x}',
+  'logging: {enabled: true}',
+  'hooks: {enabled: true}',
+  'routing: {fallback: [{primary: "http://a:1"}]}',
+  'routing: {script: x.lua}',
+  'rate_limit: {per_key: {tokens_per_minute: 5}}',
+  'rate_limit: {storage: redis}',
+  'log: {output: file, file: {rotate: daily}}',
+  'metrics: {custom_labels: [a]}',
+  'auth: {pipeline: [{type: redis, redis: {storage: a}}]}',
+  'auth: {pipeline: [{type: lua, lua: {script: x}}]}',
+  'auth: {keys: [{key: a, total_quota: 5}]}',
+  'usage: {reporters: [{type: database, database: {storage: a}}]}',
+  'health_check: {script: x}'
+]
+
+test('what is not built yet is refused by name when it is switched on', () => {
+  for (const section of NOT_BUILT) {
+    const lines = complaint(`${BACKEND}${section}\n`)
+    assert.ok(
+      lines.some(line => /not supported by this version yet/.test(line)),
+      `${section}: ${lines}`
+    )
+    assert.ok(lines[0]!.startsWith('config.yaml:3:'), lines[0])
+  }
+})
+
+test('what is not built yet may be there when it is switched off', () => {
+  for (const section of [
+    'storage: {databases: [{name: a, driver: mysql, enabled: false}]}',
+    'discovery: {enabled: false, mode: merge, sources: []}',
+    'admin: {enabled: false, db_path: ./data/keys.db}',
+    'logging: {enabled: false, access: {enabled: false}}',
+    'hooks: {enabled: false, on_request: {enabled: false, path: x.lua}}',
+    'routing: {fallback: []}',
+    'rate_limit: {per_key: {tokens_per_minute: 0}, redis: default}',
+    'storage:',
+    'auth:\n  keys:\n'
+  ]) {
+    assert.deepEqual(complaint(`${BACKEND}${section}\n`), [], section)
+  }
+})
+
+test('old names are refused with the new one', () => {
+  for (const [old, now] of [
+    ['listen: ":1"', 'server.listen'],
+    ['usage_hook: {}', 'usage.reporters'],
+    ['api_keys: []', 'auth.keys'],
+    ['auth: {storage: x}', 'auth.pipeline'],
+    ['routing: {load_balance_strategy: x}', 'routing.load_balance']
+  ]) {
+    assert.match(complaint(`${BACKEND}${old}\n`)[0]!, new RegExp(`is an old name; use ${now}`))
+  }
+})
+
+test('the environment', () => {
+  const yaml = `backends:
+  - url: \${URL}
+    weight: \${WEIGHT:-4}
+    api_key: "\${KEY}"
+    headers: {x-a: "$\${KEY} \${EMPTY:-b}"}
+auth: {enabled: "\${AUTH:-true}"}
+`
+  const config = parse(yaml, { URL: 'http://a:1', KEY: '123', EMPTY: '' })
+  const [backend] = config.backends
+  assert.equal(backend!.url, 'http://a:1')
+  assert.equal(backend!.weight, 4)
+  assert.equal(backend!.api_key, '123')
+  assert.deepEqual(backend!.headers, { 'x-a': '${KEY} b' })
+  assert.equal(config.auth.enabled, true)
+  assert.deepEqual(complaint(yaml, { KEY: 'x' }), [
+    'config.yaml:2:5 backends[0].url: needs the environment variable ${URL}, which is not set'
+  ])
+})
+
+test('values from the environment, keys and headers are not shown in errors', () => {
+  const shown = complaint(
+    `backends:\n  - url: http://a:1\n    weight: \${SECRET}\n    api_key: [hunter2]\n    headers: {a: [hunter2]}\nauth: {keys: [{key: {a: hunter2}}]}\n`,
+    { SECRET: 'hunter2' }
+  ).join('\n')
+  assert.match(
+    shown,
+    /weight: must be a positive integer \(got the value of an environment variable\)/
+  )
+  assert.doesNotMatch(shown, /hunter2/)
+})
+
+test('anchors, aliases and merges work', () => {
+  const config = parse(
+    'backends:\n  - &a {name: a, url: http://a:1, weight: 3}\n  - {<<: *a, name: b}\nserver: {listen: ":1"}'
+  )
+  assert.deepEqual(
+    config.backends.map(({ name, url, weight }) => [name, url, weight]),
+    [
+      ['a', 'http://a:1', 3],
+      ['b', 'http://a:1', 3]
+    ]
+  )
+})
+
+test('tls asks for its files', () => {
+  assert.deepEqual(complaint(`${BACKEND}server:\n  tls: {enabled: true, client_auth: require}\n`), [
+    'config.yaml:4:3 server.tls.cert_file: is missing, but tls is enabled',
+    'config.yaml:4:3 server.tls.key_file: is missing, but tls is enabled',
+    'config.yaml:4:3 server.tls.client_ca_file: is missing, but client_auth asks for certificates'
+  ])
+})
+
+test('a configuration is frozen', () => {
+  assert.throws(() => {
+    ;(parse(BACKEND).backends as unknown[]).push({})
+  }, TypeError)
+})
+
+test('quantities', () => {
+  assert.equal(parseQuantity('1h2m3s4ms', 'ms'), 3_723_004)
+  assert.equal(parseQuantity('1.5s', 'ms'), 1500)
+  assert.equal(parseQuantity('64MB', 'bytes'), 64 * 1024 ** 2)
+  assert.equal(parseQuantity('1gb', 'bytes'), 1024 ** 3)
+  for (const text of ['', 's', '5', '5x', '5 s', '-5s', '5s,', 'x5s']) {
+    assert.equal(parseQuantity(text, 'ms'), undefined, text)
+  }
+  fc.assert(
+    fc.property(fc.nat(1e6), fc.constantFrom('ms', 's', 'm', 'h'), (number, unit) => {
+      const factor = { ms: 1, s: 1000, m: 60_000, h: 3_600_000 }[unit]!
+      assert.equal(parseQuantity(`${number}${unit}`, 'ms'), number * factor)
+    })
+  )
+})
+
+test('options in code take text and milliseconds, and complain the same way', () => {
+  const Options = Section({ wait: Duration('3s', 'a wait') }, 'an example')
+  assert.deepEqual(checkOptions(Options, {}), { wait: 3000 })
+  assert.deepEqual(checkOptions(Options, { wait: 5 }), { wait: 5 })
+  assert.deepEqual(checkOptions(Options, { wait: '5s' }), { wait: 5000 })
+  assert.throws(() => checkOptions(Options, { wiat: 5 }, 'plugin'), {
+    name: 'OptionsError',
+    message: 'plugin: wiat: is not known; did you mean "wait"?'
+  })
+  assert.throws(() => checkOptions(Options, { wait: 'x' }), OptionsError)
+})
+
+test('no text whatever crashes the parser: it is a configuration or a complaint with a place', () => {
+  const word = fc.constantFrom(
+    'server',
+    'backends',
+    'url',
+    'weight',
+    'auth',
+    '${A}',
+    '- ',
+    ': ',
+    '\n',
+    '  ',
+    '{',
+    '}',
+    '[',
+    ']',
+    '"',
+    '&a',
+    '*a',
+    '<<',
+    '1',
+    'true',
+    'null',
+    'http://a:1',
+    '#',
+    '|',
+    '?'
+  )
+  fc.assert(
+    fc.property(
+      fc.oneof(
+        fc.string(),
+        fc.array(word).map(words => words.join(''))
+      ),
+      yaml => {
+        for (const line of complaint(yaml)) assert.match(line, /^config\.yaml:\d+:\d+ /)
+      }
+    ),
+    { numRuns: 500 }
+  )
+})
+
+test('any value in any place is taken or refused by name', () => {
+  const members = Object.keys(parse(BACKEND))
+  fc.assert(
+    fc.property(fc.constantFrom(...members), fc.jsonValue(), (member, value) => {
+      const rest = member === 'backends' ? {} : { backends: [{ url: 'http://a:1' }] }
+      for (const line of complaint(JSON.stringify({ ...rest, [member]: value }))) {
+        assert.match(line, new RegExp(`^config\\.yaml:\\d+:\\d+ ${member}`))
+      }
+    }),
+    { numRuns: 300 }
+  )
+})
+
+test('substitution leaves all other text alone', () => {
+  fc.assert(
+    fc.property(fc.string(), text => {
+      if (!text.includes('${')) assert.equal(substitute(text, {}, []), text)
+    })
+  )
+  assert.equal(substitute('$$ $a ${ ${1} $${A}', {}, []), '$$ $a ${ ${1} ${A}')
+})
