@@ -160,6 +160,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
 export function answerError(error: unknown, request: FastifyRequest, reply: FastifyReply): void {
   const gatewayError = toGatewayError(error)
   const { exchange } = request
+  exchange?.answeredWith(gatewayError)
   if (gatewayError.code === 'internal_error') {
     request.log.error({ err: error, requestId: exchange?.id }, 'unexpected error')
   }

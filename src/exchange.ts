@@ -148,6 +148,12 @@ export class Exchange {
     this.errorCode = error.code
   }
 
+  /** The gateway answers with an error of its own; without an attempt that is a refusal. */
+  answeredWith(error: GatewayError): void {
+    this.errorCode ??= error.code
+    if (this.attempts === 0) this.outcome = 'rejected'
+  }
+
   /** The response is closed: stops what runs. Returns false when that was done before. */
   close(): boolean {
     if (this.closed) return false
@@ -236,9 +242,7 @@ export function withExchanges(fastify: FastifyInstance): Exchanges {
     done()
   })
   fastify.addHook('onError', (request, _reply, error, done) => {
-    const { code, statusCode } = toGatewayError(error)
-    request.exchange.errorCode ??= code
-    if (request.exchange.attempts === 0 && statusCode < 500) request.exchange.outcome = 'rejected'
+    request.exchange.answeredWith(toGatewayError(error))
     done()
   })
   return exchanges

@@ -47,10 +47,21 @@ export const cuts = Object.keys(CUTS) as Cut[]
 
 /** Answers what `say` says. */
 export function speaks(say: Say, cut: Cut = 'event by event'): Answerer {
-  return (request, response) => {
-    for (const part of CUTS[cut](begin(say, request, response))) response.write(part)
+  return async (request, response) => {
+    for (const part of CUTS[cut](begin(say, request, response))) {
+      response.write(part)
+      await pause(cut)
+    }
     response.end()
   }
+}
+
+/**
+ * Node joins what is written in one tick into one chunk. A tick later it is another chunk; a turn of
+ * the loop later it is read by itself too, which would take too long for every byte.
+ */
+function pause(cut: Cut): Promise<void> {
+  return new Promise(cut === 'byte by byte' ? process.nextTick : setImmediate)
 }
 
 /** Answers with the first events of what `say` says, and then dies. */
