@@ -64,7 +64,7 @@ async function serve(file: string): Promise<void> {
   const server = await startServer(file, process.env.LLMPROXY_DATA_DIR ?? './data')
   process.on('SIGHUP', () => void server.reload())
   // The gateway's own drain timeout ends a close; a second signal ends the process at once.
-  closeWithGrace({ delay: false, logger: server.log }, async ({ err }) => {
+  closeWithGrace({ delay: false, logger: server.log, skip: ['SIGHUP'] }, async ({ err }) => {
     if (err) server.log.fatal({ err }, 'unexpected error')
     await server.close()
   })

@@ -75,11 +75,15 @@ const usagePlugin: FastifyPluginAsync<Partial<UsageOptions>> = async function us
     options.reporters
       .filter(({ enabled }) => options.enabled && enabled)
       .map(({ name, webhook }) => new Webhook(name ?? 'webhook', webhook!, delivered, log))
-  const flush = async (leaving: readonly Reporter[], signal: AbortSignal) => {
-    for (const reporter of leaving) {
-      const lost = await reporter.close(signal)
-      if (lost > 0) log.error({ reporter: reporter.name, lost }, 'usage events were not delivered')
-    }
+  /** Reporters that a reload took out, while they deliver what they have. */
+  const leaving = new Set<Reporter>()
+  const close = async (reporter: Reporter, signal: AbortSignal) => {
+    leaving.add(reporter)
+    await reporter.close(signal)
+    leaving.delete(reporter)
+  }
+  const flush = async (signal: AbortSignal) => {
+    await Promise.all([...reporters, ...leaving].map(reporter => close(reporter, signal)))
   }
 
   let reporters = create(checkOptions(UsageOptions, { enabled: true, ...given }))
@@ -89,10 +93,10 @@ const usagePlugin: FastifyPluginAsync<Partial<UsageOptions>> = async function us
     },
     onDelivery,
     update(options) {
-      void flush(reporters, AbortSignal.timeout(LEAVE_TIMEOUT))
+      for (const reporter of reporters) void close(reporter, AbortSignal.timeout(LEAVE_TIMEOUT))
       reporters = create(options)
     },
-    flush: signal => flush(reporters, signal)
+    flush
   } satisfies UsageReports)
 
   withExchanges(fastify).onEnd('record', exchange => {
@@ -100,7 +104,7 @@ const usagePlugin: FastifyPluginAsync<Partial<UsageOptions>> = async function us
     const event = toEvent(exchange, fastify.prefix)
     for (const reporter of reporters) reporter.report(event, exchange.request.payload?.bytes)
   })
-  fastify.addHook('onClose', () => flush(reporters, AbortSignal.abort()))
+  fastify.addHook('onClose', () => flush(AbortSignal.abort()))
 }
 
 function toEvent(exchange: Exchange, prefix: string): UsageEvent {

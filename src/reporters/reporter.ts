@@ -35,6 +35,6 @@ export interface Reporter {
   report(event: UsageEvent, body: Buffer | undefined): void
   /** Events not delivered yet. */
   readonly pending: number
-  /** Delivers what is pending; gives up when the signal fires, and then returns what was left. */
-  close(signal: AbortSignal): Promise<number>
+  /** Delivers what is pending and gives up when the signal fires. May be called again, to hurry. */
+  close(signal: AbortSignal): Promise<void>
 }

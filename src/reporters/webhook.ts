@@ -54,7 +54,8 @@ export class Webhook implements Reporter {
   readonly #closing = new AbortController()
   #bytes = 0
   #sending = 0
-  #whenEmpty: (() => void) | undefined
+  readonly #done = Promise.withResolvers<void>()
+  #closed: Promise<void> | undefined
   #hasWarned = false
 
   constructor(
@@ -88,18 +89,21 @@ export class Webhook implements Reporter {
     if (this.#sending < CONCURRENCY) void this.#send()
   }
 
-  async close(signal: AbortSignal): Promise<number> {
-    if (this.pending > 0 && !signal.aborted) {
-      await new Promise<void>(resolve => {
-        this.#whenEmpty = resolve
-        signal.addEventListener('abort', () => resolve(), { once: true })
-      })
-    }
-    const left = this.pending
+  close(signal: AbortSignal): Promise<void> {
+    const { resolve } = this.#done
+    if (signal.aborted) resolve()
+    else signal.addEventListener('abort', () => resolve(), { once: true })
+    this.#closed ??= this.#finish()
+    return this.#closed
+  }
+
+  async #finish(): Promise<void> {
+    if (this.pending > 0) await this.#done.promise
+    const lost = this.pending
+    if (lost > 0) this.#log.error({ reporter: this.name, lost }, 'usage events were not delivered')
     this.#closing.abort()
     this.#queue.length = 0
     await this.#agent.destroy()
-    return left
   }
 
   async #send(): Promise<void> {
@@ -112,7 +116,7 @@ export class Webhook implements Reporter {
       this.#onDelivery(isDelivered ? 'delivered' : 'failed')
     }
     this.#sending--
-    if (this.pending === 0) this.#whenEmpty?.()
+    if (this.pending === 0 && this.#closed !== undefined) this.#done.resolve()
   }
 
   async #deliver(payload: Buffer): Promise<boolean> {

@@ -1,0 +1,34 @@
+FROM node:26-slim AS build
+WORKDIR /build
+# No install scripts: the only package that has one brings a Node of its own, and this image is one.
+COPY package.json package-lock.json .npmrc ./
+RUN npm ci --ignore-scripts
+COPY tsconfig.json ./
+COPY src ./src
+RUN npm run build && npm prune --omit=dev --ignore-scripts
+
+FROM node:26-slim
+# The base image's user "node" holds the uid that bind mounts usually belong to.
+RUN userdel --remove node \
+  && useradd --uid 1000 --user-group --create-home --shell /usr/sbin/nologin llmproxy \
+  && install --directory --owner=llmproxy --group=llmproxy /home/llmproxy/data
+
+WORKDIR /opt/llmproxy
+COPY package.json ./
+COPY config/llmproxy.* ./config/
+COPY --from=build /build/node_modules ./node_modules
+COPY --from=build /build/dist ./dist
+
+USER llmproxy
+WORKDIR /home/llmproxy
+ENV LLMPROXY_DATA_DIR=/home/llmproxy/data
+VOLUME /home/llmproxy/data
+EXPOSE 8000
+
+# Liveness, not readiness: a gateway without a backend should not be restarted.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=5s --retries=3 \
+  CMD ["node", "-e", "fetch('http://127.0.0.1:8000/health').then(answer => process.exit(answer.ok ? 0 : 1), () => process.exit(1))"]
+
+# The exec form: node is process 1 and gets SIGTERM and SIGHUP itself.
+ENTRYPOINT ["node", "/opt/llmproxy/dist/cli.js"]
+CMD ["serve"]

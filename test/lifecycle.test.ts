@@ -1,0 +1,369 @@
+import assert from 'node:assert/strict'
+import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { existsSync, mkdtempSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
+import { Agent, get } from 'node:https'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { type TestContext, test } from 'node:test'
+import {
+  answerChat,
+  CHAT,
+  chunk,
+  DONE,
+  events,
+  fakeBackend,
+  post,
+  rawClient,
+  rawPost
+} from './helper.ts'
+
+/** The gateway as a process of its own, as people run it. */
+
+interface Process {
+  child: ChildProcess
+  url: string
+  port: number
+  /** Log lines so far. */
+  lines: Record<string, unknown>[]
+  logged(message: string, count?: number): Promise<Record<string, unknown>>
+  exit: Promise<number | null>
+}
+
+const CLI = new URL('../src/cli.ts', import.meta.url).pathname
+
+function folder(t: TestContext): string {
+  const path = mkdtempSync(join(tmpdir(), 'llmproxy-'))
+  t.after(() => rmSync(path, { recursive: true, force: true }))
+  return path
+}
+
+async function start(
+  t: TestContext,
+  args: string[],
+  env: NodeJS.ProcessEnv = {},
+  command = process.execPath
+): Promise<Process> {
+  const child = spawn(command, args, {
+    env: { ...process.env, LLMPROXY_CONFIG: '', ...env },
+    stdio: ['ignore', 'pipe', 'inherit']
+  })
+  t.after(() => child.kill('SIGKILL'))
+  const lines: Record<string, unknown>[] = []
+  const waiting = new Set<() => void>()
+  let rest = ''
+  child.stdout!.on('data', (data: Buffer) => {
+    const parts = (rest + data).split('\n')
+    rest = parts.pop()!
+    for (const part of parts.filter(each => each.startsWith('{'))) lines.push(JSON.parse(part))
+    for (const look of waiting) look()
+  })
+  const running: Process = {
+    child,
+    url: '',
+    port: 0,
+    lines,
+    logged: (message, count = 1) =>
+      new Promise(resolve => {
+        const look = () => {
+          const found = lines.filter(({ msg }) => msg === message)
+          if (found.length < count) return
+          waiting.delete(look)
+          resolve(found[count - 1]!)
+        }
+        waiting.add(look)
+        look()
+      }),
+    exit: new Promise(resolve => {
+      child.once('exit', resolve)
+    })
+  }
+  const { url } = await running.logged('LLMProxy is listening')
+  running.url = String(url)
+  running.port = Number(new URL(running.url).port)
+  return running
+}
+
+function writeConfig(file: string, config: object): string {
+  // In one step, so that nobody reads half a file.
+  writeFileSync(`${file}.new`, JSON.stringify(config))
+  renameSync(`${file}.new`, file)
+  return file
+}
+
+const LISTEN = { server: { listen: '127.0.0.1:0' } }
+
+test('SIGTERM: new calls are refused, running streams finish, exit 0', async t => {
+  const responses: import('node:http').ServerResponse[] = []
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+    responses.push(response)
+  })
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    ...LISTEN,
+    backends: [{ url: backend.url }]
+  })
+  const gateway = await start(t, [CLI, 'serve', '--config', file])
+  const text = rawPost('/v1/chat/completions', JSON.stringify({ ...CHAT, stream: true }))
+  const stream = await rawClient(t, gateway.port, text)
+  await stream.until(/Hi/)
+  const idle = await rawClient(t, gateway.port, 'GET /health HTTP/1.1\r\nhost: g\r\n\r\n')
+  await idle.until(/"status":"ok"/)
+  const waiting = text.replace('\r\n\r\n', '\r\nexpect: 100-continue\r\n\r\n')
+  const halfway = await rawClient(t, gateway.port, waiting.slice(0, -5))
+  await halfway.until(/100 Continue/)
+
+  gateway.child.kill('SIGTERM')
+  await idle.closed
+  const refused = await rawClient(t, gateway.port, text)
+  assert.match(await refused.until(/\}\}/), / 503 [\s\S]*connection: close[\s\S]*shutting_down/i)
+  halfway.socket.write(waiting.slice(-5))
+  await halfway.until(/Hi/)
+  responses[1]!.end(DONE)
+  await halfway.until(/\[DONE\][\s\S]*\r\n0\r\n/)
+  responses[0]!.end(chunk(' you') + DONE)
+  await stream.until(/\[DONE\][\s\S]*\r\n0\r\n/)
+  assert.equal(await gateway.exit, 0)
+  assert.equal(responses.length, 2)
+})
+
+test('SIGTERM: a stream that takes longer than drain_timeout is ended honestly', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+  })
+  const hook = await fakeBackend(t, (_request, response) => response.end())
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    server: { ...LISTEN.server, drain_timeout: '100ms' },
+    backends: [{ url: backend.url }],
+    usage: { enabled: true, reporters: [{ type: 'webhook', webhook: { url: hook.url } }] }
+  })
+  const gateway = await start(t, [CLI, '--config', file])
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  const stream = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await stream.until(/Hi/)
+  gateway.child.kill('SIGTERM')
+  await stream.closed
+  assert.match(stream.received, /"code":"shutting_down"/)
+  assert.doesNotMatch(stream.received, /\r\n0\r\n/)
+  assert.equal(await gateway.exit, 0)
+  const event = JSON.parse((await hook.request()).body)
+  assert.deepEqual([event.outcome, event.completion_tokens], ['timed_out', 1])
+  await (await backend.request()).closed
+})
+
+test('SIGHUP and a changed file reload; a broken file is refused; streams go on', async t => {
+  const responses: import('node:http').ServerResponse[] = []
+  const old = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+    responses.push(response)
+  })
+  const next = await fakeBackend(t, answerChat)
+  const file = join(folder(t), 'config.yaml')
+  const auth = (keys: string[]) => ({ auth: { enabled: true, keys } })
+  writeConfig(file, { ...LISTEN, backends: [{ url: old.url }], ...auth(['a']) })
+  const gateway = await start(t, [CLI, '--config', file])
+  const stream = await rawClient(
+    t,
+    gateway.port,
+    rawPost('/v1/chat/completions', JSON.stringify({ ...CHAT, stream: true }), ['x-api-key: a'])
+  )
+  await stream.until(/Hi/)
+
+  writeConfig(file, {
+    ...LISTEN,
+    server: { ...LISTEN.server, idle_timeout: '5s' },
+    backends: [{ url: next.url }],
+    ...auth(['b'])
+  })
+  gateway.child.kill('SIGHUP')
+  const { sections } = await gateway.logged('changes that need a restart')
+  assert.deepEqual(sections, ['server.idle_timeout'])
+  const status = async (key: string) =>
+    (await post(`${gateway.url}/v1/chat/completions`, CHAT, { 'x-api-key': key })).status
+  assert.equal(await status('a'), 401)
+  assert.equal(await status('b'), 200)
+  assert.equal(next.requests.length, 1)
+
+  writeFileSync(file, 'backends: [{url: nonsense}]')
+  const { errors } = await gateway.logged('reload refused')
+  assert.match(String(errors), /config\.yaml:1:13 backends\[0\]\.url: must be a URL/)
+  assert.equal(await status('b'), 200, 'the last good one stays')
+
+  responses[0]!.end(chunk(' you') + DONE)
+  await stream.until(/\r\n0\r\n/)
+  assert.equal(events(stream.received).at(-1), '[DONE]')
+  gateway.child.kill('SIGTERM')
+  assert.equal(await gateway.exit, 0)
+})
+
+test('a reload keeps what was counted', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const file = join(folder(t), 'config.yaml')
+  const config = (requests_per_minute: number) => ({
+    ...LISTEN,
+    backends: [{ url: backend.url }],
+    rate_limit: { enabled: true, per_key: { requests_per_minute } }
+  })
+  writeConfig(file, config(2))
+  const gateway = await start(t, [CLI, '--config', file])
+  const status = async () => (await post(`${gateway.url}/v1/chat/completions`, CHAT)).status
+  assert.deepEqual([await status(), await status(), await status()], [200, 200, 429])
+  writeConfig(file, config(3))
+  gateway.child.kill('SIGHUP')
+  await gateway.logged('configuration reloaded')
+  assert.deepEqual([await status(), await status()], [200, 429])
+  assert.match(
+    await (await fetch(`${gateway.url}/metrics`)).text(),
+    /llmproxy_requests_total\{[^}]*status="200"\} 3/
+  )
+})
+
+test('without arguments it serves the demo backend, and the curl line of the log works', async t => {
+  const data = folder(t)
+  const config = readFileSync(new URL('../config/llmproxy.yaml', import.meta.url), 'utf8')
+  const file = join(data, 'config.yaml')
+  writeFileSync(file, config.replace('":8000"', '":0"'))
+  const gateway = await start(t, [CLI], { LLMPROXY_CONFIG: file, LLMPROXY_DATA_DIR: data })
+  const line = gateway.lines.find(({ msg }) => String(msg).startsWith('curl '))
+  assert.ok(line !== undefined)
+  const output = execFileSync('sh', ['-c', String(line.msg)], {
+    stdio: ['ignore', 'pipe', 'ignore']
+  })
+  assert.equal(events(output.toString()).at(-1), '[DONE]')
+  const { completionTokens, exactness } = await gateway.logged('exchange')
+  assert.equal(completionTokens, events(output.toString()).length - 2)
+  assert.equal(exactness, 'exact')
+})
+
+test('npm start passes signals on to the serving process', async t => {
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    ...LISTEN,
+    backends: [{ url: 'demo://' }]
+  })
+  const gateway = await start(t, ['start', '--', '--config', file], {}, 'npm')
+  assert.equal((await fetch(`${gateway.url}/health`)).status, 200)
+  gateway.child.kill('SIGTERM')
+  await gateway.logged('stopped')
+  await gateway.exit
+  await assert.rejects(fetch(`${gateway.url}/health`))
+})
+
+test('log.output: file writes below the data directory', async t => {
+  const data = folder(t)
+  const file = writeConfig(join(data, 'config.yaml'), {
+    server: { listen: '127.0.0.1:38917' },
+    log: { output: 'file', file: { path: 'logs/gateway.log' } },
+    backends: [{ url: 'demo://' }]
+  })
+  const child = spawn(process.execPath, [CLI, '--config', file], {
+    env: { ...process.env, LLMPROXY_DATA_DIR: data }
+  })
+  t.after(() => child.kill('SIGKILL'))
+  const path = join(data, 'logs/gateway.log')
+  const read = () => (existsSync(path) ? readFileSync(path, 'utf8') : '')
+  while (!read().includes('is listening')) await new Promise(resolve => setImmediate(resolve))
+  child.kill('SIGTERM')
+  const [code] = await once(child, 'exit')
+  assert.equal(code, 0)
+  assert.match(read(), /"msg":"stopped"/)
+})
+
+function certificate(path: string, name: string, issuer?: string): { cert: string; key: string } {
+  const [cert, key] = [join(path, `${name}.crt`), join(path, `${name}.key`)]
+  const request = ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1']
+  const signed = issuer === undefined ? [] : ['-CA', `${issuer}.crt`, '-CAkey', `${issuer}.key`]
+  const names = ['-subj', `/CN=${name}`, '-addext', 'subjectAltName=IP:127.0.0.1']
+  execFileSync(
+    'openssl',
+    [...request, '-nodes', '-days', '2', '-keyout', key, '-out', cert, ...names, ...signed],
+    { stdio: 'ignore' }
+  )
+  return { cert, key }
+}
+
+/** The status of a GET over TLS, and whose certificate the server showed. */
+function getTls(url: string, options: object): Promise<{ status: number; name: string }> {
+  return new Promise((resolve, reject) => {
+    get(
+      `${url}/health`,
+      { rejectUnauthorized: false, agent: new Agent(), ...options },
+      response => {
+        const { subject } = (response.socket as import('node:tls').TLSSocket).getPeerCertificate()
+        response
+          .resume()
+          .on('end', () => resolve({ status: response.statusCode!, name: String(subject.CN) }))
+      }
+    ).on('error', reject)
+  })
+}
+
+test('TLS, client certificates, and a certificate that is renewed while it runs', async t => {
+  const path = folder(t)
+  const server = certificate(path, 'first')
+  certificate(path, 'authority')
+  const client = certificate(path, 'client', join(path, 'authority'))
+  const file = writeConfig(join(path, 'config.yaml'), {
+    server: {
+      ...LISTEN.server,
+      tls: {
+        enabled: true,
+        cert_file: server.cert,
+        key_file: server.key,
+        client_ca_file: join(path, 'authority.crt'),
+        client_auth: 'require'
+      }
+    },
+    backends: [{ url: 'demo://' }]
+  })
+  const gateway = await start(t, [CLI, '--config', file])
+  assert.match(gateway.url, /^https:/)
+  const shown = { cert: readFileSync(client.cert), key: readFileSync(client.key) }
+  assert.deepEqual(await getTls(gateway.url, shown), { status: 200, name: 'first' })
+  await assert.rejects(getTls(gateway.url, {}))
+
+  const renewed = certificate(path, 'second')
+  renameSync(renewed.key, server.key)
+  renameSync(renewed.cert, server.cert)
+  let name = ''
+  while (name !== 'second') {
+    await gateway.logged('TLS certificate renewed', 1)
+    name = (await getTls(gateway.url, shown)).name
+  }
+})
+
+test('CORS', async t => {
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    server: {
+      ...LISTEN.server,
+      cors: {
+        enabled: true,
+        allowed_origins: ['http://app.example'],
+        expose_headers: ['x-request-id'],
+        max_age: 60
+      }
+    },
+    auth: { enabled: true, keys: ['a'] },
+    backends: [{ url: 'demo://' }]
+  })
+  const gateway = await start(t, [CLI, '--config', file])
+  const preflight = await fetch(`${gateway.url}/v1/chat/completions`, {
+    method: 'OPTIONS',
+    headers: { origin: 'http://app.example', 'access-control-request-method': 'POST' }
+  })
+  assert.equal(preflight.status, 204)
+  assert.equal(preflight.headers.get('access-control-allow-origin'), 'http://app.example')
+  assert.match(preflight.headers.get('access-control-allow-headers')!, /Authorization/)
+  assert.equal(preflight.headers.get('access-control-max-age'), '60')
+  const headers = { origin: 'http://app.example', 'x-api-key': 'a' }
+  const call = await post(`${gateway.url}/v1/chat/completions`, CHAT, headers)
+  assert.equal(call.headers.get('access-control-allow-origin'), 'http://app.example')
+  assert.equal(call.headers.get('access-control-expose-headers'), 'x-request-id')
+  const other = await post(`${gateway.url}/v1/chat/completions`, CHAT, {
+    ...headers,
+    origin: 'http://evil.example'
+  })
+  assert.notEqual(other.headers.get('access-control-allow-origin'), 'http://evil.example')
+})
