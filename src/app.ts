@@ -1,4 +1,4 @@
-import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
+import type { FastifyPluginAsync, FastifyReply, FastifyRequest, RegisterOptions } from 'fastify'
 import { type Static, Type } from 'typebox'
 import { anthropic } from './dialects/anthropic.ts'
 import type { Dialect } from './dialects/dialect.ts'
@@ -6,8 +6,8 @@ import { ollama } from './dialects/ollama.ts'
 import { openai } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { withExchanges } from './exchange.ts'
-import { checkOptions, Duration } from './options.ts'
-import auth, { AuthOptions } from './plugins/auth.ts'
+import { checkOptions, Duration, type Given } from './options.ts'
+import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
 import backends, { BackendsOptions } from './plugins/backends.ts'
 import limits, { LimitsOptions } from './plugins/limits.ts'
 import log from './plugins/log.ts'
@@ -48,14 +48,12 @@ export interface Gateway {
   readonly demoUrl: string | undefined
 }
 
-/** As options are given: quantities may be text, and what has a default may be left out. */
-interface GivenOptions {
-  backends: object[]
-  prefix?: string
+/** The gateway's options as they may be given in code. */
+export type GivenOptions = Given<Omit<GatewayOptions, 'auth'>> & {
+  auth?: GivenAuthOptions
   onGateway?: (gateway: Gateway) => void
   /** Answer every unknown path of the server, not only those under the prefix. */
   ownsNotFound?: boolean
-  [section: string]: unknown
 }
 
 interface Lifecycle {
@@ -83,8 +81,9 @@ const FLUSH_TIMEOUT = 5_000
  * await fastify.register(gateway, { prefix: '/llm', backends: [{ url: 'http://127.0.0.1:8001' }] })
  */
 const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify, given) {
-  const { prefix, logLevel, logSerializers, onGateway, ownsNotFound, ...rest } = given
-  const options = checkOptions(GatewayOptions, rest, 'llmproxy')
+  const { onGateway, ownsNotFound, prefix, logLevel, logSerializers, ...sections } =
+    given as GivenOptions & RegisterOptions
+  const options = checkOptions(GatewayOptions, sections, 'llmproxy')
   const lifecycle: Lifecycle = { isDraining: false }
   fastify.decorate('lifecycle', lifecycle)
 
@@ -165,11 +164,12 @@ export function answerError(error: unknown, request: FastifyRequest, reply: Fast
     request.log.error({ err: error, requestId: exchange?.id }, 'unexpected error')
   }
   const dialect = exchange?.endpoint?.dialect ?? dialectOf(request.url)
+  const id = exchange?.id ?? ''
   reply
     .code(gatewayError.statusCode)
-    .headers(gatewayError.headers)
+    .headers({ 'x-request-id': id, [dialect.idHeader]: id, ...gatewayError.headers })
     .type('application/json; charset=utf-8')
-    .send(JSON.stringify(dialect.error(gatewayError, exchange?.id ?? '')))
+    .send(JSON.stringify(dialect.error(gatewayError, id)))
 }
 
 /** Answers whatever is no route. The path stays out of it, and out of the log. */

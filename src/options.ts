@@ -45,6 +45,15 @@ export function NotBuilt(description: string) {
   return Type.Optional(Type.Unsafe<unknown>({ notBuilt: true, description }))
 }
 
+/** Options as they may be given: what has a default may be left out, a quantity may be text. */
+export type Given<T> = T extends number
+  ? number | string
+  : T extends readonly (infer Item)[]
+    ? readonly Given<Item>[]
+    : T extends object
+      ? { readonly [Name in keyof T]?: Given<T[Name]> }
+      : T
+
 /** An object whose unknown members are refused, and which is there with its defaults if left out. */
 export function Section<T extends Record<string, TSchema>>(properties: T, description: string) {
   return Type.Object(properties, { additionalProperties: false, default: {}, description })

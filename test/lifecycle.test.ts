@@ -26,6 +26,7 @@ interface Process {
   port: number
   /** Log lines so far. */
   lines: Record<string, unknown>[]
+  /** The first line, or the one number `count`, whose message begins like this. */
   logged(message: string, count?: number): Promise<Record<string, unknown>>
   exit: Promise<number | null>
 }
@@ -66,7 +67,7 @@ async function start(
     logged: (message, count = 1) =>
       new Promise(resolve => {
         const look = () => {
-          const found = lines.filter(({ msg }) => msg === message)
+          const found = lines.filter(({ msg }) => String(msg).startsWith(message))
           if (found.length < count) return
           waiting.delete(look)
           resolve(found[count - 1]!)
@@ -227,8 +228,7 @@ test('without arguments it serves the demo backend, and the curl line of the log
   const file = join(data, 'config.yaml')
   writeFileSync(file, config.replace('":8000"', '":0"'))
   const gateway = await start(t, [CLI], { LLMPROXY_CONFIG: file, LLMPROXY_DATA_DIR: data })
-  const line = gateway.lines.find(({ msg }) => String(msg).startsWith('curl '))
-  assert.ok(line !== undefined)
+  const line = await gateway.logged('curl ')
   const output = execFileSync('sh', ['-c', String(line.msg)], {
     stdio: ['ignore', 'pipe', 'ignore']
   })

@@ -20,6 +20,7 @@ function anthropicError(error: GatewayError, requestId: string) {
 /** The Messages API, https://docs.claude.com/en/api/errors */
 export const anthropic: Dialect = {
   name: 'anthropic',
+  idHeader: 'request-id',
   error: anthropicError,
   errorEvent: (error, requestId) =>
     `event: error\ndata: ${JSON.stringify(anthropicError(error, requestId))}\n\n`,

@@ -19,6 +19,7 @@ function errorType({ statusCode, code }: GatewayError): string {
 /** Chat completions and completions, and every route that has no API of its own. */
 export const openai: Dialect = {
   name: 'openai',
+  idHeader: 'x-request-id',
   error: openaiError,
   errorEvent: error => `data: ${JSON.stringify(openaiError(error))}\n\n`,
   deltaMembers: ['content', 'reasoning_content', 'reasoning', 'arguments', 'refusal', 'text'],

@@ -4,6 +4,7 @@ import { openaiError } from './openai.ts'
 /** The Responses API: typed events, usage inside `response.completed`, no `[DONE]`. */
 export const responses: Dialect = {
   name: 'responses',
+  idHeader: 'x-request-id',
   error: openaiError,
   errorEvent: error => {
     const { code, message } = error

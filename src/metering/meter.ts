@@ -37,6 +37,8 @@ export class Meter {
   lastDeltaAt = 0
   /** The stream said properly that it is over. */
   finished = false
+  /** The usage is the answer's last word, not a count on the way. */
+  hasFinalUsage = false
   /** The backend reported an error inside its answer. */
   failed = false
   /** `id` of the answer. */
@@ -215,7 +217,10 @@ export class Meter {
   #harvest(): void {
     const { seen } = this.#watcher
     if (seen.delta) this.deltas++
-    if (seen.usage !== undefined) addCounts(this.#counts, seen.usage)
+    if (seen.usage !== undefined) {
+      addCounts(this.#counts, seen.usage)
+      if (seen.noChoices) this.hasFinalUsage = true
+    }
     if (seen.promptEvalCount) this.#counts.input_tokens = seen.promptEvalCount
     if (seen.evalCount) this.#counts.output_tokens = seen.evalCount
     if (seen.error) this.failed = true

@@ -7,7 +7,7 @@ import { type KeySource, matchesModel, StatusCodes } from '../keys/key.ts'
 import { Keyring } from '../keys/keyring.ts'
 import { StaticKey, StaticKeys } from '../keys/static.ts'
 import { WebhookKeys, WebhookKeysOptions } from '../keys/webhook.ts'
-import { checkOptions, NotBuilt, Section } from '../options.ts'
+import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
 
 /**
  * Checks API keys: a request with a good key gets `request.caller`, any other is answered 401, 403,
@@ -67,6 +67,11 @@ export const AuthOptions = Section(
 )
 export type AuthOptions = Static<typeof AuthOptions>
 
+/** A key alone may be given as text. */
+export type GivenAuthOptions = Given<Omit<AuthOptions, 'keys'>> & {
+  keys?: readonly (string | Given<StaticKey>)[]
+}
+
 declare module 'fastify' {
   interface FastifyRequest {
     caller: Caller | undefined
@@ -76,7 +81,7 @@ declare module 'fastify' {
   }
 }
 
-const authPlugin: FastifyPluginAsync<Partial<AuthOptions>> = async function auth(fastify, given) {
+const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fastify, given) {
   let options = checkOptions(AuthOptions, { enabled: true, ...given })
   let keyring = toKeyring(options, fastify.log)
   withExchanges(fastify)

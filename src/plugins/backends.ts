@@ -2,7 +2,7 @@ import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type DemoBackend, startDemo } from '../demo.ts'
-import { checkOptions, Duration, isHttpUrl, NotBuilt, Section } from '../options.ts'
+import { checkOptions, Duration, type Given, isHttpUrl, NotBuilt, Section } from '../options.ts'
 import type { AttemptResult } from '../pool/attempt.ts'
 import { type HealthCheck, HealthChecker } from '../pool/health.ts'
 import { Pool, type PoolConfig } from '../pool/pool.ts'
@@ -144,7 +144,7 @@ export interface Backends {
   readonly demoUrl: string | undefined
 }
 
-const backendsPlugin: FastifyPluginAsync<BackendsOptions> = async function backends(
+const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async function backends(
   fastify,
   given
 ) {

@@ -5,7 +5,7 @@ import { type Static, Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
 import { type Limits, MemoryLimiter, type Policy, type Refusal } from '../limits/memory.ts'
-import { checkOptions, NotBuilt, Section } from '../options.ts'
+import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
 
 /**
  * Limits: how many requests a second and a minute, and how many at the same time, for everybody
@@ -63,7 +63,7 @@ declare module 'fastify' {
 }
 type RefusalListener = (refusal: Refusal) => void
 
-const limitsPlugin: FastifyPluginAsync<Partial<LimitsOptions>> = async function limits(
+const limitsPlugin: FastifyPluginAsync<Given<LimitsOptions>> = async function limits(
   fastify,
   given
 ) {

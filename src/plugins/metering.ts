@@ -57,11 +57,16 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     if (meter === undefined) return
     exchange.deltas = meter.deltas
     exchange.answerId = meter.id
-    if (meter.framing !== 'json') {
-      exchange.firstTokenAt = meter.firstDeltaAt
-      exchange.lastTokenAt = meter.lastDeltaAt
+    if (meter.framing === 'json') {
+      exchange.usage = meter.usage
+      return
     }
-    exchange.usage = meter.usage ?? (meter.framing === 'json' ? undefined : counted(exchange))
+    exchange.firstTokenAt = meter.firstDeltaAt
+    exchange.lastTokenAt = meter.lastDeltaAt
+    const isWhole = exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
+    const { usage, deltas } = meter
+    const isSaid = usage !== undefined && (usage.completionTokens > 0 || deltas === 0)
+    exchange.usage = isWhole && isSaid ? usage : counted(exchange, usage)
   })
 }
 
@@ -74,13 +79,18 @@ function framingOf(contentType: string): Framing | undefined {
 /** English prose and code come to about four bytes a token; a rough guide where nothing was said. */
 const BYTES_PER_TOKEN = 4
 
-/** A stream that ended without usage: what passed was counted, the prompt is estimated. */
-function counted(exchange: Exchange): Usage {
-  const promptTokens = Math.ceil(exchange.payloadBytes / BYTES_PER_TOKEN)
+/**
+ * A stream that ended before the backend had said all: the deltas that passed are counted, and the
+ * prompt is estimated unless its tokens were told at the beginning.
+ */
+function counted({ payloadBytes, deltas }: Exchange, said: Usage | undefined): Usage {
+  const promptTokens = said?.promptTokens || Math.ceil(payloadBytes / BYTES_PER_TOKEN)
+  const completionTokens = Math.max(deltas, said?.completionTokens ?? 0)
   return {
+    ...said,
     promptTokens,
-    completionTokens: exchange.deltas,
-    totalTokens: promptTokens + exchange.deltas,
+    completionTokens,
+    totalTokens: promptTokens + completionTokens,
     exactness: 'counted'
   }
 }

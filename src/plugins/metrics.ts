@@ -4,7 +4,7 @@ import fastifyMetricsModule from 'fastify-metrics'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
-import { checkOptions, NotBuilt, Section } from '../options.ts'
+import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
 
 /**
  * Prometheus metrics of the process, the routes and the gateway, in a registry of their own:
@@ -50,7 +50,7 @@ const TTFT_BUCKETS = [
 ]
 const TPOT_BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
 
-const metricsPlugin: FastifyPluginAsync<Partial<MetricsOptions>> = async function metrics(
+const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function metrics(
   fastify,
   given
 ) {

@@ -4,7 +4,7 @@ import fp from 'fastify-plugin'
 import type { Static } from 'typebox'
 import { openai } from '../dialects/openai.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
-import { checkOptions, Duration, Section } from '../options.ts'
+import { checkOptions, Duration, type Given, Section } from '../options.ts'
 import type { Answer } from '../pool/answer.ts'
 import { createDispatcher, EXCHANGE } from '../pool/dispatcher.ts'
 
@@ -44,10 +44,7 @@ declare module 'fastify' {
   }
 }
 
-const proxyPlugin: FastifyPluginAsync<Partial<ProxyOptions>> = async function proxy(
-  fastify,
-  given
-) {
+const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function proxy(fastify, given) {
   const options = checkOptions(ProxyOptions, given)
   const { pool, onAttempt } = fastify.backends
   withExchanges(fastify)
@@ -182,6 +179,7 @@ function toClient(headers: Headers, exchange: Exchange) {
     kept[name] = headers[name]
   }
   kept['x-request-id'] ??= exchange.id
+  kept[exchange.endpoint?.dialect.idHeader ?? 'x-request-id'] ??= exchange.id
   if (String(kept['content-type']).startsWith('text/event-stream')) {
     // nginx in front would collect the events otherwise.
     kept['x-accel-buffering'] ??= 'no'

@@ -2,7 +2,7 @@ import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
-import { checkOptions, NotBuilt, Section } from '../options.ts'
+import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
 import type { Reporter, UsageEvent } from '../reporters/reporter.ts'
 import { type Delivery, Webhook, WebhookOptions } from '../reporters/webhook.ts'
 
@@ -62,10 +62,7 @@ export interface UsageReports {
 /** How long a reporter that was taken out of the configuration may still deliver. */
 const LEAVE_TIMEOUT = 60_000
 
-const usagePlugin: FastifyPluginAsync<Partial<UsageOptions>> = async function usage(
-  fastify,
-  given
-) {
+const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usage(fastify, given) {
   const { log } = fastify
   const onDelivery: UsageReports['onDelivery'] = []
   const delivered = (result: Delivery) => {

@@ -1,0 +1,65 @@
+import assert from 'node:assert/strict'
+import { type TestContext, test } from 'node:test'
+import type { FastifyInstance } from 'fastify'
+import { buildParts } from '../examples/embed/parts.ts'
+import { buildServer } from '../examples/embed/server.ts'
+import { answerChat, CHAT, fakeBackend, post } from './helper.ts'
+
+async function listen(t: TestContext, fastify: FastifyInstance): Promise<string> {
+  t.after(() => fastify.close())
+  return fastify.listen({ port: 0, host: '127.0.0.1' })
+}
+
+test('two gateways in a server with its own auth, errors and metrics: none disturbs another', async t => {
+  const team = await fakeBackend(t, answerChat)
+  const lab = await fakeBackend(t, answerChat)
+  const url = await listen(t, await buildServer({ team: team.url, lab: lab.url }))
+
+  const own = await fetch(`${url}/own/hello`)
+  assert.equal(own.status, 401)
+  assert.deepEqual(await own.json(), { oops: 'who are you?' })
+  assert.equal(own.headers.get('x-llmproxy-request-id'), null)
+  const hello = await fetch(`${url}/own/hello`, { headers: { user: 'me' } })
+  assert.deepEqual(await hello.json(), { hello: 'me' })
+  assert.equal(await (await fetch(`${url}/metrics`)).text(), 'requests_of_this_server 1\n')
+  const missing = await fetch(`${url}/nothing`)
+  assert.match(await missing.text(), /Route GET:\/nothing not found/)
+
+  const chat = '/v1/chat/completions'
+  const refused = await post(`${url}/team${chat}`, CHAT)
+  assert.equal(refused.status, 401)
+  assert.equal((await refused.json()).error.code, 'missing_api_key')
+  const served = await post(`${url}/team${chat}`, CHAT, { 'x-api-key': 'sk-team' })
+  assert.equal(served.status, 200)
+  assert.equal(served.headers.get('x-ratelimit-limit-requests'), '60')
+  const open = await post(`${url}/lab${chat}`, { ...CHAT, stream: true })
+  assert.match(await open.text(), /\[DONE\]/)
+  assert.equal(open.headers.get('x-ratelimit-limit-requests'), null)
+  assert.deepEqual(
+    [...team.requests, ...lab.requests].map(request => request.url),
+    [chat, chat]
+  )
+  assert.equal((await fetch(`${url}/lab/nothing`)).status, 404)
+  assert.equal((await (await fetch(`${url}/lab/nothing`)).json()).error.code, 'not_found')
+
+  const key = { headers: { 'x-api-key': 'sk-team' } }
+  const metrics = [`${url}/team/metrics`, `${url}/lab/metrics`].map(async each =>
+    (await fetch(each, key)).text()
+  )
+  const [ofTeam, ofLab] = await Promise.all(metrics)
+  assert.match(ofTeam!, /llmproxy_requests_total\{[^}]*backend="gpu",status="200"\} 1/)
+  assert.doesNotMatch(ofTeam!, /backend="lab"/)
+  assert.match(ofLab!, /llmproxy_requests_total\{[^}]*backend="lab",status="200"\} 1/)
+  assert.equal((await fetch(`${url}/lab/health/ready`)).status, 200)
+})
+
+test('single plugins serve a route of one’s own', async t => {
+  const backend = await fakeBackend(t, (_request, response) => response.end('{"results":[]}'))
+  const url = await listen(t, await buildParts(backend.url))
+  const headers = { authorization: 'Bearer sk-1' }
+  assert.equal((await fetch(`${url}/hello`)).status, 401)
+  assert.deepEqual(await (await fetch(`${url}/hello`, { headers })).json(), { hello: 'alice' })
+  const reranked = await post(`${url}/v1/rerank`, { query: 'x', documents: [] }, headers)
+  assert.equal(await reranked.text(), '{"results":[]}')
+  assert.equal((await fetch(`${url}/hello`, { headers })).status, 429)
+})
