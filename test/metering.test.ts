@@ -255,6 +255,22 @@ const CASES: Case[] = [
     deltas: 1
   },
   {
+    name: 'Ollama, a tool call and no text',
+    framing: 'ndjson',
+    dialect: ollama,
+    text: '{"message":{"content":"","tool_calls":[{"function":{"name":"f","arguments":{"a":1}}}]},"done":false}\n',
+    tokens: undefined,
+    deltas: 1
+  },
+  {
+    name: 'a transcription, metered by its length and not by tokens',
+    framing: 'json',
+    dialect: openai,
+    text: '{"text":"hello","usage":{"type":"duration","seconds":3}}',
+    tokens: undefined,
+    deltas: 1
+  },
+  {
     name: 'a whole chat answer',
     framing: 'json',
     dialect: openai,
@@ -543,6 +559,22 @@ test('answers of 400 and above, GET and HEAD cost no tokens, whatever they say',
   await fetch(`${gateway.url}/v1/models`, { method: 'HEAD' })
   await gateway.logged({ msg: 'exchange', method: 'HEAD' })
   assert.equal(await gateway.metric('llmproxy_usage_tokens_total'), 0)
+})
+
+test('an error that the backend reports inside its stream passes, and is no success', async t => {
+  const text = `${chunk('Hi')}data: {"error":{"message":"engine died","code":500}}\n\n${DONE}`
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.end(text)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const response = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+  assert.equal(await response.text(), text)
+  const line = await gateway.logged({ msg: 'exchange' })
+  assert.deepEqual(
+    [line.outcome, line.completionTokens, line.exactness],
+    ['backend_failed', 1, 'counted']
+  )
 })
 
 test('Ollama’s native routes stream when stream is absent, and the log says so', async t => {

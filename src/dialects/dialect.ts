@@ -12,7 +12,7 @@ export interface Dialect {
   error(error: GatewayError, requestId: string): object
   /** The error as the last event of a stream that has begun. */
   errorEvent(error: GatewayError, requestId: string): string
-  /** Members whose text, when it isn't empty, is a piece of the answer. */
+  /** Members whose text, when it isn't empty, or whose object is a piece of the answer. */
   deltaMembers: readonly string[]
   /** Values of an event's `type` that end a stream properly (beside `[DONE]` and `"done": true`). */
   endTypes: readonly string[]

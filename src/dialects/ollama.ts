@@ -6,6 +6,6 @@ export const ollama: Dialect = {
   idHeader: 'x-request-id',
   error: error => ({ error: error.message }),
   errorEvent: error => `${JSON.stringify({ error: error.message })}\n`,
-  deltaMembers: ['content', 'response', 'thinking'],
+  deltaMembers: ['content', 'response', 'thinking', 'arguments'],
   endTypes: []
 }

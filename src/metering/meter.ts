@@ -256,13 +256,17 @@ function addCounts(counts: Counts, json: string): void {
     return
   }
   for (const [name, value] of Object.entries(usage)) {
-    if (typeof value === 'number' && value > 0) counts[name] = value
+    if (isCount(name, value)) counts[name] = value
     else if (typeof value === 'object' && value !== null) {
       for (const [inner, count] of Object.entries(value)) {
-        if (typeof count === 'number' && count > 0) counts[inner] = count
+        if (isCount(inner, count)) counts[inner] = count
       }
     }
   }
+}
+
+function isCount(name: string, value: unknown): value is number {
+  return typeof value === 'number' && value > 0 && name.endsWith('_tokens')
 }
 
 /**

@@ -175,6 +175,7 @@ export class JsonWatcher {
           return false
         }
         if (this.#isTop(NAMES.error)) this.seen.error = true
+        this.#noteText()
         this.#open(OBJECT, NAME)
         return false
       case 0x5b:

@@ -61,6 +61,10 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
       exchange.usage = meter.usage
       return
     }
+    if (meter.failed && exchange.outcome === 'ok') {
+      exchange.outcome = 'backend_failed'
+      exchange.errorCode = 'backend_failed'
+    }
     exchange.firstTokenAt = meter.firstDeltaAt
     exchange.lastTokenAt = meter.lastDeltaAt
     const isWhole = exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage

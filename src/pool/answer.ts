@@ -12,6 +12,8 @@ export interface Tap {
   isCutShort(): boolean
 }
 
+const LAST_WORDS_MS = 500
+
 /**
  * A backend's answer on its way to the client.
  *
@@ -134,7 +136,13 @@ export class Answer extends Readable {
       this.push(null)
       this.resume()
     } else if (last === undefined) this.destroy(error)
-    else response.write(last, () => this.destroy(error))
+    else response.write(last, () => this.#cutLater(error))
+  }
+
+  /** Clients drop what they have not read yet when a connection breaks: they get a moment to read. */
+  #cutLater(error: Error): void {
+    const cut = setTimeout(() => this.destroy(error), LAST_WORDS_MS)
+    this.once('close', () => clearTimeout(cut))
   }
 
   #finishReadable(last: Buffer | undefined, error: Error | undefined): void {
