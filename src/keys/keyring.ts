@@ -24,7 +24,7 @@ export interface KeyringOptions {
  *
  * @example
  * const keyring = new Keyring({ mode: 'first_match', codes, sources }, log)
- * await keyring.caller('sk-alice', '10.0.0.1') // { id: 'alice' }, or a GatewayError is thrown
+ * await keyring.caller('sk-alice', '10.0.0.1') // { id: 'alice', ... }
  */
 export class Keyring {
   readonly #options: KeyringOptions

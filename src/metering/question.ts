@@ -7,8 +7,7 @@ const WITH_USAGE = Buffer.from('{"include_usage":true}')
  *
  * @param bytes a JSON object with at least one member
  * @example
- * askForUsage(Buffer.from('{"stream":true}')).toString()
- * // {"stream_options":{"include_usage":true},"stream":true}
+ * String(askForUsage(Buffer.from('{"stream":true}'))) // '{"stream_options":{"include_usage":true},"stream":true}'
  */
 export function askForUsage(bytes: Buffer): Buffer {
   const options = bytes.includes('stream_options')
