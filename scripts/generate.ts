@@ -2,7 +2,7 @@ import { writeFileSync } from 'node:fs'
 import { pathToFileURL } from 'node:url'
 import { stringify } from 'yaml'
 import { ConfigSchema } from '../src/config.ts'
-import { expected } from '../src/options.ts'
+import { expected } from '../src/issues.ts'
 
 /**
  * Writes what follows from the option schemas: the full configuration with every default, the JSON

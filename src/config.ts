@@ -1,19 +1,10 @@
 import { readFile } from 'node:fs/promises'
 import { basename } from 'node:path'
 import { type Static, Type } from 'typebox'
-import {
-  type Document,
-  isAlias,
-  isMap,
-  isScalar,
-  isSeq,
-  LineCounter,
-  type Node,
-  type Pair,
-  parseDocument
-} from 'yaml'
 import { GatewayOptions } from './app.ts'
-import { Duration, findIssues, formatPath, type Issue, NotBuilt, Section, Size } from './options.ts'
+import { formatPath, type Issue } from './issues.ts'
+import { Duration, findIssues, NotBuilt, Section, Size } from './options.ts'
+import { readYaml } from './yaml.ts'
 
 /**
  * The configuration file: YAML in the original's dialect, with `${ENV}` in its values, checked
@@ -155,46 +146,19 @@ export async function loadConfig(file: string, env = process.env): Promise<Confi
  * parseConfig('backends: [{url: "http://vllm:8000"}]', 'config.yaml', {}).server.listen // ':8000'
  */
 export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv): Config {
-  const lines = new LineCounter()
-  const document = parseDocument(yaml, { lineCounter: lines, prettyErrors: false })
-  const place = (offset: number) => {
-    const { line, col } = lines.linePos(offset)
-    return `${name}:${line}:${col}`
-  }
-  if (document.errors.length > 0) {
-    throw new ConfigError(
-      document.errors.map(({ pos, message }) => `${place(pos[0])} ${message}`).join('\n')
-    )
-  }
-  const reading: Reading = { document, env, issues: [], fromEnv: new Set() }
-  const { issues } = reading
-  const root = toPlain(document.contents as Node | null, [], reading) ?? {}
-  if (typeof root !== 'object' || Array.isArray(root)) {
+  const file = readYaml(yaml, name, env)
+  const { root, issues } = file
+  if (file.errors.length > 0) throw new ConfigError(file.errors.join('\n'))
+  if (typeof root !== 'object' || root === null || Array.isArray(root)) {
     throw new ConfigError(`${name}:1:1 must be a mapping of sections such as server and backends`)
   }
-  const failed = new Set(issues.map(issue => formatPath(issue.path)))
   const schema = ConfigSchema as SchemaNode
-  retype(schema, root, [], reading.fromEnv)
+  retype(schema, root, [], file.fromEnv)
   issues.push(...numbersWithoutUnit(schema, root, []))
-  for (const issue of findIssues(ConfigSchema, root)) {
-    if (!failed.has(formatPath(issue.path))) issues.push(issue)
-  }
+  const known = new Set(issues.map(issue => formatPath(issue.path)))
+  issues.push(...findIssues(ConfigSchema, root).filter(({ path }) => !known.has(formatPath(path))))
   issues.push(...incomplete(root as Config))
-  if (issues.length > 0) {
-    const found = issues.map(issue => ({ issue, offset: offsetOf(document.contents, issue.path) }))
-    found.sort((a, b) => a.offset - b.offset)
-    throw new ConfigError(
-      found
-        .map(({ issue: { path, message }, offset }) => {
-          // What came from the environment may be a secret.
-          const shown = reading.fromEnv.has(formatPath(path))
-            ? message.replace(/ \(got .*\)$/s, ' (got the value of an environment variable)')
-            : message
-          return `${place(offset)} ${formatPath(path)} ${shown}`
-        })
-        .join('\n')
-    )
-  }
+  if (issues.length > 0) throw new ConfigError(file.complaints().join('\n'))
   return freeze(root) as Config
 }
 
@@ -260,84 +224,6 @@ interface SchemaNode {
   unit?: 'ms' | 'bytes'
   items?: SchemaNode
   properties?: Record<string, SchemaNode>
-}
-
-/** A document that is being read, and what turned up. */
-interface Reading {
-  document: Document
-  env: NodeJS.ProcessEnv
-  issues: Issue[]
-  /** Paths whose values came from the environment. */
-  fromEnv: Set<string>
-}
-
-/** The document as plain values, with the environment put in. Members without a value are left out. */
-function toPlain(node: Node | null | undefined, path: Issue['path'], reading: Reading): unknown {
-  if (isAlias(node)) return toPlain(node.resolve(reading.document), path, reading)
-  if (isSeq(node)) {
-    return node.items.map((item, at) => toPlain(item as Node, [...path, at], reading))
-  }
-  if (isMap(node)) {
-    const entries = node.items.flatMap(({ key, value }) => {
-      const name = String(isScalar(key) ? key.value : key)
-      const isMerge = name === '<<'
-      const plain = toPlain(value as Node, isMerge ? path : [...path, name], reading)
-      if (plain === null || plain === undefined) return []
-      return isMerge ? Object.entries(plain) : [[name, plain]]
-    })
-    return Object.fromEntries(entries)
-  }
-  if (!isScalar(node)) return undefined
-  if (typeof node.value !== 'string' || !node.value.includes('${')) return node.value
-  const missing: string[] = []
-  const filled = substitute(node.value, reading.env, missing)
-  if (missing.length > 0) {
-    const names = missing.map(name => `\${${name}}`).join(', ')
-    const message = `needs the environment variable ${names}, which is not set`
-    reading.issues.push({ path, message })
-    return undefined
-  }
-  reading.fromEnv.add(formatPath(path))
-  return filled
-}
-
-const VARIABLE = /\$\$\{|\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}/g
-
-/**
- * Puts the environment into a text: `${NAME}`, `${NAME:-default}`; `$${` stands for `${`.
- * A variable that is empty takes the default, as in a shell.
- */
-export function substitute(value: string, env: NodeJS.ProcessEnv, missing: string[]): string {
-  return value.replace(
-    VARIABLE,
-    (whole, name: string | undefined, fallback: string | undefined) => {
-      if (name === undefined) return whole.slice(1)
-      const found = env[name]
-      if (found !== undefined && (found !== '' || fallback === undefined)) return found
-      if (fallback === undefined) missing.push(name)
-      return fallback ?? ''
-    }
-  )
-}
-
-/** Where in the file a path stands: at its name, or as near to it as the file goes. */
-function offsetOf(node: unknown, path: Issue['path']): number {
-  let offset = (node as Node | null)?.range?.[0] ?? 0
-  let at = node
-  for (const part of path) {
-    if (isMap(at)) {
-      const pair: Pair | undefined = at.items.find(
-        ({ key }) => String(isScalar(key) ? key.value : key) === String(part)
-      )
-      if (pair === undefined) return offset
-      offset = (pair.key as Node).range?.[0] ?? offset
-      at = pair.value
-    } else if (isSeq(at)) {
-      at = at.items[Number(part)]
-      offset = (at as Node | undefined)?.range?.[0] ?? offset
-    } else return offset
-  }
-  return offset
 }
 
 function freeze(value: unknown): unknown {

@@ -2,8 +2,9 @@ import assert from 'node:assert/strict'
 import { readFileSync } from 'node:fs'
 import { test } from 'node:test'
 import fc from 'fast-check'
-import { ConfigError, parseConfig, substitute } from '../src/config.ts'
+import { ConfigError, parseConfig } from '../src/config.ts'
 import { checkOptions, Duration, OptionsError, parseQuantity, Section } from '../src/options.ts'
+import { substitute } from '../src/yaml.ts'
 
 const parse = (yaml: string, env: NodeJS.ProcessEnv = {}) => parseConfig(yaml, 'config.yaml', env)
 

@@ -1,0 +1,137 @@
+import {
+  type Document,
+  isAlias,
+  isMap,
+  isScalar,
+  isSeq,
+  LineCounter,
+  type Node,
+  type Pair,
+  parseDocument
+} from 'yaml'
+import { formatPath, type Issue } from './issues.ts'
+
+/** A YAML file as plain values, and the places of all of them. */
+export interface YamlFile {
+  root: unknown
+  /** The text is not YAML: a line for each error. Nothing else can be said then. */
+  errors: string[]
+  /** What was found so far; whoever checks the values adds to it. */
+  issues: Issue[]
+  /** Paths whose values came from the environment. */
+  fromEnv: Set<string>
+  /** The issues, each with file, line and column, in the order of the file. */
+  complaints(): string[]
+}
+
+/** A document that is being read. */
+interface Reading {
+  document: Document
+  env: NodeJS.ProcessEnv
+  issues: Issue[]
+  fromEnv: Set<string>
+}
+
+/**
+ * Reads YAML with `${NAME}` and `${NAME:-default}` in its values.
+ *
+ * @example
+ * readYaml('a: ${A:-1}', 'file.yaml', {}).root // { a: '1' }
+ */
+export function readYaml(text: string, name: string, env: NodeJS.ProcessEnv): YamlFile {
+  const lines = new LineCounter()
+  const document = parseDocument(text, { lineCounter: lines, prettyErrors: false })
+  const reading: Reading = { document, env, issues: [], fromEnv: new Set() }
+  const place = (offset: number) => {
+    const { line, col } = lines.linePos(offset)
+    return `${name}:${line}:${col}`
+  }
+  const errors = document.errors.map(({ pos, message }) => `${place(pos[0])} ${message}`)
+  const root = errors.length > 0 ? undefined : toPlain(document.contents as Node, [], reading)
+  return {
+    root: root ?? {},
+    errors,
+    issues: reading.issues,
+    fromEnv: reading.fromEnv,
+    complaints: () =>
+      reading.issues
+        .map(issue => ({ ...issue, offset: offsetOf(document.contents, issue.path) }))
+        .sort((a, b) => a.offset - b.offset)
+        .map(({ path, message, offset }) => {
+          // What came from the environment may be a secret.
+          const shown = reading.fromEnv.has(formatPath(path))
+            ? message.replace(/ \(got .*\)$/s, ' (got the value of an environment variable)')
+            : message
+          return `${place(offset)} ${formatPath(path)} ${shown}`
+        })
+  }
+}
+
+/** The document as plain values, with the environment put in. Members without a value are left out. */
+function toPlain(node: Node | null | undefined, path: Issue['path'], reading: Reading): unknown {
+  if (isAlias(node)) return toPlain(node.resolve(reading.document), path, reading)
+  if (isSeq(node)) {
+    return node.items.map((item, at) => toPlain(item as Node, [...path, at], reading))
+  }
+  if (isMap(node)) {
+    const entries = node.items.flatMap(({ key, value }) => {
+      const name = String(isScalar(key) ? key.value : key)
+      const isMerge = name === '<<'
+      const plain = toPlain(value as Node, isMerge ? path : [...path, name], reading)
+      if (plain === null || plain === undefined) return []
+      return isMerge ? Object.entries(plain) : [[name, plain]]
+    })
+    return Object.fromEntries(entries)
+  }
+  if (!isScalar(node)) return undefined
+  if (typeof node.value !== 'string' || !node.value.includes('${')) return node.value
+  const missing: string[] = []
+  const filled = substitute(node.value, reading.env, missing)
+  if (missing.length > 0) {
+    const names = missing.map(name => `\${${name}}`).join(', ')
+    const message = `needs the environment variable ${names}, which is not set`
+    reading.issues.push({ path, message })
+    return undefined
+  }
+  reading.fromEnv.add(formatPath(path))
+  return filled
+}
+
+const VARIABLE = /\$\$\{|\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}/g
+
+/**
+ * Puts the environment into a text: `${NAME}`, `${NAME:-default}`; `$${` stands for `${`.
+ * A variable that is empty takes the default, as in a shell.
+ */
+export function substitute(value: string, env: NodeJS.ProcessEnv, missing: string[]): string {
+  return value.replace(
+    VARIABLE,
+    (whole, name: string | undefined, fallback: string | undefined) => {
+      if (name === undefined) return whole.slice(1)
+      const found = env[name]
+      if (found !== undefined && (found !== '' || fallback === undefined)) return found
+      if (fallback === undefined) missing.push(name)
+      return fallback ?? ''
+    }
+  )
+}
+
+/** Where in the file a path stands: at its name, or as near to it as the file goes. */
+function offsetOf(node: unknown, path: Issue['path']): number {
+  let offset = (node as Node | null)?.range?.[0] ?? 0
+  let at = node
+  for (const part of path) {
+    if (isMap(at)) {
+      const pair: Pair | undefined = at.items.find(
+        ({ key }) => String(isScalar(key) ? key.value : key) === String(part)
+      )
+      if (pair === undefined) return offset
+      offset = (pair.key as Node).range?.[0] ?? offset
+      at = pair.value
+    } else if (isSeq(at)) {
+      at = at.items[Number(part)]
+      offset = (at as Node | undefined)?.range?.[0] ?? offset
+    } else return offset
+  }
+  return offset
+}
