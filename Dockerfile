@@ -9,7 +9,7 @@ RUN npm run build && npm prune --omit=dev --ignore-scripts
 
 FROM node:26-slim
 # The base image's user "node" holds the uid that bind mounts usually belong to.
-RUN userdel --remove node \
+RUN userdel node && rm -r /home/node \
   && useradd --uid 1000 --user-group --create-home --shell /usr/sbin/nologin llmproxy \
   && install --directory --owner=llmproxy --group=llmproxy /home/llmproxy/data
 

@@ -159,7 +159,10 @@ export class Exchange {
     if (this.closed) return false
     this.closed = true
     this.endedAt = performance.now()
-    if (!this.reply.raw.writableEnded && this.outcome === 'ok') this.outcome = 'client_gone'
+    if (this.outcome === 'ok') {
+      if (!this.reply.raw.writableEnded) this.outcome = 'client_gone'
+      else if (this.attempts > 0 && this.statusCode >= 500) this.outcome = 'backend_failed'
+    }
     this.#onClose?.()
     this.#onClose = undefined
     return true

@@ -37,8 +37,11 @@ const compose: Compose = readYaml('docker-compose.yml')
 const dashboard: Dashboard = JSON.parse(read('config/grafana/dashboards/llmproxy.json'))
 const dockerfile = readDockerfile()
 const port = Number(instruction('EXPOSE'))
+const TIMEOUT = 60_000
 
-test('every query of the dashboard is about metrics, labels and values that the gateway has', async t => {
+test('every query of the dashboard is about metrics, labels and values that the gateway has', {
+  timeout: TIMEOUT
+}, async t => {
   const backend = await fakeBackend(t, answerChat)
   const gateway = await startGateway(t, {
     backends: [{ name: 'b', url: backend.url }],
@@ -178,7 +181,9 @@ test('every configuration that compose is said to use is valid and fits its prof
   }
 })
 
-test('the client of the profile "demo" asks, with and without streaming', async t => {
+test('the client of the profile "demo" asks, with and without streaming', {
+  timeout: TIMEOUT
+}, async t => {
   const gateway = await startGateway(t, { backends: [{ url: 'demo://' }] })
   const { entrypoint, command, environment } = compose.services.demo!
   assert.deepEqual(environment, { GATEWAY: `http://llmproxy:${port}` })
@@ -245,7 +250,9 @@ test("the image's user, folders and environment are those of the command line", 
   }
 })
 
-test('laid out as in the image, the built program starts, is healthy and ends on SIGTERM', async t => {
+test('laid out as in the image, the built program starts, is healthy and ends on SIGTERM', {
+  timeout: TIMEOUT
+}, async t => {
   const image = mkdtempSync(join(tmpdir(), 'llmproxy-image-'))
   t.after(() => rmSync(image, { recursive: true }))
   await layOut(image)
