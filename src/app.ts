@@ -68,6 +68,7 @@ declare module 'fastify' {
 
 const DRAIN_TIMEOUT = 30_000
 const FLUSH_TIMEOUT = 5_000
+const MAX_SWALLOWED = 256 * 1024
 
 /**
  * The whole gateway as one plugin. It keeps its hooks, decorators, errors and routes in its own
@@ -165,11 +166,18 @@ export function answerError(error: unknown, request: FastifyRequest, reply: Fast
   }
   const dialect = exchange?.endpoint?.dialect ?? dialectOf(request.url)
   const id = exchange?.id ?? ''
+  if (!request.raw.complete) refuseRest(request, reply)
   reply
     .code(gatewayError.statusCode)
     .headers({ 'x-request-id': id, [dialect.idHeader]: id, ...gatewayError.headers })
     .type('application/json; charset=utf-8')
     .send(JSON.stringify(dialect.error(gatewayError, id)))
+}
+
+/** A refused body is not worth reading to its end, unless it is about to end anyway. */
+function refuseRest(request: FastifyRequest, reply: FastifyReply): void {
+  const length = Number(request.headers['content-length'] ?? Number.POSITIVE_INFINITY)
+  if (length > MAX_SWALLOWED) reply.header('connection', 'close')
 }
 
 /** Answers whatever is no route. The path stays out of it, and out of the log. */

@@ -24,7 +24,7 @@ const ServerOptions = Section(
       description: 'Address and port; without an address all of them'
     }),
     header_timeout: Duration('10s', 'How long a client may take for its headers'),
-    read_timeout: Duration('30s', 'How long a client may take for its whole request'),
+    read_timeout: Duration('5m', 'How long a client may take for its whole request'),
     write_timeout: Duration(
       '60s',
       'How long a client may take no byte while some wait; 0: for ever'

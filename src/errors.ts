@@ -73,6 +73,9 @@ export function toGatewayError(error: unknown): GatewayError {
       'The request body is larger than this server accepts.'
     )
   }
+  if (code === 'FST_ERR_BAD_URL' || code === 'FST_ERR_MAX_PARAM_LENGTH') {
+    return new GatewayError('invalid_path', 'The path of this request is not plain.')
+  }
   if (statusCode !== undefined && statusCode >= 400 && statusCode < 500) {
     return new GatewayError('invalid_request', (error as Error).message, { statusCode })
   }

@@ -93,8 +93,8 @@ export class Exchange {
   question: UsageQuestion | undefined
   /** The backend this exchange must go to (name), because it holds the state the call is about. */
   pinned: string | undefined
-  /** `id` that the backend gave its answer. */
-  answerId: string | undefined
+  /** Wants to know the `id` that the backend gives its answer, as soon as it is seen. */
+  onAnswerId: ((id: string) => void) | undefined
   /** Content deltas that passed, and the size of the request body in bytes. */
   deltas = 0
   payloadBytes = 0
@@ -125,11 +125,10 @@ export class Exchange {
     else this.#onInterrupt(error)
   }
 
-  /** The status the client got; 499 when it left before there was one (nginx's number for it). */
+  /** The status the client got; 499 when it left before there was one (nginx's number), 503 when it was cut. */
   get statusCode(): number {
-    return this.outcome === 'client_gone' && !this.reply.raw.headersSent
-      ? 499
-      : this.reply.statusCode
+    if (this.reply.raw.headersSent) return this.reply.statusCode
+    return this.outcome === 'client_gone' ? 499 : 503
   }
 
   get durationMs(): number {

@@ -187,9 +187,9 @@ function isSwitchedOn(value: unknown): boolean {
   return Object.values(value).some(isSwitchedOn)
 }
 
-/** Is this an absolute http or https URL? */
+/** Is this an absolute http or https URL, without credentials (they belong into headers)? */
 export function isHttpUrl(value: unknown): boolean {
   if (typeof value !== 'string' || !URL.canParse(value)) return false
   const url = new URL(value)
-  return (url.protocol === 'http:' || url.protocol === 'https:') && url.hash === ''
+  return (url.protocol === 'http:' || url.protocol === 'https:') && url.hash + url.username === ''
 }

@@ -27,7 +27,8 @@ const WATCH_INTERVAL = 1_000
 
 /** Starts to serve. `file` is watched and read again when it changes. */
 export async function startServer(file: string, dataDir: string): Promise<Server> {
-  let config = await loadConfig(file)
+  const running = await loadConfig(file)
+  let config = running
   const log = createLog(config.log, dataDir)
   const { fastify, control } = await createApp(config, log)
   const url = await listen(fastify, config.server.listen)
@@ -47,7 +48,7 @@ export async function startServer(file: string, dataDir: string): Promise<Server
     try {
       const changed = await loadConfig(file)
       await control.reload(sections(changed))
-      const names = needRestart(config, changed)
+      const names = needRestart(running, changed)
       config = changed
       log.level = config.log.level
       if (names.length > 0) log.warn({ sections: names }, 'changes that need a restart')
@@ -104,6 +105,7 @@ export async function createApp(config: Config, log: FastifyBaseLogger) {
     childLoggerFactory: (logger: FastifyBaseLogger) => logger,
     logController: new QuietLog({ disableRequestLogging: true }),
     clientErrorHandler: answerClientError,
+    frameworkErrors: answerError,
     routerOptions: { maxParamLength: 500 },
     exposeHeadRoutes: true
   } as never) as unknown as FastifyInstance
@@ -217,10 +219,16 @@ function sayDemo(log: FastifyBaseLogger, { demoUrl }: Gateway, url: string): voi
   )
 }
 
-/** What is not even HTTP gets a short answer, in OpenAI's shape, and the connection is closed. */
-function answerClientError(error: NodeJS.ErrnoException & { rawPacket?: Buffer }, socket: Socket) {
-  if (error.code === 'ECONNRESET' || socket.destroyed) return
-  if (!socket.writable) return void socket.destroy()
+/**
+ * What is not even HTTP gets a short answer, in OpenAI's shape, and the connection is closed. Where
+ * an answer is on its way already nothing may be written into it.
+ */
+function answerClientError(error: NodeJS.ErrnoException, socket: Socket): void {
+  const running = (socket as Socket & { _httpMessage?: { headersSent: boolean } })._httpMessage
+  if (error.code === 'ECONNRESET' || !socket.writable || running?.headersSent) {
+    socket.destroy()
+    return
+  }
   const answer =
     error.code === 'HPE_HEADER_OVERFLOW'
       ? new GatewayError('headers_too_large', 'The headers of this request are too large.')
@@ -228,11 +236,12 @@ function answerClientError(error: NodeJS.ErrnoException & { rawPacket?: Buffer }
         ? new GatewayError('request_timeout', 'The request did not arrive in time.')
         : new GatewayError('invalid_request', 'This is not a valid HTTP request.')
   const body = JSON.stringify(openaiError(answer))
-  socket.end(
+  socket.write(
     `HTTP/1.1 ${answer.statusCode} ${REASONS[answer.statusCode]}\r\n` +
       'content-type: application/json; charset=utf-8\r\n' +
       `content-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`
   )
+  socket.destroySoon()
 }
 
 const REASONS: Record<number, string> = {

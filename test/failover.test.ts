@@ -17,14 +17,19 @@ test('a refused connection goes to another backend without any configuration', a
   assert.ok((await gateway.metric('llmproxy_attempts_total', { result: 'connect_failure' })) >= 1)
 })
 
-test('a connection that breaks before any answer goes to another backend', async t => {
+test('a connection that breaks before any answer goes to another backend, if retry says so', async t => {
   const bad = await fakeBackend(t, (_request, _response, raw) => raw.socket.destroy())
   const good = await fakeBackend(t, answerChat)
-  const gateway = await startGateway(t, { backends: [{ url: bad.url }, { url: good.url }] })
+  const backends = [{ url: bad.url }, { url: good.url }]
+  const gateway = await startGateway(t, { backends, routing: { retry: RETRY } })
   for (let call = 0; call < 2; call++) {
     assert.equal((await post(`${gateway.url}/v1/chat/completions`, CHAT)).status, 200)
   }
   assert.equal(bad.requests.length, 1)
+
+  const strict = await startGateway(t, { backends })
+  assert.equal((await post(`${strict.url}/v1/chat/completions`, CHAT)).status, 502)
+  assert.equal(bad.requests.length, 2, 'a request that may have killed a backend kills no other')
 })
 
 test('a stream whose head came but no byte of it goes to another backend', async t => {
@@ -35,7 +40,8 @@ test('a stream whose head came but no byte of it goes to another backend', async
   })
   const good = await fakeBackend(t, answerChat)
   const gateway = await startGateway(t, {
-    backends: [{ url: bad.url, weight: 100 }, { url: good.url }]
+    backends: [{ url: bad.url, weight: 100 }, { url: good.url }],
+    routing: { retry: RETRY }
   })
   const response = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
   assert.match(await response.text(), /\[DONE\]/)

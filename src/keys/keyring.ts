@@ -67,7 +67,9 @@ export class Keyring {
     try {
       return await source.lookup(key, hash)
     } catch (error) {
-      this.#log.error({ err: error, source: source.name }, 'a key source is down')
+      // Never the error itself: a service may repeat the key in what it says.
+      const { code, name } = error as { code?: string; name: string }
+      this.#log.error({ source: source.name, reason: code ?? name }, 'a key source is down')
       return 'down' as const
     }
   }

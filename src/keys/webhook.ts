@@ -29,6 +29,16 @@ export type WebhookKeysOptions = Static<typeof WebhookKeysOptions>
 
 const MAX_ANSWER = 64 * 1024
 
+/** An answer that decides nothing; `code` says why, and holds nothing of it. */
+class WebhookError extends Error {
+  readonly code: string
+
+  constructor(why: string) {
+    super(`the auth webhook's answer is of no use: ${why}`)
+    this.code = why
+  }
+}
+
 /**
  * Asks a service about a key: `{"api_key": "...", "timestamp": 1767225600}`. It answers 2xx with a
  * JSON object (`status`, `user_id`, `name`, `starts_at`, `expires_at`, `allowed_ips`, `denied_ips`,
@@ -59,9 +69,9 @@ export class WebhookKeys implements KeySource {
       await body.dump()
       return this.#refusal(statusCode)
     }
-    const data: unknown = JSON.parse(await readText(body))
+    const data = parseJson(await readText(body))
     if (typeof data !== 'object' || data === null || Array.isArray(data)) {
-      throw new Error(`auth webhook ${this.name} did not answer a JSON object`)
+      throw new WebhookError('no JSON object')
     }
     return toRecord(data as Record<string, unknown>, hash)
   }
@@ -77,7 +87,7 @@ export class WebhookKeys implements KeySource {
       case 429:
         return statusRefusal('quota_exceeded', this.#codes) ?? refused(undefined)
       default:
-        throw new Error(`auth webhook ${this.name} answered ${statusCode}`)
+        throw new WebhookError(`status ${statusCode}`)
     }
   }
 }
@@ -120,10 +130,18 @@ async function readText(body: AsyncIterable<Buffer>): Promise<string> {
   let size = 0
   for await (const chunk of body) {
     size += chunk.length
-    if (size > MAX_ANSWER) throw new Error('auth webhook answered more than 64 KB')
+    if (size > MAX_ANSWER) throw new WebhookError('more than 64 KB')
     chunks.push(chunk)
   }
   return Buffer.concat(chunks).toString()
+}
+
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch {
+    return undefined
+  }
 }
 
 function optional<T>(value: unknown, parse: (value: unknown) => T): T | undefined {

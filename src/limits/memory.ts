@@ -40,6 +40,8 @@ export interface Reservation {
 
 const SWEEP_AT = 1024
 const MAX_SUBJECTS = 100_000
+/** Subjects that make room at a time, so that a sweep is rare. */
+const EVICTED = MAX_SUBJECTS / 10
 
 /**
  * Limits of one process, in memory. A reservation is one step over all limits: each has room and
@@ -111,7 +113,7 @@ export class MemoryLimiter {
   #sweep(now: number): void {
     for (const [key, account] of this.#keys) if (account.isIdle(now)) this.#keys.delete(key)
     for (const [key, account] of this.#keys) {
-      if (this.#keys.size < MAX_SUBJECTS) break
+      if (this.#keys.size <= MAX_SUBJECTS - EVICTED) break
       if (account.slots.inUse === 0) this.#keys.delete(key)
     }
     this.#sweepAt = Math.min(MAX_SUBJECTS, Math.max(SWEEP_AT, this.#keys.size * 2))

@@ -84,8 +84,9 @@ export class SlidingWindow {
   }
 
   #grow(): void {
-    const times = new Float64Array(this.#times.length * 2)
-    const counts = new Float64Array(this.#times.length * 2)
+    const length = Math.min(this.#times.length * 2, GRAINS + 2)
+    const times = new Float64Array(length)
+    const counts = new Float64Array(length)
     for (let at = 0; at < this.#size; at++) {
       const index = (this.#head + at) % this.#times.length
       times[at] = this.#times[index]!

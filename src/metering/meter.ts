@@ -41,11 +41,13 @@ export class Meter {
   hasFinalUsage = false
   /** The backend reported an error inside its answer. */
   failed = false
-  /** `id` of the answer. */
+  /** `id` of the answer, and who wants to know it as soon as it is seen. */
   id: string | undefined
+  onId: ((id: string) => void) | undefined
   readonly framing: Framing
   readonly #endTypes: readonly string[]
   readonly #takeOut: boolean
+  readonly #mustEnd: boolean
   readonly #watcher: JsonWatcher
   readonly #counts: Counts = {}
   #line = LINE_START
@@ -56,9 +58,22 @@ export class Meter {
   /** The beginning of an event that may have to be taken out. */
   #held: Buffer | undefined
   #tooLong = false
+  /** What passed ended in the middle of a line, or of an event. */
+  #isMidLine = false
+  #isMidEvent = false
   #tookOut = false
 
-  constructor(options: { framing: Framing; dialect: Dialect; takeOut: boolean }) {
+  /**
+   * @param options.takeOut takes the usage chunk out
+   * @param options.mustEnd a stream that does not say that it is over is broken
+   */
+  constructor(options: {
+    framing: Framing
+    dialect: Dialect
+    takeOut: boolean
+    mustEnd?: boolean
+  }) {
+    this.#mustEnd = options.mustEnd ?? false
     this.framing = options.framing
     this.#endTypes = options.dialect.endTypes
     this.#takeOut = options.takeOut && options.framing === 'sse'
@@ -87,8 +102,17 @@ export class Meter {
     return held
   }
 
+  breakOff(): string {
+    this.#held = undefined
+    if (this.framing === 'json') return ''
+    if (this.framing === 'ndjson') return this.#isMidLine ? '\n' : ''
+    if (this.#takeOut && !this.#tooLong) return ''
+    if (this.#line !== LINE_START || this.#matched > 0) return '\n\n'
+    return this.#isMidEvent ? '\n' : ''
+  }
+
   isCutShort(): boolean {
-    return this.framing !== 'json' && !this.finished && !this.failed
+    return this.#mustEnd && this.framing !== 'json' && !this.finished && !this.failed
   }
 
   /** What the backend said, or undefined. */
@@ -98,6 +122,7 @@ export class Meter {
 
   #lines(chunk: Buffer): void {
     let at = 0
+    this.#isMidLine = chunk[chunk.length - 1] !== LF
     while (at < chunk.length) {
       const end = chunk.indexOf(LF, at)
       this.#watcher.feed(chunk, at, end === -1 ? chunk.length : end)
@@ -153,6 +178,7 @@ export class Meter {
       this.#line = LINE_START
       this.#matched = 0
       at++
+      this.#isMidEvent = !isBlank
       if (isBlank) {
         if (this.#isOurs()) {
           if (this.#held === undefined) kept.push(chunk.subarray(keepFrom, eventStart))
@@ -224,10 +250,17 @@ export class Meter {
     if (seen.promptEvalCount) this.#counts.input_tokens = seen.promptEvalCount
     if (seen.evalCount) this.#counts.output_tokens = seen.evalCount
     if (seen.error) this.failed = true
-    if (seen.done || (seen.type !== undefined && this.#endTypes.includes(seen.type))) {
+    if (
+      seen.done ||
+      seen.finishReason ||
+      (seen.type !== undefined && this.#endTypes.includes(seen.type))
+    ) {
       this.finished = true
     }
-    this.id ??= seen.id
+    if (this.id === undefined && seen.id !== undefined) {
+      this.id = seen.id
+      this.onId?.(seen.id)
+    }
     this.#watcher.reset()
   }
 }
@@ -275,7 +308,8 @@ function isCount(name: string, value: unknown): value is number {
  */
 function toUsage(counts: Counts): Usage | undefined {
   if (Object.keys(counts).length === 0) return undefined
-  const beside = (counts.cache_read_input_tokens ?? 0) + (counts.cache_creation_input_tokens ?? 0)
+  const cached = (counts.cache_read_input_tokens ?? 0) + (counts.cache_creation_input_tokens ?? 0)
+  const beside = counts.prompt_tokens === undefined ? cached : 0
   const completionTokens = counts.completion_tokens ?? counts.output_tokens ?? 0
   const input = counts.prompt_tokens ?? counts.input_tokens
   const promptTokens =

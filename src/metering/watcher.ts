@@ -19,6 +19,8 @@ export interface Seen {
   delta: boolean
   /** `choices` was there and empty. */
   noChoices: boolean
+  /** A `finish_reason` was given, anywhere. */
+  finishReason: boolean
   /** `done` was true. */
   done: boolean
   /** There was an `error`, an object or text. */
@@ -35,7 +37,8 @@ const NAMES = {
   done: 7,
   error: 8,
   prompt_eval_count: 9,
-  eval_count: 10
+  eval_count: 10,
+  finish_reason: 11
 } as const
 /** Flag on a name's number: its text is a piece of the answer. */
 const DELTA = 64
@@ -49,7 +52,8 @@ const NAME_TEXT = 4
 const TEXT = 5
 const SCALAR = 6
 const USAGE_OBJECT = 7
-const LOST = 8
+const DEEP = 8
+const LOST = 9
 
 const OBJECT = 1
 const ARRAY = 2
@@ -77,7 +81,7 @@ export class JsonWatcher {
   /** A name or value that is being kept, and what of it stood in earlier pieces. */
   #keeps = false
   #kept = ''
-  /** Inside the usage object: open braces, and whether we are in text. */
+  /** Inside the usage object, or too deep: open braces and brackets, and whether we are in text. */
   #braces = 0
   #inText = false
 
@@ -120,10 +124,14 @@ export class JsonWatcher {
           break
         case USAGE_OBJECT:
           at++
-          if (this.#endsUsage(byte)) {
+          if (this.#endsNested(byte)) {
             this.seen.usage = this.#take(bytes, begin, at)
             this.#state = AFTER
           }
+          break
+        case DEEP:
+          at++
+          if (this.#endsNested(byte)) this.#state = AFTER
           break
         case VALUE:
           begin = this.#beginValue(byte) ? at + 1 : at
@@ -196,7 +204,13 @@ export class JsonWatcher {
     this.#depth++
     this.#kinds[this.#depth] = kind
     this.#members[this.#depth] = 0
-    this.#state = this.#depth === MAX_DEPTH - 1 ? LOST : state
+    this.#state = state
+    if (this.#depth < MAX_DEPTH - 1) return
+    // Nothing of interest is as deep as that: only find the way out again.
+    this.#depth--
+    this.#state = DEEP
+    this.#braces = 1
+    this.#inText = false
   }
 
   #close(): void {
@@ -214,9 +228,10 @@ export class JsonWatcher {
   }
 
   #noteText(): void {
-    if (this.#kinds[this.#depth] === OBJECT && this.#members[this.#depth]! & DELTA) {
-      this.seen.delta = true
-    }
+    if (this.#kinds[this.#depth] !== OBJECT) return
+    const member = this.#members[this.#depth]!
+    if (member & DELTA) this.seen.delta = true
+    else if (member === NAMES.finish_reason) this.seen.finishReason = true
   }
 
   #endText(bytes: Buffer, begin: number, end: number): void {
@@ -240,7 +255,8 @@ export class JsonWatcher {
     this.#state = AFTER
   }
 
-  #endsUsage(byte: number): boolean {
+  /** Was this the byte that ends the object or list whose inside is not looked at? */
+  #endsNested(byte: number): boolean {
     if (this.#inText) {
       if (this.#escaped) this.#escaped = false
       else if (byte === 0x5c) this.#escaped = true
@@ -248,8 +264,8 @@ export class JsonWatcher {
       return false
     }
     if (byte === 0x22) this.#inText = true
-    else if (byte === 0x7b) this.#braces++
-    else if (byte === 0x7d) this.#braces--
+    else if (byte === 0x7b || byte === 0x5b) this.#braces++
+    else if (byte === 0x7d || byte === 0x5d) this.#braces--
     return this.#braces === 0
   }
 
@@ -324,6 +340,7 @@ function nothing(): Seen {
     type: undefined,
     delta: false,
     noChoices: false,
+    finishReason: false,
     done: false,
     error: false
   }

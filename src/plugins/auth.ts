@@ -112,6 +112,12 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
     const models = request.caller?.models
     const { endpoint } = request.exchange
     if (models === undefined || endpoint === undefined || endpoint.body === 'none') return
+    if (endpoint.body === 'stream') {
+      throw new GatewayError(
+        'model_not_allowed',
+        'This API key is held to some models, and the model of an upload is not read.'
+      )
+    }
     const model = request.payload?.model
     if (model === undefined || !matchesModel(models, model)) {
       throw new GatewayError('model_not_allowed', 'This API key may not use this model.')

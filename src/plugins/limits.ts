@@ -1,4 +1,4 @@
-import rateLimit from '@fastify/rate-limit'
+import rateLimit, { normalizeIP } from '@fastify/rate-limit'
 import type { FastifyPluginAsync, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
@@ -136,9 +136,9 @@ function toPolicy(options: LimitsOptions): Policy {
   return { global: limits(options.global), per_key: limits(options.per_key) }
 }
 
-/** Whose limits count: the caller's, or the address's where nobody is known. */
+/** Whose limits count: the caller's, or the address's (an IPv6 network's) where nobody is known. */
 function subject(request: FastifyRequest): string {
-  return request.caller?.id ?? `ip:${request.ip}`
+  return request.caller?.id ?? `ip:${normalizeIP(request.ip)}`
 }
 
 const UNITS = {

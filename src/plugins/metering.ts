@@ -3,7 +3,7 @@ import * as zlib from 'node:zlib'
 import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { openai } from '../dialects/openai.ts'
-import { type Exchange, type Usage, withExchanges } from '../exchange.ts'
+import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
 import { type Framing, Meter } from '../metering/meter.ts'
 import { askForUsage } from '../metering/question.ts'
 import type { Answer } from '../pool/answer.ts'
@@ -29,19 +29,20 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
 
   fastify.answerHooks.push((exchange, answer) => {
     const { reply, request } = exchange
-    if (request.method !== 'POST' || reply.statusCode < 200 || reply.statusCode > 299)
-      return undefined
+    if (exchange.endpoint?.body === 'none' || request.method !== 'POST') return undefined
+    if (reply.statusCode < 200 || reply.statusCode > 299) return undefined
     const framing = framingOf(String(reply.getHeader('content-type')))
     if (framing === undefined) return undefined
     const meter = new Meter({
       framing,
       dialect: exchange.endpoint?.dialect ?? openai,
-      takeOut: exchange.question?.asked === true
+      takeOut: exchange.question?.asked === true,
+      mustEnd: saysItsEnd(exchange.endpoint)
     })
     meters.set(exchange, meter)
+    meter.onId = exchange.onAnswerId
     const encoding = reply.getHeader('content-encoding')
     if (encoding === undefined || encoding === 'identity') {
-      if (framing === 'sse' && exchange.question?.asked) reply.removeHeader('content-length')
       answer.tap = meter
       return undefined
     }
@@ -56,7 +57,6 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     const meter = meters.get(exchange)
     if (meter === undefined) return
     exchange.deltas = meter.deltas
-    exchange.answerId = meter.id
     if (meter.framing === 'json') {
       exchange.usage = meter.usage
       return
@@ -72,6 +72,15 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     const isSaid = usage !== undefined && (usage.completionTokens > 0 || deltas === 0)
     exchange.usage = isWhole && isSaid ? usage : counted(exchange, usage)
   })
+}
+
+/**
+ * Chat and completions end with a finish reason or `[DONE]`, the other APIs with an event of their own.
+ * Ollama's OpenAI routes, for one, just end the stream when the model runner has died.
+ */
+function saysItsEnd(endpoint: Endpoint | undefined): boolean {
+  if (endpoint === undefined) return false
+  return endpoint.dialect.name !== 'openai' || endpoint.asksForUsage === true
 }
 
 function framingOf(contentType: string): Framing | undefined {
@@ -121,6 +130,13 @@ function decoded(answer: Answer, decoder: Transform, meter: Meter): Transform {
     transform: (chunk, _encoding, done) => done(null, meter.pass(chunk)),
     flush: done => done(null, meter.end())
   })
+  // The words must not go through the decoder.
+  const { lastWords } = answer
+  answer.lastWords = error => {
+    const words = lastWords?.(error)
+    if (words !== undefined) tap.push(meter.breakOff() + words)
+    return ''
+  }
   return pipeline(answer, decoder, tap, () => {})
 }
 

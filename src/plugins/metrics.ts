@@ -179,7 +179,7 @@ function backendMetrics(
     registers,
     collect() {
       this.reset()
-      for (const { name, inFlight } of pool.backends) this.set({ backend: name }, inFlight)
+      for (const { name, inFlight } of pool.all) this.inc({ backend: name }, inFlight)
     }
   })
   const attempts = new Counter({

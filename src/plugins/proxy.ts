@@ -79,6 +79,8 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
         if (isStream(reply)) {
           const dialect = exchange.endpoint?.dialect ?? openai
           answer.lastWords = error => dialect.errorEvent(error, exchange.id)
+          // A length would turn the last words into a proper end.
+          reply.removeHeader('content-length')
         }
         let sent: NodeJS.ReadableStream = answer
         for (const hook of hooks) sent = hook(exchange, answer) ?? sent

@@ -59,7 +59,13 @@ export interface UsageReports {
   flush(signal: AbortSignal): Promise<void>
 }
 
-/** How long a reporter that was taken out of the configuration may still deliver. */
+/** The reporters of one configuration, and how many exchanges began under it and still run. */
+interface Generation {
+  reporters: Reporter[]
+  exchanges: number
+}
+
+/** How long reporters that were taken out of the configuration may still deliver. */
 const LEAVE_TIMEOUT = 60_000
 
 const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usage(fastify, given) {
@@ -68,38 +74,57 @@ const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usag
   const delivered = (result: Delivery) => {
     for (const listener of onDelivery) listener(result)
   }
-  const create = (options: UsageOptions): Reporter[] =>
-    options.reporters
+  const create = (options: UsageOptions): Generation => ({
+    reporters: options.reporters
       .filter(({ enabled }) => options.enabled && enabled)
-      .map(({ name, webhook }) => new Webhook(name ?? 'webhook', webhook!, delivered, log))
-  /** Reporters that a reload took out, while they deliver what they have. */
-  const leaving = new Set<Reporter>()
-  const close = async (reporter: Reporter, signal: AbortSignal) => {
-    leaving.add(reporter)
-    await reporter.close(signal)
-    leaving.delete(reporter)
+      .map(({ name, webhook }) => new Webhook(name ?? 'webhook', webhook!, delivered, log)),
+    exchanges: 0
+  })
+  let current = create(checkOptions(UsageOptions, { enabled: true, ...given }))
+  const all = new Set([current])
+  const generations = new WeakMap<Exchange, Generation>()
+
+  /** An exchange reports to whom it would have when it began; then its reporters may go. */
+  const retire = async (generation: Generation) => {
+    if (generation === current || generation.exchanges > 0) return
+    const signal = AbortSignal.timeout(LEAVE_TIMEOUT)
+    await Promise.all(generation.reporters.map(reporter => reporter.close(signal)))
+    all.delete(generation)
   }
   const flush = async (signal: AbortSignal) => {
-    await Promise.all([...reporters, ...leaving].map(reporter => close(reporter, signal)))
+    const reporters = [...all].flatMap(generation => generation.reporters)
+    await Promise.all(reporters.map(reporter => reporter.close(signal)))
   }
 
-  let reporters = create(checkOptions(UsageOptions, { enabled: true, ...given }))
   fastify.decorate('usage', {
     get reporters() {
-      return reporters
+      return [...all].flatMap(generation => generation.reporters)
     },
     onDelivery,
     update(options) {
-      for (const reporter of reporters) void close(reporter, AbortSignal.timeout(LEAVE_TIMEOUT))
-      reporters = create(options)
+      const before = current
+      current = create(options)
+      all.add(current)
+      void retire(before)
     },
     flush
   } satisfies UsageReports)
 
-  withExchanges(fastify).onEnd('record', exchange => {
-    if (exchange.attempts === 0 || reporters.length === 0) return
-    const event = toEvent(exchange, fastify.prefix)
-    for (const reporter of reporters) reporter.report(event, exchange.request.payload?.bytes)
+  const exchanges = withExchanges(fastify)
+  fastify.addHook('onRequest', async ({ exchange }) => {
+    generations.set(exchange, current)
+    current.exchanges++
+  })
+  exchanges.onEnd('record', exchange => {
+    const generation = generations.get(exchange)
+    if (generation === undefined) return
+    generation.exchanges--
+    if (exchange.attempts > 0 && generation.reporters.length > 0) {
+      const event = toEvent(exchange, fastify.prefix)
+      const body = exchange.request.payload?.bytes
+      for (const reporter of generation.reporters) reporter.report(event, body)
+    }
+    void retire(generation)
   })
   fastify.addHook('onClose', () => flush(AbortSignal.abort()))
 }

@@ -8,10 +8,13 @@ export interface Tap {
   pass(chunk: Buffer): Buffer | undefined
   /** The answer is over; returns what was kept back. */
   end(): Buffer | undefined
-  /** Is it a stream that has not said that it is over? */
+  /** The answer broke off, and what was kept back is dropped; returns what must stand before another event. */
+  breakOff(): string
+  /** Is it a stream of a kind that says that it is over, and has not said so? */
   isCutShort(): boolean
 }
 
+/** Clients drop what they have not read yet when a connection breaks: they get a moment (ms) to read. */
 const LAST_WORDS_MS = 500
 
 /**
@@ -24,7 +27,7 @@ const LAST_WORDS_MS = 500
 export class Answer extends Readable {
   tap: Tap | undefined
   /** What to tell a client whose stream breaks: an event in the dialect of its route. */
-  lastWords: ((error: GatewayError) => string) | undefined
+  lastWords: ((error: GatewayError) => string | undefined) | undefined
   /** How long (ms) a client may take no byte while some wait; 0: for ever. */
   stallTimeout = 0
   readonly #controller: Dispatcher.DispatchController
@@ -43,6 +46,7 @@ export class Answer extends Readable {
 
   /** A chunk from the backend. */
   data(chunk: Buffer): void {
+    if (this.#over !== undefined) return
     if (this.#flowing) this.#forward(chunk)
     else {
       this.#early.push(chunk)
@@ -52,11 +56,12 @@ export class Answer extends Readable {
 
   /** The backend's answer is complete. */
   end(): void {
+    if (this.#over !== undefined) return
     this.#over = 'ended'
     if (this.#flowing) this.#finish()
   }
 
-  /** The backend's answer broke off. */
+  /** The answer broke off, or must not go on. */
   break(error: GatewayError): void {
     if (this.#over !== undefined) return
     this.#over = error
@@ -117,38 +122,44 @@ export class Answer extends Readable {
   }
 
   #finish(): void {
-    const held = this.tap?.end()
-    const error = this.#over === 'ended' ? undefined : this.#over
-    const words = error && this.lastWords?.(error)
-    const last =
-      words === undefined ? held : Buffer.concat([held ?? Buffer.of(), Buffer.from(words)])
-    if (this.#response !== undefined) this.#finishResponse(this.#response, last, error)
-    else this.#finishReadable(last, error)
-  }
-
-  #finishResponse(
-    response: ServerResponse,
-    last: Buffer | undefined,
-    error: Error | undefined
-  ): void {
-    if (error === undefined) {
-      response.end(last)
+    if (this.#over === 'ended') {
+      const last = this.tap?.end()
+      if (this.#response !== undefined) this.#endResponse(this.#response, last)
+      else if (last !== undefined) this.push(last)
       this.push(null)
-      this.resume()
-    } else if (last === undefined) this.destroy(error)
-    else response.write(last, () => this.#cutLater(error))
+      if (this.#response !== undefined) this.resume()
+      return
+    }
+    const error = this.#over!
+    const before = this.tap?.breakOff() ?? ''
+    const words = this.lastWords?.(error)
+    if (words === undefined) this.destroy(error)
+    else if (this.#response !== undefined) this.#sayLast(this.#response, before + words, error)
+    else {
+      this.push(before + words)
+      // Destroying drops what is still buffered: one turn of the loop lets a reader have it.
+      setImmediate(() => this.destroy(error))
+    }
   }
 
-  /** Clients drop what they have not read yet when a connection breaks: they get a moment to read. */
-  #cutLater(error: Error): void {
-    const cut = setTimeout(() => this.destroy(error), LAST_WORDS_MS)
-    this.once('close', () => clearTimeout(cut))
+  #endResponse(response: ServerResponse, last: Buffer | undefined): void {
+    response.end(last)
+    this.#limitFlush(response)
   }
 
-  #finishReadable(last: Buffer | undefined, error: Error | undefined): void {
-    if (last !== undefined) this.push(last)
-    if (error === undefined) this.push(null)
-    // Destroying drops what is still buffered: one turn of the loop lets a reader have it.
-    else setImmediate(() => this.destroy(error))
+  #sayLast(response: ServerResponse, words: string, error: GatewayError): void {
+    response.write(words, () => {
+      const cut = setTimeout(() => this.destroy(error), LAST_WORDS_MS)
+      response.once('close', () => clearTimeout(cut))
+    })
+    this.#limitFlush(response)
+  }
+
+  /** The end of an answer, too, must be taken within the stall timeout. */
+  #limitFlush(response: ServerResponse): void {
+    clearTimeout(this.#stalled)
+    if (response.writableLength === 0 || this.stallTimeout === 0) return
+    const stalled = setTimeout(() => response.destroy(), this.stallTimeout).unref()
+    response.once('close', () => clearTimeout(stalled))
   }
 }

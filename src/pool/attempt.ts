@@ -15,10 +15,15 @@ export interface Head {
 }
 
 /** What became of an attempt: a status class, or how it failed. */
-export type AttemptResult = FailureKind | '2xx' | '3xx' | '4xx' | 'client_gone'
+export type AttemptResult = FailureKind | '2xx' | '3xx' | '4xx' | 'cancelled'
 
-/** A failed attempt counts as this slow (ms) when backends are compared by latency. */
-const FAILURE_LATENCY = 10_000
+/** How far an attempt came before it failed. */
+export interface Progress {
+  /** The backend has had the request, or some of it. */
+  isSent: boolean
+  /** It went over a connection that had served other requests before. */
+  isReused: boolean
+}
 
 /** What an attempt tells the delivery it belongs to. */
 export interface AttemptOwner {
@@ -27,16 +32,21 @@ export interface AttemptOwner {
   /** The backend refuses; returns whether another attempt is made, else the refusal is delivered. */
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean
   /** It failed before there was anything to pass on. */
-  failed(attempt: Attempt, kind: FailureKind, error: Error): void
+  failed(attempt: Attempt, kind: FailureKind, error: Error, progress: Progress): void
   /** The answer broke off after some of it was passed on. */
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void
-  /** The backend does not take `stream_options` and should be asked without. */
+  /** The backend seems not to take `stream_options` and should be asked without. */
   again(attempt: Attempt): void
-  /** The request was sent with a question for usage. */
-  readonly hasAsked: boolean
+  /** The request was sent with a question for usage, or is repeated without it. */
+  readonly question: 'asked' | 'withdrawn' | undefined
   count(attempt: Attempt, result: AttemptResult): void
   over(attempt: Attempt): void
 }
+
+/** A failed attempt counts as this slow (ms) when backends are compared by latency. */
+const FAILURE_LATENCY = 10_000
+/** A refusal to serve a request counts as at least this slow: it must not attract others. */
+const REFUSAL_LATENCY = 1_000
 
 /** One try at one backend. */
 export class Attempt implements BackendHandler {
@@ -69,7 +79,7 @@ export class Attempt implements BackendHandler {
   cancel(): void {
     if (this.#isOver) return
     this.#isCancelled = true
-    if (this.#head === undefined) this.#owner.count(this, 'client_gone')
+    if (!this.#isDelivered && this.#refusal === undefined) this.#owner.count(this, 'cancelled')
     this.#end()
     const reason = new GatewayError('client_gone', 'The client has left.')
     if (this.#controller !== undefined) this.#controller.abort(reason)
@@ -88,17 +98,20 @@ export class Attempt implements BackendHandler {
   ): void {
     if (statusCode < 200) return
     this.#head = { statusCode, headers }
-    if (this.#owner.hasAsked && (statusCode === 400 || statusCode === 422)) {
-      this.#isInDoubt = true
-      this.#refusal = new Refusal(this.#head, controller)
-      return
-    }
+    const { question } = this.#owner
+    if (statusCode === 400 || statusCode === 422) {
+      if (question === 'asked') {
+        this.#isInDoubt = true
+        this.#refusal = new Refusal(this.#head, controller)
+        return
+      }
+    } else if (question === 'withdrawn' && statusCode < 400) this.backend.refuseUsageQuestion()
     const kind = statusFailure(statusCode)
-    this.#owner.count(this, kind ?? (`${Math.floor(statusCode / 100)}xx` as AttemptResult))
     if (kind !== undefined) {
       this.#penalise()
       const refusal = new Refusal(this.#head, controller)
       if (this.#owner.refused(this, kind, refusal)) {
+        this.#owner.count(this, kind)
         this.#refusal = refusal
         return
       }
@@ -106,10 +119,11 @@ export class Attempt implements BackendHandler {
     this.#answer = new Answer(controller)
   }
 
-  onResponseData(_controller: Dispatcher.DispatchController, chunk: Buffer): void {
-    if (this.#refusal !== undefined) return this.#refusal.data(chunk)
-    this.#answer!.data(chunk)
-    if (!this.#isDelivered) this.#deliver()
+  onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {
+    if (this.#refusal === undefined) {
+      this.#answer!.data(chunk)
+      if (!this.#isDelivered) this.#deliver()
+    } else if (!this.#refusal.data(chunk)) this.#outgrown(controller, chunk)
   }
 
   onResponseEnd(): void {
@@ -117,10 +131,8 @@ export class Attempt implements BackendHandler {
     if (this.#isInDoubt) return this.#settleDoubt(this.#refusal!)
     if (this.#refusal !== undefined) return this.#refusal.end()
     if (!this.#isDelivered) this.#deliver()
-    const { headers } = this.#head!
-    const isFramed = 'content-length' in headers || 'transfer-encoding' in headers
-    if (isFramed || this.#answer!.tap?.isCutShort() !== true) this.#answer!.end()
-    else this.#break(new Error('the connection was closed in the middle of a stream'))
+    if (this.#answer!.tap?.isCutShort()) this.#break(new Error('the stream ended without its end'))
+    else this.#answer!.end()
   }
 
   onResponseError(_controller: Dispatcher.DispatchController, error: Error): void {
@@ -131,46 +143,63 @@ export class Attempt implements BackendHandler {
     if (this.#refusal !== undefined && !this.#isInDoubt) return this.#refusal.lose()
     const kind = isTimeout(error) ? 'timeout' : 'connect_failure'
     // An error of our own making is about the request's body: the backend is not to blame.
+    const isReused = this.socket === undefined && this.#head === undefined
     if (!(error instanceof GatewayError)) {
       this.#owner.count(this, kind)
-      this.#penalise()
+      if (!isReused) this.#penalise()
     }
-    this.#owner.failed(this, kind, error)
+    this.#owner.failed(this, kind, error, { isSent: this.#controller !== undefined, isReused })
   }
 
   #deliver(): void {
     this.#isDelivered = true
-    if (this.#head!.statusCode < 500) {
-      const now = performance.now()
-      this.backend.observeLatency(now - this.#startedAt, now)
-    }
+    const { statusCode } = this.#head!
+    this.#owner.count(
+      this,
+      statusFailure(statusCode) ?? (`${Math.floor(statusCode / 100)}xx` as AttemptResult)
+    )
+    this.#observe(statusCode)
     this.#owner.deliver(this, this.#head!, this.#answer!)
   }
 
-  /** A backend that names the field it was given on the caller's behalf goes without it from now on. */
+  /** Being refused fast is no merit; a refusal of the gateway's own key is a failure. */
+  #observe(statusCode: number): void {
+    if (statusCode >= 500 || statusCode === 429) return
+    if (statusCode === 401 || statusCode === 403) return this.#penalise()
+    const now = performance.now()
+    const ms = now - this.#startedAt
+    const least = statusCode < 400 ? 0 : (this.backend.latency(now) ?? REFUSAL_LATENCY)
+    this.backend.observeLatency(Math.max(ms, least), now)
+  }
+
+  /** An error answer is too long to be kept. If it is the only one, it goes on as it comes. */
+  #outgrown(controller: Dispatcher.DispatchController, chunk: Buffer): void {
+    const refusal = this.#refusal!
+    if (!this.#isInDoubt)
+      return controller.abort(new Error('the error answer is too long to be kept'))
+    this.#isInDoubt = false
+    this.#refusal = undefined
+    this.#answer = new Answer(controller)
+    for (const kept of [...refusal.chunks, chunk]) this.#answer.data(kept)
+    this.#deliver()
+  }
+
   #settleDoubt(refusal: Refusal): void {
-    if (this.backend.takesUsageQuestion && /stream_options|include_usage/.test(refusal.text)) {
-      this.backend.takesUsageQuestion = false
-      return this.#owner.again(this)
-    }
-    this.#owner.count(this, '4xx')
-    this.#owner.deliver(this, this.#head!, refusal.toAnswer())
+    if (/stream_options|include_usage/.test(refusal.text)) return this.#owner.again(this)
+    this.#answer = refusal.toAnswer()
+    this.#deliver()
   }
 
   #break(error: Error): void {
     const kind = isTimeout(error) ? 'timeout' : 'connect_failure'
-    const gatewayError =
-      kind === 'timeout'
-        ? new GatewayError(
-            'backend_timeout',
-            'The backend fell silent in the middle of its answer.',
-            {
-              cause: error
-            }
-          )
-        : new GatewayError('backend_failed', 'The backend broke off in the middle of its answer.', {
-            cause: error
-          })
+    const isSilent = kind === 'timeout'
+    const gatewayError = new GatewayError(
+      isSilent ? 'backend_timeout' : 'backend_failed',
+      isSilent
+        ? 'The backend fell silent in the middle of its answer.'
+        : 'The backend broke off in the middle of its answer.',
+      { cause: error }
+    )
     this.#penalise()
     this.#owner.broke(this, kind, gatewayError)
     this.#answer!.break(gatewayError)

@@ -1,4 +1,5 @@
 import type { Socket } from 'node:net'
+import { Readable } from 'node:stream'
 import { buildConnector, type Dispatcher, Pool as Sockets } from 'undici'
 
 /** One inference server as it is configured. Times in milliseconds. */
@@ -23,6 +24,8 @@ export interface BackendHandler extends Dispatcher.DispatchHandler {
 /** How fast old latencies are forgotten, and how much a new one counts. */
 const FORGET_MS = 15_000
 const ALPHA = 0.3
+/** A server that refused a field is asked again after a while: it may have been upgraded. */
+const REMEMBER_REFUSAL_MS = 10 * 60_000
 
 /** One inference server: what is configured, and what is known of it at the moment. */
 export class Backend {
@@ -32,12 +35,15 @@ export class Backend {
   healthy = true
   /** Smooth weighted round robin keeps its place here. */
   currentWeight = 0
-  /** It takes `stream_options.include_usage`; false once it has refused it. */
-  takesUsageQuestion = true
+  /** An active check has been made. */
+  isProbed = false
   readonly origin: string
   readonly basePath: string
   readonly #sockets: Sockets
   #opening: BackendHandler | undefined
+  /** Handlers of streamed bodies: undici opens their connections in a microtask. */
+  readonly #openingLater: BackendHandler[] = []
+  #questionRefusedAt = Number.NEGATIVE_INFINITY
   #latency = 0
   #latencyAt: number | undefined
 
@@ -54,7 +60,8 @@ export class Backend {
       allowH2: false,
       connect: (options, done) => {
         const socket = connect(options, done)
-        if (this.#opening !== undefined) this.#opening.socket = socket
+        const handler = this.#opening ?? this.#openingLater.shift()
+        if (handler !== undefined) handler.socket = socket
       }
     })
   }
@@ -69,7 +76,8 @@ export class Backend {
   }
 
   dispatch(options: Dispatcher.DispatchOptions, handler: BackendHandler): void {
-    this.#opening = handler
+    if (options.body instanceof Readable) this.#openLater(handler)
+    else this.#opening = handler
     try {
       this.#sockets.dispatch(
         {
@@ -83,6 +91,15 @@ export class Backend {
     } finally {
       this.#opening = undefined
     }
+  }
+
+  /** It takes `stream_options.include_usage`, as far as is known. */
+  get takesUsageQuestion(): boolean {
+    return performance.now() - this.#questionRefusedAt > REMEMBER_REFUSAL_MS
+  }
+
+  refuseUsageQuestion(): void {
+    this.#questionRefusedAt = performance.now()
   }
 
   /** A time to first byte in ms; a failure counts as a long one, so that failing fast attracts nothing. */
@@ -99,6 +116,14 @@ export class Backend {
   latency(now: number): number | undefined {
     if (this.#latencyAt === undefined) return undefined
     return this.#latency * Math.exp(-(now - this.#latencyAt) / FORGET_MS)
+  }
+
+  #openLater(handler: BackendHandler): void {
+    this.#openingLater.push(handler)
+    setImmediate(() => {
+      const at = this.#openingLater.indexOf(handler)
+      if (at !== -1) this.#openingLater.splice(at, 1)
+    })
   }
 
   /** Closes idle connections at once and busy ones when their answers have ended. */

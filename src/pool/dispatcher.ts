@@ -3,16 +3,18 @@ import type { FastifyBaseLogger } from 'fastify'
 import type { Dispatcher } from 'undici'
 import { GatewayError } from '../errors.ts'
 import type { Exchange } from '../exchange.ts'
+import { parseRetryAfter } from '../http.ts'
 import type { Answer } from './answer.ts'
 import {
   Attempt,
   type AttemptOwner,
   type AttemptResult,
   type Head,
-  type Headers
+  type Headers,
+  type Progress
 } from './attempt.ts'
 import type { Backend } from './backend.ts'
-import type { FailureKind, Pool } from './pool.ts'
+import type { FailureKind, Pool, RetryPolicy } from './pool.ts'
 import type { Refusal } from './refusal.ts'
 
 /** The exchange a request belongs to, as a property of its headers: reply-from hands it through. */
@@ -21,6 +23,9 @@ export const EXCHANGE = Symbol('exchange')
 type Options = Dispatcher.DispatchOptions & { headers: Headers & { [EXCHANGE]?: Exchange } }
 type Done = (error: Error | null, answer?: Head & { body: Answer }) => void
 type OnAttempt = (backend: string, result: AttemptResult) => void
+
+/** How long (ms) the rest of an error answer may take once it is certain that it is the client's. */
+const REFUSAL_TIMEOUT = 1_000
 
 /**
  * What @fastify/reply-from takes as its `undici` option: it sends a request to a backend of the
@@ -39,6 +44,7 @@ export function createDispatcher(pool: Pool, onAttempt: OnAttempt, log: FastifyB
 /** One request and all its attempts. */
 class Delivery implements AttemptOwner {
   readonly #pool: Pool
+  readonly #retryPolicy: RetryPolicy
   readonly #onAttempt: OnAttempt
   readonly #log: FastifyBaseLogger
   readonly #options: Options
@@ -46,8 +52,12 @@ class Delivery implements AttemptOwner {
   readonly #exchange: Exchange
   readonly #tried = new Set<Backend>()
   readonly #running = new Set<Attempt>()
+  /** Times before which backends asked not to be tried again. */
+  readonly #notBefore = new Map<Backend, number>()
   #waits = 0
   #timer: NodeJS.Timeout | undefined
+  #hasRepeated = false
+  #isWithdrawn = false
   /** The latest error answer of a backend; it is the client's when nothing better comes. */
   #refusal: Refusal | undefined
   #answer: Answer | undefined
@@ -60,6 +70,7 @@ class Delivery implements AttemptOwner {
     done: Done
   ) {
     this.#pool = pool
+    this.#retryPolicy = pool.retry
     this.#onAttempt = onAttempt
     this.#log = log
     this.#options = options
@@ -71,15 +82,16 @@ class Delivery implements AttemptOwner {
     if (this.#exchange.closed) return
     this.#exchange.onClose = () => this.#cancel()
     this.#exchange.onInterrupt = error => {
-      if (this.#answer !== undefined) return this.#answer.break(error)
       this.#cancel()
-      this.#done(error)
+      if (this.#answer === undefined) this.#done(error)
+      else this.#answer.break(error)
     }
     this.#next()
   }
 
-  get hasAsked(): boolean {
-    return this.#exchange.question?.asked === true
+  get question(): 'asked' | 'withdrawn' | undefined {
+    if (this.#isWithdrawn) return 'withdrawn'
+    return this.#exchange.question?.asked ? 'asked' : undefined
   }
 
   deliver(attempt: Attempt, head: Head, answer: Answer): void {
@@ -89,21 +101,35 @@ class Delivery implements AttemptOwner {
   }
 
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean {
-    const wait = this.#plan(kind, retryAfter(refusal.head.headers))
+    const { statusCode, headers } = refusal.head
+    this.#notBefore.set(
+      attempt.backend,
+      performance.now() + parseRetryAfter(headers['retry-after'])
+    )
+    const wait = this.#plan(kind, true)
     if (wait === undefined) return false
-    this.#logFailure(attempt, kind, `status ${refusal.head.statusCode}`)
+    this.#logFailure(attempt, kind, `status ${statusCode}`)
     this.#refusal = refusal
     this.#retry(wait)
     return true
   }
 
-  failed(attempt: Attempt, kind: FailureKind, error: Error): void {
+  failed(attempt: Attempt, kind: FailureKind, error: Error, progress: Progress): void {
     if (error instanceof GatewayError) return this.#giveUp(error, 'rejected')
+    // A server may close an idle connection just as it is used again; that is nobody's fault.
+    if (
+      progress.isReused &&
+      kind === 'connect_failure' &&
+      !this.#hasRepeated &&
+      this.#canResend()
+    ) {
+      this.#hasRepeated = true
+      return this.#send(attempt.backend)
+    }
     this.#logFailure(attempt, kind, reason(error))
-    const wait = isOurs(error) ? undefined : this.#plan(kind)
-    if (wait !== undefined) this.#retry(wait)
-    else
-      this.#giveUp(toGatewayError(kind, error), kind === 'timeout' ? 'timed_out' : 'backend_failed')
+    const wait = isOurs(error) ? undefined : this.#plan(kind, progress.isSent)
+    if (wait !== undefined) return this.#retry(wait)
+    this.#giveUp(toGatewayError(kind, error), kind === 'timeout' ? 'timed_out' : 'backend_failed')
   }
 
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void {
@@ -112,8 +138,7 @@ class Delivery implements AttemptOwner {
   }
 
   again(attempt: Attempt): void {
-    this.#log.info({ backend: attempt.backend.name }, 'backend takes no stream_options')
-    this.#exchange.attempts--
+    this.#isWithdrawn = true
     this.#send(attempt.backend)
   }
 
@@ -126,30 +151,44 @@ class Delivery implements AttemptOwner {
   }
 
   /** Time in ms until another attempt may be made, or undefined if there is to be none. */
-  #plan(kind: FailureKind, retryAfterMs = 0): number | undefined {
+  #plan(kind: FailureKind, isSent: boolean): number | undefined {
     if (this.#exchange.closed || !this.#canResend()) return undefined
-    const { retry, backends } = this.#pool
-    const another = backends.some(each => each.available && !this.#tried.has(each))
-    // A connection that was refused, or broke before there was an answer, has cost nobody anything.
-    if (kind === 'connect_failure' && another) return 0
-    const isAllowed = retry.enabled && retry.retryOn.includes(kind)
-    if (!isAllowed || this.#exchange.attempts > retry.maxRetries) return undefined
+    const { enabled, retryOn, maxRetries, maxWait, initialWait, multiplier } = this.#retryPolicy
+    const candidates = this.#pool.candidates(this.#exchange.pinned)
+    const another = candidates.some(each => !this.#tried.has(each))
+    // A connection that was refused has cost nobody anything.
+    if (!isSent && another) return 0
+    const isAllowed = enabled && retryOn.includes(kind)
+    if (!isAllowed || this.#exchange.attempts > maxRetries) return undefined
     if (another) return 0
-    if (retryAfterMs > retry.maxWait) return undefined
-    const backOff = Math.min(retry.initialWait * retry.multiplier ** this.#waits, retry.maxWait)
-    return Math.max(backOff, retryAfterMs)
+    const soonest = Math.min(...candidates.map(each => this.#askedWait(each)))
+    if (soonest > maxWait) return undefined
+    return Math.max(Math.min(initialWait * multiplier ** this.#waits, maxWait), soonest)
+  }
+
+  /** How long (ms) the backend still asks not to be tried again. */
+  #askedWait(backend: Backend): number {
+    return Math.max(0, (this.#notBefore.get(backend) ?? 0) - performance.now())
   }
 
   #retry(wait: number): void {
     if (wait === 0) return this.#next()
     this.#waits++
-    this.#tried.clear()
-    this.#timer = setTimeout(() => this.#next(), wait)
+    this.#timer = setTimeout(() => {
+      this.#tried.clear()
+      for (const backend of this.#notBefore.keys()) {
+        if (this.#askedWait(backend) > 0) this.#tried.add(backend)
+      }
+      this.#next()
+    }, wait + 1)
   }
 
   #next(): void {
     const backend = this.#pool.pick(this.#tried, this.#exchange.pinned)
-    if (backend !== undefined) return this.#send(backend)
+    if (backend !== undefined) {
+      this.#exchange.attempts++
+      return this.#send(backend)
+    }
     const error = new GatewayError('no_backend', 'No backend is available at the moment.', {
       headers: { 'retry-after': '1' }
     })
@@ -158,7 +197,6 @@ class Delivery implements AttemptOwner {
 
   #send(backend: Backend): void {
     this.#tried.add(backend)
-    this.#exchange.attempts++
     this.#exchange.backend = backend.name
     this.#exchange.backendUrl = backend.origin + backend.basePath
     const attempt = new Attempt(this, backend)
@@ -174,7 +212,7 @@ class Delivery implements AttemptOwner {
     }
     for (const name in backend.config.headers) headers[name] = backend.config.headers[name]!
     const { question } = this.#exchange
-    if (question !== undefined) question.asked = backend.takesUsageQuestion
+    if (question !== undefined) question.asked = backend.takesUsageQuestion && !this.#isWithdrawn
     if (question?.asked !== true) return { ...this.#options, headers }
     headers['content-length'] = String(question.bytes.length)
     return { ...this.#options, headers, body: question.bytes }
@@ -193,7 +231,7 @@ class Delivery implements AttemptOwner {
       this.#done(error)
       return
     }
-    refusal.whenSettled(isComplete => {
+    refusal.whenSettled(REFUSAL_TIMEOUT, isComplete => {
       if (this.#exchange.closed) return
       if (isComplete) {
         this.#answer = refusal.toAnswer()
@@ -214,14 +252,6 @@ class Delivery implements AttemptOwner {
     const { id } = this.#exchange
     this.#log.warn({ requestId: id, backend: backend.name, kind, reason: why }, 'attempt failed')
   }
-}
-
-/** `retry-after` in ms: seconds or a date (RFC 9110, section 10.2.3). */
-function retryAfter(headers: Headers): number {
-  const text = headers['retry-after']
-  if (typeof text !== 'string') return 0
-  const ms = /^\d+(\.\d+)?$/.test(text) ? Number(text) * 1000 : Date.parse(text) - Date.now()
-  return Number.isNaN(ms) ? 0 : Math.max(0, ms)
 }
 
 function toGatewayError(kind: FailureKind, error: Error): GatewayError {

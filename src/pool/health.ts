@@ -45,23 +45,25 @@ export class HealthChecker {
   async #watch(backend: Backend, check: HealthCheck, signal: AbortSignal): Promise<void> {
     let successes = 0
     let failures = 0
-    let isFirst = true
     while (!signal.aborted) {
       const failure = await probe(backend, check, signal)
       if (signal.aborted) return
       successes = failure === undefined ? successes + 1 : 0
       failures = failure === undefined ? 0 : failures + 1
-      if (backend.healthy && (failures >= check.unhealthyThreshold || (isFirst && failures > 0))) {
+      if (
+        backend.healthy &&
+        (failures >= check.unhealthyThreshold || (!backend.isProbed && failures > 0))
+      ) {
         backend.healthy = false
         this.#log.warn({ backend: backend.name, reason: failure }, 'backend is unhealthy')
       } else if (
         !backend.healthy &&
-        (successes >= check.healthyThreshold || (isFirst && successes > 0))
+        (successes >= check.healthyThreshold || (!backend.isProbed && successes > 0))
       ) {
         backend.healthy = true
         this.#log.info({ backend: backend.name }, 'backend is healthy')
       }
-      isFirst = false
+      backend.isProbed = true
       await sleep(check.interval, undefined, { signal, ref: false }).catch(() => {})
     }
   }

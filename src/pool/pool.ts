@@ -48,12 +48,24 @@ export class Pool {
     this.retry = retry
   }
 
+  /**
+   * The backends that may be given work. `pinned` (a name) is the only one that can serve a call
+   * about what it holds; if it has left the pool any other may say so.
+   */
+  candidates(pinned?: string): Backend[] {
+    const holder = pinned && this.backends.find(each => each.name === pinned)
+    return (holder ? [holder] : this.backends).filter(each => each.available)
+  }
+
   /** The backend for the next attempt, or undefined when none that may be used is available. */
   pick(exclude: ReadonlySet<Backend>, pinned?: string): Backend | undefined {
-    const candidates = this.backends.filter(each => each.available && !exclude.has(each))
-    const holder = candidates.find(each => each.name === pinned)
-    if (holder !== undefined || candidates.length === 0) return holder
-    return candidates.length === 1 ? candidates[0] : this.#strategy(candidates, performance.now())
+    const candidates = this.candidates(pinned).filter(each => !exclude.has(each))
+    return candidates.length < 2 ? candidates[0] : this.#strategy(candidates, performance.now())
+  }
+
+  /** All that are in use, those included that finish their answers before they go. */
+  get all(): Backend[] {
+    return [...this.backends, ...this.#leaving]
   }
 
   get available(): boolean {
@@ -61,7 +73,7 @@ export class Pool {
   }
 
   async destroy(): Promise<void> {
-    await Promise.all([...this.backends, ...this.#leaving].map(backend => backend.destroy()))
+    await Promise.all(this.all.map(backend => backend.destroy()))
   }
 
   async #retire(backend: Backend): Promise<void> {

@@ -7,8 +7,8 @@ const MAX_KEPT = 64 * 1024
 /** A backend's error answer that is kept while others are tried, in case none does better. */
 export class Refusal {
   readonly head: Head
+  readonly chunks: Buffer[] = []
   readonly #controller: Dispatcher.DispatchController
-  readonly #chunks: Buffer[] = []
   #size = 0
   #state: 'coming' | 'complete' | 'lost' = 'coming'
   #settled: ((isComplete: boolean) => void) | undefined
@@ -18,10 +18,12 @@ export class Refusal {
     this.#controller = controller
   }
 
-  data(chunk: Buffer): void {
+  /** Keeps a chunk; returns false, and does not, when it would be too much. */
+  data(chunk: Buffer): boolean {
+    if (this.#size + chunk.length > MAX_KEPT) return false
     this.#size += chunk.length
-    if (this.#size <= MAX_KEPT) this.#chunks.push(chunk)
-    else this.#controller.abort(new Error('the error answer is too long to be kept'))
+    this.chunks.push(chunk)
+    return true
   }
 
   end(): void {
@@ -32,14 +34,18 @@ export class Refusal {
     this.#settle('lost')
   }
 
-  /** Calls back once, when all of it has come or it is certain that it won't. */
-  whenSettled(callback: (isComplete: boolean) => void): void {
-    this.#settled = callback
-    if (this.#state !== 'coming') callback(this.#state === 'complete')
+  /** Calls back once, when all of it has come, or it is certain that it won't within `ms`. */
+  whenSettled(ms: number, callback: (isComplete: boolean) => void): void {
+    if (this.#state !== 'coming') return callback(this.#state === 'complete')
+    const timer = setTimeout(() => this.#controller.abort(new Error('the rest did not come')), ms)
+    this.#settled = isComplete => {
+      clearTimeout(timer)
+      callback(isComplete)
+    }
   }
 
   get text(): string {
-    return Buffer.concat(this.#chunks).toString()
+    return Buffer.concat(this.chunks).toString()
   }
 
   toAnswer(): Answer {
@@ -51,7 +57,7 @@ export class Refusal {
       pause: () => {},
       resume: () => {}
     })
-    for (const chunk of this.#chunks) answer.data(chunk)
+    for (const chunk of this.chunks) answer.data(chunk)
     answer.end()
     return answer
   }

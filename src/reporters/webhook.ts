@@ -2,6 +2,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
 import { type Static, Type } from 'typebox'
 import { Agent, type Dispatcher } from 'undici'
+import { parseRetryAfter } from '../http.ts'
 import { Duration, Url } from '../options.ts'
 import type { Reporter, UsageEvent } from './reporter.ts'
 
@@ -38,10 +39,11 @@ const MAX_EVENTS = 10_000
 const MAX_BYTES = 64 * 1024 * 1024
 const FIRST_WAIT = 100
 const MAX_WAIT = 5_000
+const MAX_RETRY_AFTER = 60_000
 
 /**
- * Sends each usage event to a service, in order, a few at a time. What fails is sent again with
- * growing waits, or after the `Retry-After` of the answer. The queue is bounded; what does not fit
+ * Sends each usage event to a service. Deliveries begin in order, a few run at a time, and what fails
+ * is sent again with growing waits, or after the `Retry-After` of the answer. The queue is bounded; what does not fit
  * is lost and counted as failed.
  */
 export class Webhook implements Reporter {
@@ -100,6 +102,7 @@ export class Webhook implements Reporter {
   async #finish(): Promise<void> {
     if (this.pending > 0) await this.#done.promise
     const lost = this.pending
+    for (let count = 0; count < lost; count++) this.#onDelivery('failed')
     if (lost > 0) this.#log.error({ reporter: this.name, lost }, 'usage events were not delivered')
     this.#closing.abort()
     this.#queue.length = 0
@@ -131,7 +134,7 @@ export class Webhook implements Reporter {
         await body.dump()
         if (statusCode >= 200 && statusCode <= 299) return true
         failure = `status ${statusCode}`
-        wait = Math.max(wait, Math.min(Number(headers['retry-after'] ?? 0) * 1000 || 0, 60_000))
+        wait = Math.max(wait, Math.min(parseRetryAfter(headers['retry-after']), MAX_RETRY_AFTER))
       } catch (error) {
         failure = (error as { code?: string }).code ?? (error as Error).name
       }

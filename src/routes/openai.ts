@@ -46,20 +46,20 @@ interface Made {
 const openaiRoutes: FastifyPluginAsync = async function openaiRoutes(fastify) {
   const made = new Map<string, Made>()
 
-  fastify.exchanges.onEnd('metering', ({ endpoint, answerId, backend, request }) => {
-    if (!endpoint?.makesResponses || answerId === undefined || backend === undefined) return
-    if (made.size >= MAX_RESPONSES) made.delete(made.keys().next().value!)
-    made.set(answerId, { backend, caller: request.caller?.id })
-  })
-
   fastify.addHook('preHandler', async request => {
     const { exchange, payload } = request
     if (exchange.endpoint?.dialect !== responses) return
     const { id } = request.params as { id?: string }
     bind(exchange, id ?? payload?.previousResponseId)
+    if (exchange.endpoint.makesResponses) exchange.onAnswerId = id => remember(exchange, id)
   })
 
   await forwarded(fastify, ENDPOINTS)
+
+  function remember(exchange: Exchange, id: string): void {
+    if (made.size >= MAX_RESPONSES) made.delete(made.keys().next().value!)
+    made.set(id, { backend: exchange.backend!, caller: exchange.request.caller?.id })
+  }
 
   function bind(exchange: Exchange, id: string | undefined): void {
     const known = id === undefined ? undefined : made.get(id)
