@@ -349,3 +349,16 @@ test('statuses, times, networks and patterns are read as documented', () => {
     !matchesModel(['a*a'], 'a') && !matchesModel([], 'x') && !matchesModel(['a*b*c'], 'acb')
   )
 })
+
+test('a webhook that repeats the key does not bring it into the log', async t => {
+  const hook = await fakeBackend(t, (request, response) => {
+    response.end(JSON.parse(request.body).api_key)
+  })
+  const { bearer, gateway } = await start(t, {
+    enabled: true,
+    pipeline: [{ type: 'webhook', webhook: { url: hook.url } }]
+  })
+  assert.equal((await bearer('sk-topsecret')).code, 'auth_unavailable')
+  await gateway.logged({ msg: 'a key source is down', reason: 'no JSON object' })
+  assert.doesNotMatch(JSON.stringify(gateway.lines), /topsecret/)
+})

@@ -128,3 +128,65 @@ test('a backend that does not speak HTTP is a 502', async t => {
   await client.until(/backend_unreachable/)
   assert.match(client.received, /^HTTP\/1.1 502 /)
 })
+
+const HALVES = [
+  {
+    path: '/v1/chat/completions',
+    asked: true,
+    sent: 'data: {"choices":[{"delta":{"con',
+    before: 'con\n\n'
+  },
+  { path: '/v1/chat/completions', asked: false, sent: `${chunk('Hi')}data: {"cho`, before: '\n\n' },
+  { path: '/v1/messages', asked: false, sent: 'event: content_bl', before: 'content_bl\n\n' },
+  { path: '/v1/messages', asked: false, sent: 'event: ping\n', before: 'ping\n\n' },
+  { path: '/api/chat', asked: false, sent: '{"message":{"content":"he', before: 'he\n' }
+]
+
+for (const { path, asked, sent, before } of HALVES) {
+  test(`${path}: the error event stands alone when a backend dies after ${JSON.stringify(sent)}`, async t => {
+    const type = path === '/api/chat' ? 'application/x-ndjson' : 'text/event-stream'
+    const backend = await fakeBackend(t, (_request, response, raw) => {
+      response.writeHead(200, { 'content-type': type })
+      response.write(sent, () => raw.socket.destroy())
+    })
+    const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+    const options = asked ? { stream_options: { include_usage: true } } : {}
+    const body = JSON.stringify({ ...CHAT, stream: true, ...options })
+    const client = await rawClient(t, gateway.port, rawPost(path, body))
+    await client.closed
+    const plain = client.received.replaceAll(/\r\n[0-9a-f]+\r\n/g, '')
+    const at = plain.search(/data: \{"error"|event: error|\{"error"/)
+    assert.ok(at > 0, plain)
+    assert.ok(plain.slice(0, at).endsWith(before), plain)
+  })
+}
+
+test('a stream with a content-length that breaks off is no clean end either', async t => {
+  const backend = await fakeBackend(t, (_request, response, raw) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream', 'content-length': 300 })
+    response.write(chunk('Hi'), () => raw.socket.destroy())
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const response = await fetch(`${gateway.url}/v1/chat/completions`, {
+    method: 'POST',
+    body: JSON.stringify({ ...CHAT, stream: true })
+  })
+  await assert.rejects(response.text())
+})
+
+test('a compressed stream that breaks off says so in plain', async t => {
+  const { createGzip } = await import('node:zlib')
+  const backend = await fakeBackend(t, (_request, response, raw) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream', 'content-encoding': 'gzip' })
+    const gzip = createGzip()
+    gzip.on('data', data => response.write(data))
+    gzip.write(chunk('Hi'))
+    gzip.flush(() => setImmediate(() => raw.socket.destroy()))
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await client.closed
+  assert.match(client.received, /"content":"Hi"[\s\S]*"code":"backend_failed"/)
+  assert.doesNotMatch(client.received, /\r\n0\r\n/)
+})

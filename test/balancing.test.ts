@@ -182,3 +182,66 @@ test('smooth weights are honoured with streams in flight too', async t => {
   assert.equal(await gateway.metric('llmproxy_requests_total', { backend: 'a' }), 4)
   assert.equal(await gateway.metric('llmproxy_requests_total', { backend: 'b' }), 2)
 })
+
+test('a stored response is asked of its backend alone, even when that refuses', async t => {
+  let isBusy = false
+  const holder = await fakeBackend(t, (_request, response) => {
+    response.writeHead(isBusy ? 503 : 200, { 'content-type': 'application/json' })
+    response.end(isBusy ? '{"error":"busy"}' : '{"id":"resp_1","usage":{"total_tokens":34}}')
+  })
+  const other = await fakeBackend(t, (_request, response) => {
+    response.writeHead(404)
+    response.end('{"error":"no such response"}')
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: holder.url }, { url: other.url }],
+    routing: { retry: { enabled: true, initial_wait: '1ms', max_retries: 2 } }
+  })
+  await (await post(`${gateway.url}/v1/responses`, CHAT)).text()
+  isBusy = true
+  const got = await fetch(`${gateway.url}/v1/responses/resp_1`)
+  assert.equal(got.status, 503)
+  assert.equal(other.requests.length, 0)
+  isBusy = false
+  await (await post(`${gateway.url}/v1/responses/resp_1/cancel`, '')).text()
+  assert.equal(await gateway.metric('llmproxy_usage_tokens_total', { type: 'prompt' }), 34)
+})
+
+test('a response can be cancelled while it streams', async t => {
+  const made: import('node:http').ServerResponse[] = []
+  const backends = await Promise.all(
+    ['a', 'b'].map(name =>
+      fakeBackend(t, (request, response) => {
+        if (request.url.endsWith('/cancel')) return response.end(`{"cancelled_by":"${name}"}`)
+        response.writeHead(200, { 'content-type': 'text/event-stream' })
+        made.push(response)
+        const created = { type: 'response.created', response: { id: `resp_${name}` } }
+        return response.write(`event: response.created\ndata: ${JSON.stringify(created)}\n\n`)
+      })
+    )
+  )
+  const gateway = await startGateway(t, { backends: backends.map(({ url }) => ({ url })) })
+  const text = rawPost('/v1/responses', JSON.stringify({ ...CHAT, stream: true }))
+  const client = await rawClient(t, gateway.port, text)
+  await client.until(/resp_a/)
+  for (let call = 0; call < 3; call++) {
+    const cancelled = await post(`${gateway.url}/v1/responses/resp_a/cancel`, '')
+    assert.equal(await cancelled.text(), '{"cancelled_by":"a"}')
+  }
+})
+
+test('latency_based is not drawn to a backend that refuses fast', async t => {
+  const picky = await fakeBackend(t, (_request, response) => {
+    response.writeHead(401)
+    response.end('{}')
+  })
+  const good = await fakeBackend(t, (_request, response) => {
+    setTimeout(() => response.end('{}'), 20)
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: picky.url }, { url: good.url }],
+    routing: { load_balance: 'latency_based' }
+  })
+  for (let call = 0; call < 20; call++) await post(`${gateway.url}/v1/embeddings`, CHAT)
+  assert.ok(picky.requests.length <= 2, String(picky.requests.length))
+})

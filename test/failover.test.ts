@@ -233,3 +233,91 @@ test('any other 400 to a question for usage is the client’s', async t => {
   assert.equal(await response.text(), body)
   assert.equal(strict.requests.length, 1)
 })
+
+test('a caller who makes a backend repeat stream_options changes nothing for others', async t => {
+  const backend = await fakeBackend(t, (request, response, raw) => {
+    const body = JSON.parse(request.body)
+    if (Array.isArray(body.messages)) return answerChat(request, response, raw)
+    response.writeHead(400, { 'content-type': 'application/json' })
+    return response.end(JSON.stringify({ error: { message: `invalid: ${request.body}` } }))
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const chat = `${gateway.url}/v1/chat/completions`
+  const odd = await post(chat, { messages: 'oops', stream: true })
+  assert.equal(odd.status, 400)
+  assert.doesNotMatch(await odd.text(), /include_usage/, 'it was asked again without')
+  await (await post(chat, { ...CHAT, stream: true })).text()
+  assert.equal((await gateway.logged({ msg: 'exchange', status: 200 })).exactness, 'exact')
+})
+
+test('a 400 too long to be kept is passed on, and not tried elsewhere', async t => {
+  const text = JSON.stringify({ error: { message: 'x'.repeat(200_000) } })
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(400, { 'content-type': 'application/json' })
+    response.end(text)
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }, { name: 'b', url: backend.url }]
+  })
+  const response = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+  assert.equal(response.status, 400)
+  assert.equal(await response.text(), text)
+  assert.equal(backend.requests.length, 1)
+})
+
+test('an idle connection that the backend closes as it is used again is replaced', async t => {
+  const served = new WeakSet<object>()
+  const backend = await fakeBackend(t, (_request, response, raw) => {
+    if (served.has(raw.socket)) return raw.socket.destroy()
+    served.add(raw.socket)
+    return response.end('{}')
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  for (let call = 0; call < 4; call++) {
+    assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 200)
+  }
+  assert.equal((await gateway.logged({ msg: 'exchange' })).attempts, 1)
+})
+
+test('a Retry-After is remembered while other backends are tried', async t => {
+  const busy = await fakeBackend(t, (_request, response) => {
+    response.writeHead(429, { 'retry-after': '60' })
+    response.end(REFUSED)
+  })
+  const broken = await fakeBackend(t, (_request, response) => {
+    response.writeHead(500)
+    response.end(REFUSED)
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: busy.url, weight: 9 }, { url: broken.url }],
+    routing: { retry: { ...RETRY, max_retries: 4 } }
+  })
+  assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 500)
+  assert.equal(busy.requests.length, 1)
+  assert.equal(broken.requests.length, 4)
+})
+
+test('an attempt is counted once, whatever became of it', async t => {
+  const bad = await fakeBackend(t, (_request, response, raw) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.flushHeaders()
+    setImmediate(() => raw.socket.destroy())
+  })
+  const gateway = await startGateway(t, { backends: [{ url: bad.url }] })
+  assert.equal((await post(`${gateway.url}/v1/chat/completions`, CHAT)).status, 502)
+  assert.equal(await gateway.metric('llmproxy_attempts_total', { result: '2xx' }), 0)
+  assert.equal(await gateway.metric('llmproxy_attempts_total', { result: 'connect_failure' }), 1)
+})
+
+test('an error answer that never ends does not hold the client up', async t => {
+  const hung = await fakeBackend(t, (_request, response) => {
+    response.writeHead(503)
+    response.write('{"error":')
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: hung.url, weight: 9 }, { url: `http://127.0.0.1:${await closedPort()}` }],
+    routing: { retry: { ...RETRY, max_retries: 1 } }
+  })
+  const response = await post(`${gateway.url}/v1/embeddings`, CHAT)
+  assert.equal(response.status, 502)
+})

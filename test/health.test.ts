@@ -82,3 +82,23 @@ test('/health says what there is, and no URL', async t => {
   assert.equal(body.status, 'ok')
   assert.doesNotMatch(JSON.stringify(body), /127\.0\.0\.1/)
 })
+
+test('a reload does not make one failed probe enough', async t => {
+  let status = 200
+  const flaky = await fakeBackend(t, (_request, response) => {
+    response.writeHead(status)
+    response.end('{}')
+  })
+  const config = (interval: string) => ({
+    backends: [{ name: 'flaky', url: flaky.url }],
+    health_check: { ...CHECK, interval, unhealthy_threshold: 2 }
+  })
+  const gateway = await startGateway(t, config('10ms'))
+  await flaky.request(1)
+  status = 500
+  const { parseConfig } = await import('../src/config.ts')
+  await gateway.control.reload(parseConfig(JSON.stringify(config('60s')), 'test', {}) as never)
+  const probes = flaky.requests.length
+  await flaky.request(probes)
+  assert.equal(await gateway.metric('llmproxy_backend_up'), 1)
+})

@@ -238,3 +238,57 @@ test('a connection that sends nothing does no harm', async t => {
   socket.resetAndDestroy()
   assert.equal((await fetch(`${gateway.url}/health`)).status, 200)
 })
+
+test('an upload that stops half way gives its slot back, also to a client that never closes', async t => {
+  const backend = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    server: { read_timeout: '200ms' },
+    rate_limit: { enabled: true, per_key: { max_concurrent: 1 } }
+  })
+  for (const path of ['/v1/audio/transcriptions', '/v1/embeddings']) {
+    const socket = connect({ port: gateway.port, host: '127.0.0.1', allowHalfOpen: true })
+    t.after(() => socket.destroy())
+    socket.write(rawPost(path, '{"a":1}').slice(0, -3))
+    const [data] = await once(socket, 'data')
+    assert.match(String(data), / 408 /)
+    const line = await gateway.logged({ msg: 'exchange', route: path })
+    assert.notEqual(line.outcome, 'ok')
+  }
+  assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 200)
+  assert.equal(await gateway.metric('llmproxy_backend_in_flight'), 0)
+})
+
+test('garbage behind a request is not answered into the middle of its answer', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write('data: {"choices":[]}\n\n')
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await client.until(/choices/)
+  client.socket.write('garbage\r\n\r\n')
+  await client.closed
+  assert.doesNotMatch(client.received, / 400 /)
+  await (await backend.request()).closed
+})
+
+test('a path that cannot be decoded is a 400 that repeats nothing of it', async t => {
+  const gateway = await unreached(t)
+  const response = await fetch(`${gateway.url}/v1/models/%zz?key=secret`)
+  assert.equal(response.status, 400)
+  const text = await response.text()
+  assert.equal(JSON.parse(text).error.code, 'invalid_path')
+  assert.doesNotMatch(text + JSON.stringify(gateway.lines), /secret|%zz/)
+})
+
+test('a stranger’s endless body is not read', async t => {
+  const gateway = await unreached(t, { auth: { enabled: true, keys: ['a'] } })
+  const client = await rawClient(t, gateway.port)
+  client.socket.write(
+    'POST /v1/embeddings HTTP/1.1\r\nhost: g\r\ntransfer-encoding: chunked\r\n\r\n'
+  )
+  assert.match(await client.until(/\}\}/), / 401 [\s\S]*connection: close/i)
+  await client.closed
+})

@@ -367,3 +367,24 @@ test('CORS', async t => {
   })
   assert.notEqual(other.headers.get('access-control-allow-origin'), 'http://evil.example')
 })
+
+test('a stream that is cut at the end of the drain gets nothing more after its error', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    const timer = setInterval(() => response.write(chunk('more')), 5)
+    response.on('close', () => clearInterval(timer))
+  })
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    server: { ...LISTEN.server, drain_timeout: '50ms' },
+    backends: [{ url: backend.url }]
+  })
+  const gateway = await start(t, [CLI, '--config', file])
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  const stream = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await stream.until(/more/)
+  gateway.child.kill('SIGTERM')
+  await stream.closed
+  assert.match(stream.received, /"code":"shutting_down"\}\}\n\n\s*$/)
+  await (await backend.request()).closed
+  assert.equal(await gateway.exit, 0)
+})

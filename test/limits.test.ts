@@ -258,3 +258,16 @@ test('durations in headers are written as OpenAI writes them', () => {
   assert.equal(goDuration(360_000), '6m0s')
   assert.equal(goDuration(59_990), '1m0s')
 })
+
+test('an IPv6 network counts as one address', async t => {
+  const { gateway } = await start(
+    t,
+    { per_key: { requests_per_minute: 1 } },
+    { server: { trust_proxy: true } }
+  )
+  const status = async (address: string) =>
+    (await post(`${gateway.url}/v1/embeddings`, CHAT, { 'x-forwarded-for': address })).status
+  assert.equal(await status('2001:db8::1'), 200)
+  assert.equal(await status('2001:db8::2'), 429)
+  assert.equal(await status('2001:db8:0:1::1'), 200)
+})

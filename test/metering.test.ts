@@ -589,3 +589,22 @@ test('Ollama’s native routes stream when stream is absent, and the log says so
   assert.ok(Number(line.ttftMs) > 0)
   assert.equal(backend.requests[0]!.body, JSON.stringify(CHAT))
 })
+
+test('usage behind anything nested deeply is found all the same', () => {
+  const deep = `${'['.repeat(300)}{"a":"]"}${']'.repeat(300)}`
+  const text = `{"tools":${deep},"x":{"y":${'{"z":'.repeat(200)}1${'}'.repeat(200)}},"usage":{"prompt_tokens":3,"completion_tokens":4,"details":[{"a":[1]}]}}`
+  const each = { framing: 'json', dialect: openai, text } as Case
+  for (const cuts of [[], Array.from({ length: text.length }, (_, index) => index)]) {
+    assert.equal(run(each, cuts, false).meter.usage?.totalTokens, 7)
+  }
+})
+
+test('cached tokens are within prompt_tokens, also when they go by Anthropic’s name', () => {
+  const text =
+    '{"usage":{"prompt_tokens":1000,"completion_tokens":1,"cache_read_input_tokens":900}}'
+  const { meter } = run({ framing: 'json', dialect: openai, text } as Case, [], false)
+  assert.deepEqual(
+    [meter.usage?.promptTokens, meter.usage?.cachedTokens, meter.usage?.totalTokens],
+    [1000, 900, 1001]
+  )
+})

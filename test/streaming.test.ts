@@ -177,3 +177,29 @@ test('many streams at once do not mix', async t => {
   )
   assert.equal(await gateway.metric('llmproxy_backend_in_flight'), 0)
 })
+
+test('a stream of a kind that has no last event ends as its backend ends it', async t => {
+  const text = 'data: {"type":"transcript.text.done","text":"hello"}\n\n'
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.end(text)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const form = new FormData()
+  form.set('stream', 'true')
+  const url = `${gateway.url}/v1/audio/transcriptions`
+  const response = await fetch(url, { method: 'POST', body: form })
+  assert.equal(await response.text(), text)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'ok')
+})
+
+test('a chat stream that ends with a finish reason and no [DONE] is complete', async t => {
+  const text = chunk('Hi') + chunk('').replace('"finish_reason":null', '"finish_reason":"stop"')
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.end(text)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  assert.equal(await (await post(`${gateway.url}/v1/chat/completions`, STREAM)).text(), text)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'ok')
+})

@@ -219,3 +219,27 @@ test('several reporters, one of them dead', async t => {
 async function until(condition: () => Promise<boolean>): Promise<void> {
   while (!(await condition())) await new Promise(resolve => setImmediate(resolve))
 }
+
+test('a call is reported to whom it would have been when it began', async t => {
+  const responses: import('node:http').ServerResponse[] = []
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+    responses.push(response)
+  })
+  const [before, after] = [await receiver(t), await receiver(t)]
+  const config = (url: string) => ({ backends: [{ url: backend.url }], ...reporting(url) })
+  const gateway = await startGateway(t, config(before.url))
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await client.until(/Hi/)
+  const { parseConfig } = await import('../src/config.ts')
+  await gateway.control.reload(parseConfig(JSON.stringify(config(after.url)), 'test', {}) as never)
+  responses[0]!.end(DONE)
+  assert.equal((await before.event()).completion_tokens, 1)
+  const next = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await next.until(/Hi/)
+  responses[1]!.end(DONE)
+  assert.equal((await after.event()).completion_tokens, 1)
+  assert.equal(before.requests.length, 1)
+})

@@ -85,9 +85,6 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
         let sent: NodeJS.ReadableStream = answer
         for (const hook of hooks) sent = hook(exchange, answer) ?? sent
         ;(reply as unknown as FastifyReply).send(sent)
-      },
-      onError: (reply, { error }) => {
-        reply.send((error.cause as Error) ?? error)
       }
     })
   })

@@ -16,6 +16,7 @@ export interface Tap {
 
 /** Clients drop what they have not read yet when a connection breaks: they get a moment (ms) to read. */
 const LAST_WORDS_MS = 500
+const READ_MS = 50
 
 /**
  * A backend's answer on its way to the client.
@@ -131,15 +132,9 @@ export class Answer extends Readable {
       return
     }
     const error = this.#over!
-    const before = this.tap?.breakOff() ?? ''
-    const words = this.lastWords?.(error)
-    if (words === undefined) this.destroy(error)
-    else if (this.#response !== undefined) this.#sayLast(this.#response, before + words, error)
-    else {
-      this.push(before + words)
-      // Destroying drops what is still buffered: one turn of the loop lets a reader have it.
-      setImmediate(() => this.destroy(error))
-    }
+    if (this.#response !== undefined) this.#sayLast(this.#response, error)
+    // Destroying drops what is still on its way through a decoder or a reader: it gets a moment.
+    else setTimeout(() => this.#pushLast(error), READ_MS)
   }
 
   #endResponse(response: ServerResponse, last: Buffer | undefined): void {
@@ -147,12 +142,26 @@ export class Answer extends Readable {
     this.#limitFlush(response)
   }
 
-  #sayLast(response: ServerResponse, words: string, error: GatewayError): void {
+  #words(error: GatewayError): string | undefined {
+    const before = this.tap?.breakOff() ?? ''
+    const words = this.lastWords?.(error)
+    return words === undefined ? undefined : before + words
+  }
+
+  #sayLast(response: ServerResponse, error: GatewayError): void {
+    const words = this.#words(error)
+    if (words === undefined) return void this.destroy(error)
     response.write(words, () => {
       const cut = setTimeout(() => this.destroy(error), LAST_WORDS_MS)
       response.once('close', () => clearTimeout(cut))
     })
     this.#limitFlush(response)
+  }
+
+  #pushLast(error: GatewayError): void {
+    const words = this.#words(error)
+    if (words !== undefined) this.push(words)
+    setImmediate(() => this.destroy(error))
   }
 
   /** The end of an answer, too, must be taken within the stall timeout. */

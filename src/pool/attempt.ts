@@ -70,9 +70,9 @@ export class Attempt implements BackendHandler {
     this.backend = backend
   }
 
-  start(options: Dispatcher.DispatchOptions): void {
+  start(options: Dispatcher.DispatchOptions, fresh: boolean): void {
     this.backend.inFlight++
-    this.backend.dispatch(options, this)
+    this.backend.dispatch(options, this, fresh)
   }
 
   /** Closes the connection, in whatever phase it is. */

@@ -1,6 +1,6 @@
 import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
-import { buildConnector, type Dispatcher, Pool as Sockets } from 'undici'
+import { buildConnector, Client, type Dispatcher, Pool as Sockets } from 'undici'
 
 /** One inference server as it is configured. Times in milliseconds. */
 export interface BackendConfig {
@@ -39,6 +39,7 @@ export class Backend {
   isProbed = false
   readonly origin: string
   readonly basePath: string
+  readonly #settings: { allowH2: false; connect: buildConnector.connector }
   readonly #sockets: Sockets
   #opening: BackendHandler | undefined
   /** Handlers of streamed bodies: undici opens their connections in a microtask. */
@@ -55,15 +56,16 @@ export class Backend {
     const connect = buildConnector({ timeout: config.connectTimeout, allowH2: false }) as (
       ...args: Parameters<buildConnector.connector>
     ) => Socket
-    this.#sockets = new Sockets(this.origin, {
-      // No cap here: admission is the limits' work, and undici's own queue can't be seen.
+    // No cap on connections: admission is the limits' work, and undici's own queue can't be seen.
+    this.#settings = {
       allowH2: false,
       connect: (options, done) => {
         const socket = connect(options, done)
         const handler = this.#opening ?? this.#openingLater.shift()
         if (handler !== undefined) handler.socket = socket
       }
-    })
+    }
+    this.#sockets = new Sockets(this.origin, this.#settings)
   }
 
   get name(): string {
@@ -75,11 +77,13 @@ export class Backend {
     return this.healthy
   }
 
-  dispatch(options: Dispatcher.DispatchOptions, handler: BackendHandler): void {
+  /** Sends a request, over a connection of its own if it must be `fresh`. */
+  dispatch(options: Dispatcher.DispatchOptions, handler: BackendHandler, fresh = false): void {
+    const sockets = fresh ? new Client(this.origin, this.#settings) : this.#sockets
     if (options.body instanceof Readable) this.#openLater(handler)
     else this.#opening = handler
     try {
-      this.#sockets.dispatch(
+      sockets.dispatch(
         {
           ...options,
           path: this.basePath + options.path,
@@ -90,6 +94,7 @@ export class Backend {
       )
     } finally {
       this.#opening = undefined
+      if (fresh) void sockets.close()
     }
   }
 

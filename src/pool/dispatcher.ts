@@ -21,7 +21,7 @@ import type { Refusal } from './refusal.ts'
 export const EXCHANGE = Symbol('exchange')
 
 type Options = Dispatcher.DispatchOptions & { headers: Headers & { [EXCHANGE]?: Exchange } }
-type Done = (error: Error | null, answer?: Head & { body: Answer }) => void
+type Done = (error: null, answer: Head & { body: Answer }) => void
 type OnAttempt = (backend: string, result: AttemptResult) => void
 
 /** How long (ms) the rest of an error answer may take once it is certain that it is the client's. */
@@ -83,7 +83,7 @@ class Delivery implements AttemptOwner {
     this.#exchange.onClose = () => this.#cancel()
     this.#exchange.onInterrupt = error => {
       this.#cancel()
-      if (this.#answer === undefined) this.#done(error)
+      if (this.#answer === undefined) this.#exchange.reply.send(error)
       else this.#answer.break(error)
     }
     this.#next()
@@ -124,7 +124,7 @@ class Delivery implements AttemptOwner {
       this.#canResend()
     ) {
       this.#hasRepeated = true
-      return this.#send(attempt.backend)
+      return this.#send(attempt.backend, true)
     }
     this.#logFailure(attempt, kind, reason(error))
     const wait = isOurs(error) ? undefined : this.#plan(kind, progress.isSent)
@@ -174,13 +174,11 @@ class Delivery implements AttemptOwner {
   #retry(wait: number): void {
     if (wait === 0) return this.#next()
     this.#waits++
-    this.#timer = setTimeout(() => {
-      this.#tried.clear()
-      for (const backend of this.#notBefore.keys()) {
-        if (this.#askedWait(backend) > 0) this.#tried.add(backend)
-      }
-      this.#next()
-    }, wait + 1)
+    this.#tried.clear()
+    for (const backend of this.#notBefore.keys()) {
+      if (this.#askedWait(backend) > wait) this.#tried.add(backend)
+    }
+    this.#timer = setTimeout(() => this.#next(), wait)
   }
 
   #next(): void {
@@ -195,13 +193,13 @@ class Delivery implements AttemptOwner {
     this.#giveUp(error, this.#exchange.attempts === 0 ? 'rejected' : 'backend_failed')
   }
 
-  #send(backend: Backend): void {
+  #send(backend: Backend, fresh = false): void {
     this.#tried.add(backend)
     this.#exchange.backend = backend.name
     this.#exchange.backendUrl = backend.origin + backend.basePath
     const attempt = new Attempt(this, backend)
     this.#running.add(attempt)
-    attempt.start(this.#request(backend))
+    attempt.start(this.#request(backend), fresh)
   }
 
   #request(backend: Backend): Dispatcher.DispatchOptions {
@@ -228,7 +226,8 @@ class Delivery implements AttemptOwner {
     const refusal = this.#refusal
     if (refusal === undefined) {
       this.#exchange.fail(outcome, error)
-      this.#done(error)
+      // Not by the callback: reply-from would log it a second time, with its stack.
+      this.#exchange.reply.send(error)
       return
     }
     refusal.whenSettled(REFUSAL_TIMEOUT, isComplete => {
