@@ -189,7 +189,10 @@ function createLog(options: Config['log'], dataDir: string): FastifyBaseLogger {
   const fd = options.output === 'stdout' ? 1 : 2
   const isTerminal = options.output === 'stdout' ? process.stdout.isTTY : process.stderr.isTTY
   if (options.format === 'text' || (options.format === 'auto' && isTerminal)) {
-    return pino(settings, pretty({ destination: fd, sync: true, translateTime: 'SYS:HH:MM:ss.l' }))
+    return pino(
+      settings,
+      pretty({ destination: fd, sync: true, singleLine: true, translateTime: 'SYS:HH:MM:ss.l' })
+    )
   }
   return pino(settings, pino.destination({ dest: fd, sync: true }))
 }
