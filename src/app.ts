@@ -6,7 +6,7 @@ import { ollama } from './dialects/ollama.ts'
 import { openai } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { withExchanges } from './exchange.ts'
-import { checkOptions, Duration, type Given } from './options.ts'
+import { checkOptions, Duration, type Given, OptionsError } from './options.ts'
 import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
 import backends, { BackendsOptions } from './plugins/backends.ts'
 import limits, { LimitsOptions } from './plugins/limits.ts'
@@ -33,7 +33,7 @@ export const GatewayOptions = Type.Object(
     metrics: MetricsOptions,
     proxy: Type.Optional(ProxyOptions),
     drain_timeout: Type.Optional(
-      Duration(undefined, 'How long running answers may take when the server closes')
+      Duration(undefined, 'How long running answers may take when the server closes', 0)
     )
   },
   { additionalProperties: false }
@@ -85,6 +85,12 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   const { onGateway, ownsNotFound, prefix, logLevel, logSerializers, ...sections } =
     given as GivenOptions & RegisterOptions
   const options = checkOptions(GatewayOptions, sections, 'llmproxy')
+  if (/[:*]/.test(fastify.prefix)) {
+    throw new OptionsError(
+      [{ path: ['prefix'], message: 'must be a path without parameters' }],
+      'llmproxy'
+    )
+  }
   const lifecycle: Lifecycle = { isDraining: false }
   fastify.decorate('lifecycle', lifecycle)
 
@@ -129,10 +135,11 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   if (options.metrics.enabled) await fastify.register(metricsRoutes, { path: options.metrics.path })
 
   // Closing: no new calls, running answers may finish, what remains is ended honestly.
+  const closeIdle = () => fastify.server.closeIdleConnections?.()
   fastify.addHook('preClose', async () => {
     lifecycle.isDraining = true
-    const sweep = setInterval(() => fastify.server.closeIdleConnections(), 250).unref()
-    fastify.server.closeIdleConnections()
+    const sweep = setInterval(closeIdle, 250).unref()
+    closeIdle()
     await within(options.drain_timeout ?? DRAIN_TIMEOUT, exchanges.drained())
     for (const exchange of exchanges.open) {
       exchange.interrupt(new GatewayError('shutting_down', 'This server is shutting down.'))

@@ -11,7 +11,7 @@ const HELP = `LLMProxy ${VERSION}: a reverse proxy for LLM inference servers
 
 Usage
   llmproxy [serve] [--config FILE]   serve until SIGTERM or Ctrl-C; SIGHUP reloads the file
-  llmproxy check FILE                check a configuration file and exit
+  llmproxy check [FILE]              check a configuration file and exit
   llmproxy --version
   llmproxy --help
 
@@ -31,13 +31,14 @@ try {
   process.exitCode = await run(process.argv.slice(2))
 } catch (error) {
   console.error(error instanceof ConfigError ? error.message : explain(error as Error))
-  process.exit(1)
+  process.exit(isMisuse(error) ? 2 : 1)
 }
 
 /** @returns the exit code, or undefined while the server runs */
 async function run(args: string[]): Promise<number | undefined> {
   const { values, positionals } = parseArgs({
-    args,
+    // The original's only option was written with one dash.
+    args: args.map(arg => arg.replace(/^-config(?==|$)/, '--config')),
     allowPositionals: true,
     options: {
       config: { type: 'string', short: 'c' },
@@ -48,10 +49,10 @@ async function run(args: string[]): Promise<number | undefined> {
   const [command = 'serve', file, ...rest] = positionals
   if (values.version) return print(VERSION)
   if (values.help || command === 'help') return print(HELP)
+  if (values.config === '') return misused('--config needs a file')
   if (rest.length > 0) return misused(`too many arguments: ${rest.join(' ')}`)
   if (command === 'check') {
-    const checked = file ?? values.config
-    if (checked === undefined) return misused('check needs a file')
+    const checked = file ?? values.config ?? defaultConfig()
     await loadConfig(checked)
     return print(`${checked} is valid`)
   }
@@ -88,6 +89,10 @@ function misused(complaint: string): number {
 
 /** An error of the operating system in a line; anything else with its stack, for a report. */
 function explain(error: NodeJS.ErrnoException): string {
-  const isExpected = error.code?.startsWith('E') || error.code?.startsWith('ERR_PARSE_ARGS')
-  return isExpected ? `llmproxy: ${error.message}` : `llmproxy: ${error.stack}`
+  if (isMisuse(error)) return `llmproxy: ${error.message.split('. ')[0]}; see llmproxy --help`
+  return `llmproxy: ${error.code?.startsWith('E') ? error.message : error.stack}`
+}
+
+function isMisuse(error: unknown): boolean {
+  return String((error as NodeJS.ErrnoException).code).startsWith('ERR_PARSE_ARGS')
 }

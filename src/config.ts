@@ -1,8 +1,10 @@
+import { existsSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { basename } from 'node:path'
 import { type Static, Type } from 'typebox'
 import { GatewayOptions } from './app.ts'
 import { formatPath, type Issue } from './issues.ts'
+import { isNetwork } from './keys/key.ts'
 import { Duration, findIssues, NotBuilt, Section, Size } from './options.ts'
 import { readYaml } from './yaml.ts'
 
@@ -11,7 +13,7 @@ import { readYaml } from './yaml.ts'
  * strictly, with every error at its line and column.
  */
 
-const text = (description: string) => Type.Optional(Type.String({ minLength: 1, description }))
+const text = (description: string) => Type.Optional(Type.String({ description }))
 const texts = (description: string, fallback: string[] = []) =>
   Type.Array(Type.String(), { default: fallback, description })
 
@@ -19,29 +21,25 @@ const ServerOptions = Section(
   {
     listen: Type.String({
       pattern: '^(\\[[0-9a-fA-F:.]+\\]|[^\\[\\]:/]*):\\d{1,5}$',
+      check: (address: unknown) => Number(/\d+$/.exec(String(address))?.[0] ?? 0) <= 65535,
       default: ':8000',
       expects: 'an address such as :8000 or 127.0.0.1:8000',
       description: 'Address and port; without an address all of them'
     }),
     header_timeout: Duration('10s', 'How long a client may take for its headers'),
     read_timeout: Duration('5m', 'How long a client may take for its whole request'),
-    write_timeout: Duration(
-      '60s',
-      'How long a client may take no byte while some wait; 0: for ever'
-    ),
+    write_timeout: Duration('60s', 'How long a client may let bytes wait; 0: for ever', 0),
     idle_timeout: Duration('120s', 'How long an idle connection is kept'),
     max_header_bytes: Size('64KB', 'Size of all headers'),
     max_body_size: Size('64MB', 'Size of a request body'),
     trust_proxy: Type.Unsafe<boolean | string[]>({
-      anyOf: [
-        { type: 'boolean' },
-        { type: 'array', items: { type: 'string' }, expects: 'a list of addresses' }
-      ],
+      anyOf: [{ type: 'boolean' }, { type: 'array', items: { type: 'string', check: isNetwork } }],
+      expects: 'true, false, or a list of addresses and networks such as [10.0.0.0/8]',
       default: false,
       description:
         'Whose X-Forwarded-For counts: nobody, everybody, or these addresses and networks'
     }),
-    drain_timeout: Duration('30s', 'How long running answers may take after SIGTERM'),
+    drain_timeout: Duration('30s', 'How long running answers may take after SIGTERM', 0),
     cors: Section(
       {
         enabled: Type.Boolean({ default: false, description: 'Answers browsers of other origins' }),
@@ -50,7 +48,11 @@ const ServerOptions = Section(
         allowed_headers: texts('Request headers', ['Authorization', 'Content-Type', 'X-API-Key']),
         expose_headers: texts('Response headers that scripts may read'),
         allow_credentials: Type.Boolean({ default: false, description: 'Cookies and the like' }),
-        max_age: Type.Integer({ minimum: 0, default: 0, description: 'Seconds; 0: not said' })
+        max_age: Type.Integer({
+          minimum: 0,
+          default: 0,
+          description: 'Seconds a browser may remember the answer; 0: its own default'
+        })
       },
       'Cross-origin requests'
     ),
@@ -155,6 +157,7 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
   const schema = ConfigSchema as SchemaNode
   retype(schema, root, [], file.fromEnv)
   issues.push(...numbersWithoutUnit(schema, root, []))
+  withoutFile(root as RootMapping)
   const known = new Set(issues.map(issue => formatPath(issue.path)))
   issues.push(...findIssues(ConfigSchema, root).filter(({ path }) => !known.has(formatPath(path))))
   issues.push(...incomplete(root as Config))
@@ -163,19 +166,39 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
 }
 
 /** Rules between members, which the schema can't say. */
-function incomplete({ server }: Config): Issue[] {
+function incomplete({ server, rate_limit: limits }: Config): Issue[] {
   const issues: Issue[] = []
+  for (const part of ['global', 'per_key'] as const) {
+    const { burst_size, requests_per_second, requests_per_minute } = limits?.[part] ?? {}
+    if (burst_size && !requests_per_second && !requests_per_minute) {
+      const message = 'needs requests_per_second or requests_per_minute beside it'
+      issues.push({ path: ['rate_limit', part, 'burst_size'], message })
+    }
+  }
   const tls = server?.tls
   const missing = (member: string, message: string) =>
     issues.push({ path: ['server', 'tls', member], message })
   if (tls?.enabled === true) {
-    if (tls.cert_file === undefined) missing('cert_file', 'is missing, but tls is enabled')
-    if (tls.key_file === undefined) missing('key_file', 'is missing, but tls is enabled')
-    if (tls.client_auth !== 'none' && tls.client_ca_file === undefined) {
+    if (!tls.cert_file) missing('cert_file', 'is missing, but tls is enabled')
+    if (!tls.key_file) missing('key_file', 'is missing, but tls is enabled')
+    if (tls.client_auth !== 'none' && !tls.client_ca_file) {
       missing('client_ca_file', 'is missing, but client_auth asks for certificates')
+    }
+    for (const name of ['cert_file', 'key_file', 'client_ca_file'] as const) {
+      const path = tls[name]
+      if (path && !existsSync(path)) missing(name, `must be a file that is there (got "${path}")`)
     }
   }
   return issues
+}
+
+interface RootMapping {
+  log?: { output?: unknown; file?: unknown }
+}
+
+/** Settings of a log file say nothing where the log goes elsewhere. */
+function withoutFile({ log }: RootMapping): void {
+  if (typeof log === 'object' && log !== null && log.output !== 'file') delete log.file
 }
 
 /** In a file a number without a unit could be anything: seconds, or the original's nanoseconds. */
@@ -183,7 +206,9 @@ function numbersWithoutUnit(schema: SchemaNode, value: unknown, path: Issue['pat
   if (schema.unit !== undefined && typeof value === 'number') {
     // A size without a unit is bytes everywhere.
     if (schema.unit === 'bytes' || value === 0) return []
-    return [{ path, message: `must have a unit, such as ${value}s or ${value}ms (got ${value})` }]
+    // The original read a bare number as nanoseconds.
+    const likely = value >= 1e6 && value % 1e6 === 0 ? `${value / 1e6}ms` : `${value}s`
+    return [{ path, message: `must have a unit, such as ${likely} (got ${value})` }]
   }
   if (Array.isArray(value)) {
     return value.flatMap((item, at) => numbersWithoutUnit(schema.items ?? {}, item, [...path, at]))

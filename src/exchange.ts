@@ -234,10 +234,14 @@ export class Exchanges {
  * first call in a scope does anything.
  */
 export function withExchanges(fastify: FastifyInstance): Exchanges {
-  if (fastify.hasDecorator('exchanges')) return fastify.exchanges
+  if (fastify.hasDecorator('exchanges') && fastify.exchanges instanceof Exchanges) {
+    return fastify.exchanges
+  }
   const exchanges = new Exchanges(fastify.log)
   fastify.decorate('exchanges', exchanges)
-  fastify.decorateRequest('exchange', null as unknown as Exchange)
+  if (!fastify.hasRequestDecorator('exchange')) {
+    fastify.decorateRequest('exchange', null as unknown as Exchange)
+  }
   fastify.addHook('onRequest', (request, reply, done) => {
     request.exchange = exchanges.begin(request, reply)
     reply.header('x-llmproxy-request-id', request.exchange.id)

@@ -24,25 +24,56 @@ const MOVED: Record<string, string> = {
   listen: 'server.listen',
   usage_hook: 'usage.reporters',
   api_keys: 'auth.keys',
-  scripts: 'nothing (scripts are not supported)',
   'auth.storage': 'auth.pipeline',
   'auth.redis': 'auth.pipeline',
   'auth.defaults': 'auth.status_codes',
-  'routing.load_balance_strategy': 'routing.load_balance',
-  'routing.model_mapping': 'nothing (model mapping is not built yet)'
+  'routing.load_balance_strategy': 'routing.load_balance'
+}
+
+/** Names of the original's documents that never did anything, and do nothing here. */
+const UNSUPPORTED = new Set([
+  'scripts',
+  'routing.model_mapping',
+  'backends.id',
+  'backends.models',
+  'backends.paths',
+  'auth.pipeline.lua_script',
+  'auth.pipeline.lua_script_file'
+])
+
+/** A rule that no two items of a list have the same. */
+export interface Distinct {
+  by(item: Record<string, unknown>): unknown
+  /** What it is, in words. */
+  what: string
+}
+
+/** Index of the first item that repeats one before it, and the index of that one. */
+export function findRepeated(items: unknown[], { by }: Distinct): [number, number] | undefined {
+  const seen = new Map<unknown, number>()
+  for (const [at, item] of items.entries()) {
+    const value =
+      typeof item === 'object' && item !== null ? by(item as Record<string, unknown>) : undefined
+    if (value === undefined) continue
+    const before = seen.get(value)
+    if (before !== undefined) return [at, before]
+    seen.set(value, at)
+  }
+  return undefined
 }
 
 /** An error of the validator as a sentence about one member. */
-export function toIssue(error: ErrorObject): Issue {
+export function toIssue(error: ErrorObject, root: object): Issue {
   const path = error.instancePath
     .split('/')
     .slice(1)
     .map(part => part.replaceAll('~1', '/').replaceAll('~0', '~'))
     .map(part => (/^\d+$/.test(part) ? Number(part) : part))
   const schema = (error.parentSchema ?? {}) as Described
+  const isSecret = isInsideSecret(error.schemaPath, root)
   switch (error.keyword) {
     case 'additionalProperties':
-      return unknownMember(path, error.params.additionalProperty, schema)
+      return unknownMember(path, error.params.additionalProperty, schema, isSecret)
     case 'required':
       return { path: [...path, error.params.missingProperty], message: 'is missing' }
     case 'notBuilt':
@@ -50,20 +81,42 @@ export function toIssue(error: ErrorObject): Issue {
         path,
         message: 'is not supported by this version yet; remove it or switch it off'
       }
-    case 'uniqueNames':
-      return { path, message: duplicates(schema, error.data) }
+    case 'distinct':
+      return duplicate(path, schema, error.data as unknown[])
+    case 'partOfType':
+      return { path: [...path, (error.data as { type: string }).type], message: 'is missing' }
+    case 'minItems':
+      return { path, message: `must be ${expected(schema)}` }
     default:
-      return { path, message: `must be ${expected(schema)}${got(schema, error.data)}` }
+      return { path, message: `must be ${expected(schema)}${got(schema, error.data, isSecret)}` }
   }
 }
 
-function unknownMember(path: Issue['path'], member: string, schema: Described): Issue {
-  const whole = [...path, member]
-  const moved = MOVED[whole.filter(part => typeof part === 'string').join('.')]
-  if (moved !== undefined) {
-    return { path: whole, message: `is an old name; use ${moved}` }
+/** Is one of the schemas on the way to the error marked as secret? */
+function isInsideSecret(schemaPath: string, root: object): boolean {
+  let at: unknown = root
+  for (const part of schemaPath.split('/').slice(1)) {
+    if ((at as Described | undefined)?.secret) return true
+    at = (at as Record<string, unknown> | undefined)?.[part.replaceAll('~1', '/')]
   }
+  return false
+}
+
+function unknownMember(
+  path: Issue['path'],
+  member: string,
+  schema: Described,
+  isSecret: boolean
+): Issue {
+  const whole = [...path, member]
+  const name = whole.filter(part => typeof part === 'string').join('.')
   const known = Object.keys(schema.properties ?? {})
+  // A key may stand where a name belongs.
+  if (isSecret) return { path, message: `has an unknown member; known are ${known.join(', ')}` }
+  if (Object.hasOwn(MOVED, name)) {
+    return { path: whole, message: `is an old name; use ${MOVED[name]}` }
+  }
+  if (UNSUPPORTED.has(name)) return { path: whole, message: 'is not supported; remove it' }
   const best = known.length === 0 ? '' : closest(member, known)
   const near = best !== '' && distance(member, best) <= Math.max(2, member.length / 3)
   return {
@@ -89,7 +142,8 @@ interface Described {
   items?: Described
   shorthand?: string
   properties?: Record<string, Described>
-  uniqueNames?: (item: unknown) => unknown
+  distinct?: Distinct[]
+  later?: readonly string[]
 }
 
 /** What a schema asks for, in words. */
@@ -97,6 +151,10 @@ export function expected(schema: Described): string {
   if (schema.expects !== undefined) return schema.expects
   if (schema.unit === 'ms') return 'a duration such as 500ms, 30s or 1m30s'
   if (schema.unit === 'bytes') return 'a size such as 64MB'
+  if (schema.later !== undefined) {
+    const later = schema.later.join(', ')
+    return `${schema.enum!.join(' or ')} (${later}: not supported by this version yet)`
+  }
   if (schema.anyOf !== undefined) return schema.anyOf.map(expected).join(' or ')
   if (schema.enum !== undefined) return `one of ${schema.enum.join(', ')}`
   if (schema.const !== undefined) return JSON.stringify(schema.const)
@@ -126,24 +184,35 @@ function expectedNumber(schema: Described): string {
 }
 
 /** The value that was there, unless it may be a secret or is too long to help. */
-function got(schema: Described, value: unknown): string {
-  if (schema.secret || value === undefined) return ''
+function got(schema: Described, value: unknown, isSecret: boolean): string {
+  if (isSecret || schema.secret || value === undefined) return ''
   if (value === null) return ' (got nothing)'
   if (typeof value === 'object') return ` (got a ${Array.isArray(value) ? 'list' : 'mapping'})`
+  if (typeof value === 'string' && value.includes('@')) {
+    return ', without a user or a password (use api_key or headers)'
+  }
   const text = JSON.stringify(value)
-  return text.length > 80 ? '' : ` (got ${text})`
+  return text.length > 80 ? '' : ` (got ${text})${suggestion(schema, value)}`
 }
 
-function duplicates(schema: Described, items: unknown): string {
-  const names = repeated(items as unknown[], schema.uniqueNames!)
-  return `has the name ${names.map(name => `"${name}"`).join(', ')} twice`
+/** The allowed value that was probably meant. */
+function suggestion(schema: Described, value: unknown): string {
+  const texts = (schema.enum ?? []).filter(each => typeof each === 'string')
+  if (texts.length === 0 || typeof value !== 'string') return ''
+  const best = closest(value, texts)
+  const near = distance(value, best) <= 2 || best.startsWith(value)
+  return near ? `; did you mean "${best}"?` : ''
 }
 
-/** Names that more than one of the items has. */
-export function repeated(items: unknown[], nameOf: (item: unknown) => unknown): unknown[] {
-  const names = items
-    .filter(item => typeof item === 'object' && item !== null)
-    .map(nameOf)
-    .filter(name => typeof name === 'string')
-  return [...new Set(names.filter((name, at) => names.indexOf(name) !== at))]
+function duplicate(path: Issue['path'], { distinct }: Described, items: unknown[]): Issue {
+  for (const rule of distinct!) {
+    const found = findRepeated(items, rule)
+    if (found === undefined) continue
+    const [at, before] = found
+    return {
+      path: [...path, at],
+      message: `has the same ${rule.what} as ${formatPath([...path, before]).slice(0, -1)}`
+    }
+  }
+  return { path, message: 'has the same item twice' }
 }

@@ -1,13 +1,15 @@
+import { validateHeaderName, validateHeaderValue } from 'node:http'
 import { Ajv, type FuncKeywordDefinition } from 'ajv'
 import { type Static, type TSchema, type TUnsafe, Type } from 'typebox'
-import { formatPath, type Issue, repeated, toIssue } from './issues.ts'
+import { type Distinct, findRepeated, formatPath, type Issue, toIssue } from './issues.ts'
 
 /**
  * Options are described once, as JSON Schema made with TypeBox: the type, the check, the defaults,
  * the editor's schema and the reference manual all come from it. A few keywords of our own say what
- * JSON Schema can't: `unit` (text such as `30s` or `64MB`), `notBuilt`, `shorthand` (text that
- * stands for an object with that one member), `uniqueNames`, `check` (a function) with `expects` (what
- * it wants, in words), and `secret` (never shown).
+ * JSON Schema can't: `unit` (text such as `30s` or `64MB`), `notBuilt` and `later` (parts and values
+ * that this version doesn't have), `shorthand` (text that stands for an object with that one member),
+ * `distinct`, `partOfType`, `check` (a function) with `expects` (what it wants, in words), `hashed`, and
+ * `secret` (never shown, nor anything inside).
  */
 
 const UNITS = {
@@ -15,11 +17,23 @@ const UNITS = {
   bytes: { b: 1, kb: 1024, mb: 1024 ** 2, gb: 1024 ** 3 }
 } as const
 
-/** A length of time: text with a unit in a file (`100ms`, `30s`, `1m30s`), milliseconds in code. */
-export function Duration(defaultValue: string | undefined, description: string): TUnsafe<number> {
+/** The longest time that a timer can take. */
+const LONGEST = 2 ** 31 - 1
+
+/**
+ * A length of time: text with a unit in a file (`100ms`, `30s`, `1m30s`), milliseconds in code.
+ * `least` is 0 where 0 has a meaning of its own.
+ */
+export function Duration(
+  defaultValue: string | undefined,
+  description: string,
+  least: 0 | 1 = 1
+): TUnsafe<number> {
   return Type.Unsafe<number>({
     type: ['string', 'number'],
     unit: 'ms',
+    least,
+    most: LONGEST,
     description,
     ...(defaultValue === undefined ? {} : { default: defaultValue })
   })
@@ -30,6 +44,8 @@ export function Size(defaultValue: string, description: string): TUnsafe<number>
   return Type.Unsafe<number>({
     type: ['string', 'number'],
     unit: 'bytes',
+    least: 1,
+    most: Number.MAX_SAFE_INTEGER,
     description,
     default: defaultValue
   })
@@ -37,7 +53,37 @@ export function Size(defaultValue: string, description: string): TUnsafe<number>
 
 /** An http or https URL. */
 export function Url(description: string) {
-  return Type.String({ check: isHttpUrl, expects: 'a URL such as http://host:8000', description })
+  return Type.String({
+    pattern: '^https?://',
+    check: isHttpUrl,
+    expects: 'a URL such as http://host:8000',
+    description
+  })
+}
+
+/** Names that undici and HTTP itself take care of. */
+const FRAMING = new Set(['host', 'content-length', 'transfer-encoding', 'connection', 'expect'])
+
+/** Headers that are sent along. Their values may be secret. */
+export const HeadersToSend = Type.Record(Type.String(), Type.String(), {
+  default: {},
+  secret: true,
+  check: areHeaders,
+  expects: 'a mapping of header names to texts, without host, connection and the like',
+  description: 'Headers to send'
+})
+
+function areHeaders(headers: unknown): boolean {
+  try {
+    for (const [name, text] of Object.entries(headers as Record<string, string>)) {
+      validateHeaderName(name)
+      validateHeaderValue(name, text)
+      if (FRAMING.has(name.toLowerCase())) return false
+    }
+    return true
+  } catch {
+    return false
+  }
 }
 
 /** A part of the original dialect that this version doesn't have: refused when it is switched on. */
@@ -106,11 +152,13 @@ const keywords: FuncKeywordDefinition[] = [
     keyword: 'unit',
     modifying: true,
     errors: false,
-    validate: (unit: 'ms' | 'bytes', value: unknown, _schema?: unknown, at?: DataContext) => {
-      const number = typeof value === 'string' ? parseQuantity(value, unit) : value
-      if (typeof number !== 'number' || number < 0) return false
+    validate: (unit: 'ms' | 'bytes', value: unknown, schema?: unknown, at?: DataContext) => {
+      const quantity = typeof value === 'string' ? parseQuantity(value, unit) : value
+      const { least, most } = schema as { least: number; most: number }
+      if (typeof quantity !== 'number') return false
+      const number = unit === 'bytes' ? Math.round(quantity) : quantity
       at!.parentData[at!.parentDataProperty] = number
-      return true
+      return number >= least && number <= most
     }
   },
   {
@@ -124,10 +172,25 @@ const keywords: FuncKeywordDefinition[] = [
     validate: (isRight: (value: unknown) => boolean, value: unknown) => isRight(value)
   },
   {
-    keyword: 'uniqueNames',
+    keyword: 'distinct',
     errors: false,
-    validate: (nameOf: (item: unknown) => unknown, items: unknown) => {
-      return !Array.isArray(items) || repeated(items, nameOf).length === 0
+    validate: (rules: Distinct[], items: unknown) =>
+      !Array.isArray(items) || rules.every(rule => findRepeated(items, rule) === undefined)
+  },
+  {
+    keyword: 'partOfType',
+    errors: false,
+    validate: (_: true, value: { type?: string }) =>
+      typeof value.type !== 'string' ||
+      typeof (value as Record<string, unknown>)[value.type] === 'object'
+  },
+  {
+    keyword: 'hashed',
+    modifying: true,
+    errors: false,
+    validate: (hash: (text: string) => string, text: unknown, _?: unknown, at?: DataContext) => {
+      if (typeof text === 'string') at!.parentData[at!.parentDataProperty] = hash(text)
+      return true
     }
   }
 ]
@@ -168,10 +231,16 @@ export function findIssues(schema: TSchema, options: unknown): Issue[] {
     validate = compile(schema)
     compiled.set(schema, validate)
   }
+  dropSwitchedOff(schema as SchemaNode, options, false)
   if (validate(options)) return []
+  const errors = validate.errors ?? []
+  // Where no alternative fits, what is wrong with each of them only confuses.
+  const unions = errors.filter(({ keyword }) => keyword === 'anyOf').map(each => each.instancePath)
   const seen = new Set<string>()
-  return (validate.errors ?? []).flatMap(error => {
-    const issue = toIssue(error)
+  return errors.flatMap(error => {
+    const isPart = unions.some(path => error.instancePath.startsWith(path))
+    if (isPart && error.keyword !== 'anyOf') return []
+    const issue = toIssue(error, schema)
     const id = formatPath(issue.path)
     if (seen.has(id)) return []
     seen.add(id)
@@ -179,17 +248,61 @@ export function findIssues(schema: TSchema, options: unknown): Issue[] {
   })
 }
 
-/** Does a part that isn't built ask for anything? `enabled: false`, 0, "", [] and {} don't. */
+/** Does a part that isn't built ask for anything? `enabled: false`, `no`, 0, "", [] and {} don't. */
 function isSwitchedOn(value: unknown): boolean {
   if (Array.isArray(value)) return value.some(isSwitchedOn)
+  if (typeof value === 'string') return !/^(false|no|off|0|)$/i.test(value)
   if (typeof value !== 'object' || value === null) return Boolean(value)
-  if ('enabled' in value) return value.enabled === true
+  if ('enabled' in value) return isSwitchedOn(value.enabled)
   return Object.values(value).some(isSwitchedOn)
+}
+
+interface SchemaNode {
+  notBuilt?: true
+  later?: readonly string[]
+  items?: SchemaNode
+  properties?: Record<string, SchemaNode>
+}
+
+/**
+ * Inside of what is switched off, parts that this version doesn't have are as good as not there:
+ * they are taken out, so that a whole configuration of the dialect can be kept.
+ */
+function dropSwitchedOff(schema: SchemaNode, value: unknown, isOff: boolean): void {
+  if (typeof value !== 'object' || value === null) return
+  if (Array.isArray(value)) {
+    for (const item of value) dropSwitchedOff(schema.items ?? {}, item, isOff)
+    const kept = value.filter(item => !(isLater(schema.items, item) && (isOff || isDisabled(item))))
+    value.splice(0, value.length, ...kept)
+    return
+  }
+  const members = value as Record<string, unknown>
+  const isInnerOff = isOff || isDisabled(value)
+  for (const [name, inner] of Object.entries(schema.properties ?? {})) {
+    const isUnknown = inner.notBuilt || inner.later?.includes(String(members[name]))
+    if (isInnerOff && isUnknown && name !== 'type') delete members[name]
+    else dropSwitchedOff(inner, members[name], isInnerOff)
+  }
+}
+
+function isDisabled(value: unknown): boolean {
+  return (
+    typeof value === 'object' && value !== null && 'enabled' in value && value.enabled === false
+  )
+}
+
+/** Is this an item of a type that this version doesn't have? */
+function isLater(schema: SchemaNode | undefined, item: unknown): boolean {
+  const { type } = (item ?? {}) as { type?: unknown }
+  return schema?.properties?.type?.later?.includes(String(type)) ?? false
 }
 
 /** Is this an absolute http or https URL, without credentials (they belong into headers)? */
 export function isHttpUrl(value: unknown): boolean {
   if (typeof value !== 'string' || !URL.canParse(value)) return false
   const url = new URL(value)
-  return (url.protocol === 'http:' || url.protocol === 'https:') && url.hash + url.username === ''
+  return (
+    (url.protocol === 'http:' || url.protocol === 'https:') &&
+    url.hash + url.username + url.password === ''
+  )
 }

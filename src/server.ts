@@ -166,12 +166,14 @@ function readTls(tls: Config['server']['tls']) {
   }
 }
 
+const CORS_METHODS = ['GET', 'POST', 'PUT', 'DELETE', 'OPTIONS']
+
 function corsOptions(options: Config['server']['cors']) {
   const all = options.allowed_origins.includes('*')
   return {
     origin: all && !options.allow_credentials ? '*' : all ? true : options.allowed_origins,
-    methods: options.allowed_methods,
-    allowedHeaders: options.allowed_headers,
+    methods: options.allowed_methods.length > 0 ? options.allowed_methods : CORS_METHODS,
+    ...(options.allowed_headers.length > 0 ? { allowedHeaders: options.allowed_headers } : {}),
     exposedHeaders: options.expose_headers,
     credentials: options.allow_credentials,
     ...(options.max_age > 0 ? { maxAge: options.max_age } : {})

@@ -46,7 +46,17 @@ export function readYaml(text: string, name: string, env: NodeJS.ProcessEnv): Ya
     const { line, col } = lines.linePos(offset)
     return `${name}:${line}:${col}`
   }
-  const errors = document.errors.map(({ pos, message }) => `${place(pos[0])} ${message}`)
+  const errors = [...document.errors, ...document.warnings].map(
+    ({ pos, message }) => `${place(pos[0])} ${message}`
+  )
+  if (errors.length === 0) {
+    try {
+      // Follows every alias once, and finds those that lead nowhere, in circles or to too much.
+      document.toJS({ maxAliasCount: 100 })
+    } catch (error) {
+      errors.push(`${name}:1:1 ${(error as Error).message}`)
+    }
+  }
   const root = errors.length > 0 ? undefined : toPlain(document.contents as Node, [], reading)
   return {
     root: root ?? {},
@@ -74,43 +84,58 @@ function toPlain(node: Node | null | undefined, path: Issue['path'], reading: Re
     return node.items.map((item, at) => toPlain(item as Node, [...path, at], reading))
   }
   if (isMap(node)) {
-    const entries = node.items.flatMap(({ key, value }) => {
+    const merged: Record<string, unknown> = {}
+    const own: Record<string, unknown> = {}
+    for (const { key, value } of node.items) {
       const name = String(isScalar(key) ? key.value : key)
       const isMerge = name === '<<'
       const plain = toPlain(value as Node, isMerge ? path : [...path, name], reading)
-      if (plain === null || plain === undefined) return []
-      return isMerge ? Object.entries(plain) : [[name, plain]]
-    })
-    return Object.fromEntries(entries)
+      if (isMerge) Object.assign(merged, ...[plain].flat().reverse())
+      else if (plain !== null && plain !== undefined) own[name] = plain
+    }
+    return { ...merged, ...own }
   }
   if (!isScalar(node)) return undefined
+  if (typeof node.value === 'object' && node.value !== null) {
+    reading.issues.push({ path, message: 'must be plain text, a number or a truth value' })
+    return undefined
+  }
   if (typeof node.value !== 'string' || !node.value.includes('${')) return node.value
-  const missing: string[] = []
-  const filled = substitute(node.value, reading.env, missing)
-  if (missing.length > 0) {
-    const names = missing.map(name => `\${${name}}`).join(', ')
-    const message = `needs the environment variable ${names}, which is not set`
-    reading.issues.push({ path, message })
+  const wrong: string[] = []
+  const filled = substitute(node.value, reading.env, wrong)
+  if (wrong.length > 0) {
+    reading.issues.push({ path, message: wrong.join(', ') })
     return undefined
   }
   reading.fromEnv.add(formatPath(path))
   return filled
 }
 
-const VARIABLE = /\$\$\{|\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}/g
+const VARIABLE = /\$\$\{|\$\{(?:([A-Za-z_]\w*)(?::-([^}]*))?\})?/g
 
 /**
  * Puts the environment into a text: `${NAME}`, `${NAME:-default}`; `$${` stands for `${`.
- * A variable that is empty takes the default, as in a shell.
+ * A variable that is empty takes the default, as in a shell; white space around a value, such as the
+ * line end of a secret's file, is no part of it.
+ *
+ * @param wrong what is wrong with it is added here
  */
-export function substitute(value: string, env: NodeJS.ProcessEnv, missing: string[]): string {
+export function substitute(value: string, env: NodeJS.ProcessEnv, wrong: string[]): string {
   return value.replace(
     VARIABLE,
     (whole, name: string | undefined, fallback: string | undefined) => {
-      if (name === undefined) return whole.slice(1)
-      const found = env[name]
+      if (whole === '$${') return '${'
+      if (name === undefined) {
+        wrong.push(
+          'holds a "${" that is not "${NAME}" or "${NAME:-default}"; write "$${" for the text'
+        )
+        return ''
+      }
+      const found = env[name]?.trim()
       if (found !== undefined && (found !== '' || fallback === undefined)) return found
-      if (fallback === undefined) missing.push(name)
+      if (fallback === undefined) {
+        wrong.push(`needs the environment variable \${${name}}, which is not set`)
+      }
       return fallback ?? ''
     }
   )

@@ -33,10 +33,10 @@ export interface KeySource {
   lookup(key: string, hash: string): Promise<KeyRecord | GatewayError | undefined>
 }
 
-const StatusCode = (status: number, message: string) =>
+const StatusCode = (what: string, status: number, message: string, allow = false) =>
   Type.Object(
     {
-      allow: Type.Boolean({ default: false, description: 'Lets such a key pass all the same' }),
+      allow: Type.Boolean({ default: allow, description: 'Lets it pass' }),
       http_code: Type.Integer({
         minimum: 400,
         maximum: 599,
@@ -45,20 +45,17 @@ const StatusCode = (status: number, message: string) =>
       }),
       message: Type.String({ default: message, description: 'Text of the answer' })
     },
-    { additionalProperties: false, default: {}, description: `Answer to such a key` }
+    { additionalProperties: false, default: {}, description: what }
   )
 
 /** `auth.status_codes`: what each status of a key answers. */
 export const StatusCodes = Type.Object(
   {
-    active: Type.Object(
-      { allow: Type.Boolean({ default: true, description: 'Active keys pass' }) },
-      { additionalProperties: true, default: {}, description: 'An active key' }
-    ),
-    disabled: StatusCode(403, 'This API key has been disabled.'),
-    expired: StatusCode(403, 'This API key has expired.'),
-    quota_exceeded: StatusCode(429, 'The quota of this API key is used up.'),
-    not_found: StatusCode(401, 'This API key is not valid.')
+    active: StatusCode('An active key', 403, 'This API key may not be used.', true),
+    disabled: StatusCode('A disabled key', 403, 'This API key has been disabled.'),
+    expired: StatusCode('An expired key', 403, 'This API key has expired.'),
+    quota_exceeded: StatusCode('A quota used up', 429, 'The quota of this API key is used up.'),
+    not_found: StatusCode('An unknown key', 401, 'This API key is not valid.')
   },
   { additionalProperties: false, default: {}, description: 'What each status of a key answers' }
 )
@@ -78,7 +75,7 @@ export function statusRefusal(
   codes: StatusCodes
 ): GatewayError | undefined {
   if (codes[status].allow) return undefined
-  const answer = status === 'active' ? codes.disabled : codes[status]
+  const answer = codes[status]
   const retry = status === 'quota_exceeded' ? { 'x-should-retry': 'false' } : {}
   const ask = answer.http_code === 401 ? { 'www-authenticate': 'Bearer' } : {}
   return new GatewayError(CODES[status]!, answer.message, {
@@ -161,6 +158,9 @@ export function parseStatus(status: unknown): KeyStatus | undefined {
   }
 }
 
+/** 2001-09-09 in Unix seconds. */
+const LEAST_SECONDS = 1e9
+
 /**
  * A point in time as Unix milliseconds, from ISO 8601 text or Unix seconds (number or digits).
  *
@@ -168,9 +168,10 @@ export function parseStatus(status: unknown): KeyStatus | undefined {
  */
 export function parseTime(time: unknown): number {
   if (time instanceof Date) return time.getTime()
-  if (typeof time === 'number') return time * 1000
-  if (typeof time !== 'string') return Number.NaN
-  return /^\d+$/.test(time) ? Number(time) * 1000 : Date.parse(time)
+  if (typeof time === 'string' && !/^\d+$/.test(time)) return Date.parse(time)
+  const seconds = typeof time === 'object' || typeof time === 'boolean' ? Number.NaN : Number(time)
+  // 2099 is a year that was meant, not half an hour after the beginning of 1970.
+  return seconds < LEAST_SECONDS ? Number.NaN : seconds * 1000
 }
 
 /** Is this an address or a network (`10.0.0.0/8`, `2001:db8::/32`)? */

@@ -26,11 +26,25 @@ const Time = (description: string) =>
     expects: 'a time such as 2026-12-31T00:00:00Z, or Unix seconds'
   })
 
+const HASHED = 'sha256:'
+
+/** A key as it is kept: `sha256:` and its hash. What is hashed already stays. */
+function toHashed(key: string): string {
+  return key.startsWith(HASHED) ? key.toLowerCase() : HASHED + hashKey(key)
+}
+
+function isKey(key: unknown): boolean {
+  if (typeof key !== 'string' || !/^[\x21-\x7e]+$/.test(key)) return false
+  return !key.startsWith(HASHED) || /^sha256:[0-9a-f]{64}$/i.test(key)
+}
+
 /** One key in the configuration. Text alone is the key itself. */
 export const StaticKey = Type.Object(
   {
     key: Type.String({
-      minLength: 1,
+      check: isKey,
+      hashed: toHashed,
+      expects: 'a key without spaces, or sha256: and 64 hexadecimal digits',
       secret: true,
       description: 'The key, or sha256: and its SHA-256 in hexadecimal digits'
     }),
@@ -66,7 +80,20 @@ export const StaticKey = Type.Object(
 )
 export type StaticKey = Static<typeof StaticKey>
 
-const HASHED = /^sha256:([0-9a-f]{64})$/i
+/** A list of keys: each once, and each name once, since limits and bills hang on it. */
+export const StaticKeyList = (description: string) =>
+  Type.Array(StaticKey, {
+    default: [],
+    secret: true,
+    description,
+    distinct: [
+      {
+        by: ({ key }: Record<string, unknown>) => (isKey(key) ? toHashed(String(key)) : undefined),
+        what: 'key'
+      },
+      { by: ({ name }: Record<string, unknown>) => name, what: 'name' }
+    ]
+  })
 
 /** Keys from the configuration, kept as hashes. */
 export class StaticKeys implements KeySource {
@@ -76,7 +103,7 @@ export class StaticKeys implements KeySource {
   constructor(name: string, keys: StaticKey[]) {
     this.name = name
     for (const key of keys) {
-      const hash = HASHED.exec(key.key)?.[1]?.toLowerCase() ?? hashKey(key.key)
+      const hash = toHashed(key.key).slice(HASHED.length)
       this.#records.set(hash, { hash: Buffer.from(hash, 'hex'), record: toRecord(key, hash) })
     }
   }

@@ -1,7 +1,7 @@
 import { type Static, Type } from 'typebox'
 import { request } from 'undici'
 import { GatewayError } from '../errors.ts'
-import { Duration, Url } from '../options.ts'
+import { Duration, HeadersToSend, Url } from '../options.ts'
 import {
   isNetwork,
   type KeyRecord,
@@ -17,11 +17,7 @@ export const WebhookKeysOptions = Type.Object(
     url: Url('Asked for each request'),
     method: Type.Enum(['POST', 'PUT'], { default: 'POST', description: 'Method' }),
     timeout: Duration('5s', 'How long the answer may take'),
-    headers: Type.Record(Type.String(), Type.String(), {
-      default: {},
-      secret: true,
-      description: 'Headers to send'
-    })
+    headers: HeadersToSend
   },
   { additionalProperties: false, description: 'A service that knows the keys' }
 )

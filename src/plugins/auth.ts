@@ -3,9 +3,10 @@ import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import { type Caller, withExchanges } from '../exchange.ts'
+import { pathBelow } from '../http.ts'
 import { type KeySource, matchesModel, StatusCodes } from '../keys/key.ts'
 import { Keyring } from '../keys/keyring.ts'
-import { StaticKey, StaticKeys } from '../keys/static.ts'
+import { type StaticKey, StaticKeyList, StaticKeys } from '../keys/static.ts'
 import { WebhookKeys, WebhookKeysOptions } from '../keys/webhook.ts'
 import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
 
@@ -22,12 +23,15 @@ const Provider = Type.Object(
   {
     name: Type.Optional(Type.String({ description: 'Name in logs' })),
     type: Type.Enum(['static', 'webhook'], {
-      description: 'static or webhook',
-      expects: 'static or webhook (other types are not supported by this version yet)'
+      later: ['file', 'builtin', 'redis', 'database', 'lua'],
+      description: 'What it is'
     }),
     enabled: Type.Boolean({ default: true, description: 'Switches it on' }),
     static: Type.Optional(
-      Type.Object({ keys: Type.Array(StaticKey) }, { additionalProperties: false })
+      Type.Object(
+        { keys: StaticKeyList('Keys') },
+        { additionalProperties: false, description: 'Keys in this file' }
+      )
     ),
     webhook: Type.Optional(WebhookKeysOptions),
     lua: NotBuilt('Script that decides'),
@@ -37,9 +41,7 @@ const Provider = Type.Object(
   },
   {
     additionalProperties: false,
-    check: (provider: Record<string, unknown>) =>
-      typeof provider[String(provider.type)] === 'object',
-    expects: 'a mapping with the part that its type names, such as static: {keys: [...]}'
+    partOfType: true
   }
 )
 
@@ -60,7 +62,7 @@ export const AuthOptions = Section(
       description: 'Paths that need no key, with all below them'
     }),
     status_codes: StatusCodes,
-    keys: Type.Array(StaticKey, { default: [], description: 'Keys, in short' }),
+    keys: StaticKeyList('Keys, in short'),
     pipeline: Type.Array(Provider, { default: [], description: 'Sources of keys, in order' })
   },
   'API keys'
@@ -86,7 +88,7 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   let keyring = toKeyring(options, fastify.log)
   withExchanges(fastify)
 
-  fastify.decorateRequest('caller', undefined)
+  if (!fastify.hasRequestDecorator('caller')) fastify.decorateRequest('caller', undefined)
   fastify.decorate('keys', {
     update: changed => {
       options = changed
@@ -154,7 +156,7 @@ function presentedKey(request: FastifyRequest, names: string[]): string | undefi
 
 /** Paths are compared by whole segments: /health skips /health/ready, but not /healthy. */
 function isSkipped(request: FastifyRequest, prefix: string, skipPaths: string[]): boolean {
-  const [path] = request.url.slice(prefix.length).split('?') as [string]
+  const path = pathBelow(request.url, prefix)
   return skipPaths.some(skip => {
     const bare = skip.endsWith('/') ? skip.slice(0, -1) : skip
     return path === bare || path.startsWith(`${bare}/`)

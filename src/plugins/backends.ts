@@ -2,7 +2,15 @@ import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type DemoBackend, startDemo } from '../demo.ts'
-import { checkOptions, Duration, type Given, isHttpUrl, NotBuilt, Section } from '../options.ts'
+import {
+  checkOptions,
+  Duration,
+  type Given,
+  HeadersToSend,
+  isHttpUrl,
+  NotBuilt,
+  Section
+} from '../options.ts'
 import type { AttemptResult } from '../pool/attempt.ts'
 import { type HealthCheck, HealthChecker } from '../pool/health.ts'
 import { Pool, type PoolConfig } from '../pool/pool.ts'
@@ -29,23 +37,25 @@ const BackendOptions = Type.Object(
       })
     ),
     url: Type.String({
-      check: (url: unknown) => url === DEMO || isHttpUrl(url),
+      pattern: '^(https?|demo)://',
+      check: (url: unknown) =>
+        url === DEMO || (isHttpUrl(url) && new URL(String(url)).search === ''),
       expects: 'a URL such as http://host:8000',
       description: 'Base URL, with or without /v1; demo:// is a backend that is built in'
     }),
     weight: Type.Integer({ minimum: 1, default: 1, description: 'Share of the calls' }),
     api_key: Type.Optional(
-      Type.String({ minLength: 1, secret: true, description: 'Sent as Authorization: Bearer' })
+      Type.String({
+        pattern: '^[\\x21-\\x7e]+$',
+        expects: 'text without spaces and line ends',
+        secret: true,
+        description: 'Sent as Authorization: Bearer'
+      })
     ),
-    headers: Type.Record(Type.String(), Type.String(), {
-      default: {},
-      secret: true,
-      expects: 'a mapping of header names to texts',
-      description: 'Headers to send'
-    }),
-    timeout: Type.Optional(Duration(undefined, 'routing.timeout for this backend')),
+    headers: HeadersToSend,
+    timeout: Type.Optional(Duration(undefined, 'routing.timeout for this backend', 0)),
     connect_timeout: Type.Optional(Duration(undefined, 'routing.connect_timeout for this backend')),
-    idle_timeout: Type.Optional(Duration(undefined, 'routing.idle_timeout for this backend')),
+    idle_timeout: Type.Optional(Duration(undefined, 'routing.idle_timeout for this backend', 0)),
     max_idle_conns: NotBuilt('Idle connections are closed after 4 s')
   },
   { additionalProperties: false, description: 'One inference server' }
@@ -58,9 +68,9 @@ const RoutingOptions = Section(
       default: 'round_robin',
       description: 'How a backend is chosen; round_robin honours weights'
     }),
-    timeout: Duration('10m', 'Time to the head of the answer, for one attempt'),
+    timeout: Duration('10m', 'Time to the head of the answer, for one attempt', 0),
     connect_timeout: Duration('5s', 'Time to a connection'),
-    idle_timeout: Duration('5m', 'Time between two chunks of an answer; 0: for ever'),
+    idle_timeout: Duration('5m', 'Time between two chunks of an answer; 0: for ever', 0),
     retry: Section(
       {
         enabled: Type.Boolean({
@@ -72,8 +82,8 @@ const RoutingOptions = Section(
           default: 3,
           description: 'Attempts after the first'
         }),
-        initial_wait: Duration('1s', 'Wait before a backend is tried again'),
-        max_wait: Duration('10s', 'Longest wait, also for Retry-After'),
+        initial_wait: Duration('1s', 'Wait before a backend is tried again', 0),
+        max_wait: Duration('10s', 'Longest wait, also for Retry-After', 0),
         multiplier: Type.Number({ minimum: 1, default: 2, description: 'Growth of the wait' }),
         retry_on: Type.Array(Type.Enum(['connect_failure', 'timeout', '5xx', '429']), {
           default: ['connect_failure', '5xx', '429'],
@@ -118,7 +128,7 @@ export const BackendsOptions = Section(
     backends: Type.Array(BackendOptions, {
       minItems: 1,
       expects: 'a list of at least one backend',
-      uniqueNames: (backend: unknown) => nameOf(backend as BackendOptions),
+      distinct: [{ by: (backend: Partial<BackendOptions>) => nameOf(backend), what: 'name' }],
       description: 'The inference servers'
     }),
     routing: RoutingOptions,

@@ -32,8 +32,8 @@ export const LimitsOptions = Section(
     enabled: Type.Boolean({ default: false, description: 'Switches all limits on' }),
     storage: Type.Enum(['memory'], {
       default: 'memory',
-      description: 'Where counts are kept',
-      expects: 'memory (redis is not supported by this version yet)'
+      later: ['redis'],
+      description: 'Where counts are kept'
     }),
     redis: Type.Optional(Type.String({ description: 'Belongs to storage: redis' })),
     script: NotBuilt('Script that decides'),

@@ -16,16 +16,26 @@ import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
  * fastify.get('/metrics', () => fastify.metricsRegistry.metrics())
  */
 
+/** Where the gateway's other routes are. */
+const TAKEN = /^\/(v1|api|health|models|chat|completions|embeddings|tokenize|detokenize)(\/|$)/
+
+const isAscending = (bounds: unknown) =>
+  Array.isArray(bounds) && bounds.every((bound, at) => at === 0 || bound > bounds[at - 1])
+
 export const MetricsOptions = Section(
   {
     enabled: Type.Boolean({ default: true, description: 'Serves metrics' }),
     path: Type.String({
-      pattern: '^/',
+      pattern: '^/[\\w./-]+$',
+      check: (path: unknown) => !TAKEN.test(String(path)),
       default: '/metrics',
-      expects: 'a path such as /metrics',
+      expects: 'a path such as /metrics that no other route has',
       description: 'Where'
     }),
     latency_buckets: Type.Array(Type.Number({ exclusiveMinimum: 0 }), {
+      minItems: 1,
+      check: isAscending,
+      expects: 'a list of growing numbers',
       default: [0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600],
       description: 'Upper bounds of the latency histogram, in seconds'
     }),

@@ -27,7 +27,7 @@ const READ = ['model', 'stream', 'stream_options']
 
 const payloadPlugin: FastifyPluginAsync = async function payload(fastify) {
   withExchanges(fastify)
-  fastify.decorateRequest('payload', undefined)
+  if (!fastify.hasRequestDecorator('payload')) fastify.decorateRequest('payload', undefined)
   fastify.removeAllContentTypeParsers()
   fastify.addContentTypeParser('*', { parseAs: 'buffer' }, (_request, body, done) => {
     done(null, body)

@@ -4,6 +4,7 @@ import fp from 'fastify-plugin'
 import type { Static } from 'typebox'
 import { openai } from '../dialects/openai.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
+import { pathBelow } from '../http.ts'
 import { checkOptions, Duration, type Given, Section } from '../options.ts'
 import type { Answer } from '../pool/answer.ts'
 import { createDispatcher, EXCHANGE } from '../pool/dispatcher.ts'
@@ -22,10 +23,7 @@ import { createDispatcher, EXCHANGE } from '../pool/dispatcher.ts'
 
 export const ProxyOptions = Section(
   {
-    write_timeout: Duration(
-      '60s',
-      'How long a client may take no byte while some wait; 0: for ever'
-    )
+    write_timeout: Duration('60s', 'How long a client may let bytes wait; 0: for ever', 0)
   },
   'Forwarding'
 )
@@ -92,8 +90,7 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
 
 /** The path at the backend; the query string follows by itself. */
 function backendPath(request: FastifyRequest, prefix: string): string {
-  const path = request.url.slice(prefix.length).split('?', 1)[0]!
-  return (request.exchange.endpoint?.upstreamPrefix ?? '') + path
+  return (request.exchange.endpoint?.upstreamPrefix ?? '') + pathBelow(request.url, prefix)
 }
 
 /** The body as the bytes that came; a stream is passed on by reply-from itself. */

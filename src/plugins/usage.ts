@@ -2,6 +2,7 @@ import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
+import { pathBelow } from '../http.ts'
 import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
 import type { Reporter, UsageEvent } from '../reporters/reporter.ts'
 import { type Delivery, Webhook, WebhookOptions } from '../reporters/webhook.ts'
@@ -19,8 +20,8 @@ const ReporterOptions = Type.Object(
   {
     name: Type.Optional(Type.String({ description: 'Name in logs and metrics' })),
     type: Type.Enum(['webhook'], {
-      description: 'webhook',
-      expects: 'webhook (other types are not supported by this version yet)'
+      later: ['database', 'builtin'],
+      description: 'What it is'
     }),
     enabled: Type.Boolean({ default: true, description: 'Switches it on' }),
     webhook: Type.Optional(WebhookOptions),
@@ -30,9 +31,7 @@ const ReporterOptions = Type.Object(
   },
   {
     additionalProperties: false,
-    check: (reporter: Record<string, unknown>) =>
-      typeof reporter[String(reporter.type)] === 'object',
-    expects: 'a mapping with the part that its type names, such as webhook: {url: ...}'
+    partOfType: true
   }
 )
 
@@ -80,7 +79,12 @@ const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usag
       .map(({ name, webhook }) => new Webhook(name ?? 'webhook', webhook!, delivered, log)),
     exchanges: 0
   })
-  let current = create(checkOptions(UsageOptions, { enabled: true, ...given }))
+  const warnIfNone = ({ enabled, reporters }: UsageOptions) => {
+    if (enabled && reporters.length === 0) log.warn('usage is enabled but has no reporters')
+  }
+  const options = checkOptions(UsageOptions, { enabled: true, ...given })
+  warnIfNone(options)
+  let current = create(options)
   const all = new Set([current])
   const generations = new WeakMap<Exchange, Generation>()
 
@@ -102,6 +106,7 @@ const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usag
     },
     onDelivery,
     update(options) {
+      warnIfNone(options)
       const before = current
       current = create(options)
       all.add(current)
@@ -147,7 +152,7 @@ function toEvent(exchange: Exchange, prefix: string): UsageEvent {
     exactness: usage?.exactness ?? null,
     endpoint: exchange.endpoint?.url ?? request.routeOptions.url ?? '',
     method: request.method,
-    path: request.url.slice(prefix.length).split('?', 1)[0]!,
+    path: pathBelow(request.url, prefix),
     backend: exchange.backend ?? '',
     backend_url: exchange.backendUrl ?? '',
     attempts: exchange.attempts,

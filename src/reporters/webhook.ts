@@ -3,7 +3,7 @@ import type { FastifyBaseLogger } from 'fastify'
 import { type Static, Type } from 'typebox'
 import { Agent, type Dispatcher } from 'undici'
 import { parseRetryAfter } from '../http.ts'
-import { Duration, Url } from '../options.ts'
+import { Duration, HeadersToSend, Url } from '../options.ts'
 import type { Reporter, UsageEvent } from './reporter.ts'
 
 export const WebhookOptions = Type.Object(
@@ -16,12 +16,7 @@ export const WebhookOptions = Type.Object(
       default: 3,
       description: 'Deliveries after the first failed'
     }),
-    headers: Type.Record(Type.String(), Type.String(), {
-      default: {},
-      secret: true,
-      expects: 'a mapping of header names to texts',
-      description: 'Headers to send'
-    }),
+    headers: HeadersToSend,
     include_request_body: Type.Boolean({
       default: false,
       description: 'Sends the request body too, with all prompts'
