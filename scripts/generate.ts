@@ -146,7 +146,7 @@ function forEditors(schema: Schema): unknown {
     )
     const object = {
       ...said,
-      type: 'object',
+      type: schema.default === undefined ? 'object' : ['object', 'null'],
       properties: Object.fromEntries(
         Object.entries(schema.properties).map(([name, inner]) => [name, forEditors(inner)])
       ),
@@ -168,6 +168,9 @@ function forEditors(schema: Schema): unknown {
     return { ...said, type: 'object', additionalProperties: { type: 'string' } }
   }
   if (schema.enum !== undefined) return { ...said, enum: schema.enum }
+  if (schema.type === 'string' && schema.pattern !== undefined) {
+    return { ...said, type: 'string', pattern: `${schema.pattern}|\\$\\{` }
+  }
   const plain = pick(schema, ['type', 'minimum', 'maximum', 'exclusiveMinimum', 'minLength'])
   if (schema.type === 'string' || Array.isArray(schema.type)) return { ...said, ...plain }
   return { ...said, anyOf: [plain, ENV] }

@@ -176,6 +176,10 @@ function incomplete({ server, rate_limit: limits }: Config): Issue[] {
     }
   }
   const tls = server?.tls
+  if (server?.read_timeout < server?.header_timeout) {
+    const message = 'must not be shorter than header_timeout, which is part of it'
+    issues.push({ path: ['server', 'read_timeout'], message })
+  }
   const missing = (member: string, message: string) =>
     issues.push({ path: ['server', 'tls', member], message })
   if (tls?.enabled === true) {

@@ -43,7 +43,7 @@ const UNSUPPORTED = new Set([
 
 /** A rule that no two items of a list have the same. */
 export interface Distinct {
-  by(item: Record<string, unknown>): unknown
+  by(item: Record<string, unknown> | string): unknown
   /** What it is, in words. */
   what: string
 }
@@ -52,8 +52,8 @@ export interface Distinct {
 export function findRepeated(items: unknown[], { by }: Distinct): [number, number] | undefined {
   const seen = new Map<unknown, number>()
   for (const [at, item] of items.entries()) {
-    const value =
-      typeof item === 'object' && item !== null ? by(item as Record<string, unknown>) : undefined
+    const isItem = typeof item === 'string' || (typeof item === 'object' && item !== null)
+    const value = isItem ? by(item as Record<string, unknown> | string) : undefined
     if (value === undefined) continue
     const before = seen.get(value)
     if (before !== undefined) return [at, before]

@@ -30,6 +30,8 @@ interface Reading {
   env: NodeJS.ProcessEnv
   issues: Issue[]
   fromEnv: Set<string>
+  /** Nodes that are being read: an alias of one of them has no end. */
+  open: Set<unknown>
 }
 
 /**
@@ -41,7 +43,7 @@ interface Reading {
 export function readYaml(text: string, name: string, env: NodeJS.ProcessEnv): YamlFile {
   const lines = new LineCounter()
   const document = parseDocument(text, { lineCounter: lines, prettyErrors: false })
-  const reading: Reading = { document, env, issues: [], fromEnv: new Set() }
+  const reading: Reading = { document, env, issues: [], fromEnv: new Set(), open: new Set() }
   const place = (offset: number) => {
     const { line, col } = lines.linePos(offset)
     return `${name}:${line}:${col}`
@@ -79,7 +81,19 @@ export function readYaml(text: string, name: string, env: NodeJS.ProcessEnv): Ya
 
 /** The document as plain values, with the environment put in. Members without a value are left out. */
 function toPlain(node: Node | null | undefined, path: Issue['path'], reading: Reading): unknown {
-  if (isAlias(node)) return toPlain(node.resolve(reading.document), path, reading)
+  if (isAlias(node)) {
+    const target = node.resolve(reading.document)
+    if (!reading.open.has(target)) return toPlain(target, path, reading)
+    reading.issues.push({ path, message: 'refers to itself' })
+    return undefined
+  }
+  reading.open.add(node)
+  const plain = plainValue(node, path, reading)
+  reading.open.delete(node)
+  return plain
+}
+
+function plainValue(node: Node | null | undefined, path: Issue['path'], reading: Reading): unknown {
   if (isSeq(node)) {
     return node.items.map((item, at) => toPlain(item as Node, [...path, at], reading))
   }

@@ -242,7 +242,8 @@ const WEBHOOK: [string, number, unknown, number, string | undefined][] = [
   ['disabled as number', 200, { status: 1 }, 403, 'key_disabled'],
   ['an odd status', 200, { status: 'whatever' }, 403, 'key_refused'],
   ['an ISO time', 200, { expires_at: '2099-01-01T00:00:00Z' }, 200, undefined],
-  ['a past time', 200, { expires_at: 1 }, 403, 'key_expired'],
+  ['a past time', 200, { expires_at: 1577836800 }, 403, 'key_expired'],
+  ['a year as a time', 200, { expires_at: 2099 }, 403, 'key_refused'],
   ['an odd time', 200, { expires_at: 'soon' }, 403, 'key_refused'],
   ['no balance', 200, { balance: 0 }, 429, 'insufficient_quota'],
   ['quota left', 200, { total_quota: 10, used_quota: 9 }, 200, undefined],
@@ -361,4 +362,14 @@ test('a webhook that repeats the key does not bring it into the log', async t =>
   assert.equal((await bearer('sk-topsecret')).code, 'auth_unavailable')
   await gateway.logged({ msg: 'a key source is down', reason: 'no JSON object' })
   assert.doesNotMatch(JSON.stringify(gateway.lines), /topsecret/)
+})
+
+test('all: a source that is down admits nobody', async t => {
+  const { bearer } = await start(t, {
+    enabled: true,
+    mode: 'all',
+    keys: ['a'],
+    pipeline: [{ type: 'webhook', webhook: { url: `http://127.0.0.1:${await closedPort()}` } }]
+  })
+  assert.equal((await bearer('a')).code, 'auth_unavailable')
 })

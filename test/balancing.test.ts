@@ -15,7 +15,7 @@ function backends(t: TestContext, ...weights: number[]): Backend[] {
       connectTimeout: 0,
       idleTimeout: 0
     })
-    t.after(() => backend.destroy())
+    t.after(() => backend.live.destroy())
     return backend
   })
 }
@@ -41,26 +41,26 @@ test('least_connections counts what is in flight, for each weight', t => {
   const [a, b] = backends(t, 2, 1) as [Backend, Backend]
   const order = Array.from({ length: 6 }, () => {
     const chosen = strategies.least_connections([a, b], 0)
-    chosen.inFlight++
+    chosen.live.inFlight++
     return chosen.name
   })
-  assert.deepEqual([a.inFlight, b.inFlight], [4, 2], order.join(''))
+  assert.deepEqual([a.live.inFlight, b.live.inFlight], [4, 2], order.join(''))
 })
 
 test('latency_based prefers the fast, shuns the failing, and tries the idle again', t => {
   const [a, b] = backends(t, 1, 1) as [Backend, Backend]
-  a.observeLatency(100, 0)
-  b.observeLatency(1000, 0)
+  a.live.observeLatency(100, 0)
+  b.live.observeLatency(1000, 0)
   assert.equal(strategies.latency_based([a, b], 0), a)
-  a.observeLatency(10_000, 1)
+  a.live.observeLatency(10_000, 1)
   assert.equal(strategies.latency_based([a, b], 1), b, 'a failure counts as a long latency')
-  b.observeLatency(1000, 60_000)
+  b.live.observeLatency(1000, 60_000)
   assert.equal(strategies.latency_based([a, b], 60_000), a, 'after a minute it gets another try')
 })
 
 test('latency_based gives an unknown backend its first call', t => {
   const [a, b] = backends(t, 1, 1) as [Backend, Backend]
-  a.observeLatency(1, 0)
+  a.live.observeLatency(1, 0)
   assert.equal(strategies.latency_based([a, b], 0), b)
 })
 

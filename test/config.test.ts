@@ -93,23 +93,23 @@ nonsense: 1
     'config.yaml:4:3 server.max_body_size: must be a size such as 64MB (got "3 apples")',
     'config.yaml:5:3 server.wite_timeout: is not known; did you mean "write_timeout"?',
     'config.yaml:7:3 log.level: must be one of trace, debug, info, warn, error, fatal, silent (got "loud")',
-    'config.yaml:8:1 backends: has the name "a:1" twice',
     'config.yaml:10:5 backends[0].weight: must be a positive integer (got 0)',
     'config.yaml:11:5 backends[1].url: is missing',
     'config.yaml:12:5 backends[2].url: must be a URL such as http://host:8000 (got "ftp://x")',
+    'config.yaml:13:5 backends[3]: has the same name as backends[0]',
     'config.yaml:15:3 auth.enabled: must be true or false (got "yes please")',
-    'config.yaml:16:10 auth.keys[0]: must be text or a mapping (got 1)',
-    'config.yaml:18:7 auth.pipeline[0]: must be a mapping with the part that its type names, such as static: {keys: [...]} (got a mapping)',
+    'config.yaml:16:10 auth.keys[0]: must be text or a mapping',
+    'config.yaml:18:7 auth.pipeline[0].webhook: is missing',
     'config.yaml:20:13 rate_limit.per_key.requests_per_minute: must be an integer of 0 or more (got -1)',
     'config.yaml:22:3 routing.load_balance: must be one of round_robin, weighted, least_connections, latency_based, random (got "fastest")',
-    'config.yaml:23:22 routing.retry.retry_on[0]: must be one of connect_failure, timeout, 5xx, 429 (got "6xx")',
+    'config.yaml:23:22 routing.retry.retry_on[0]: must be one of connect_failure, timeout, 5xx, 429 (got "6xx"); did you mean "5xx"?',
     'config.yaml:24:1 nonsense: is not known'
   ])
 })
 
 test('a number without a unit is refused where it could be anything', () => {
   assert.deepEqual(complaint(`${BACKEND}    timeout: 30\n`), [
-    'config.yaml:3:5 backends[0].timeout: must have a unit, such as 30s or 30ms (got 30)'
+    'config.yaml:3:5 backends[0].timeout: must have a unit, such as 30s (got 30)'
   ])
   assert.equal(parse(`${BACKEND}routing: {idle_timeout: 0}`).routing.idle_timeout, 0)
   assert.equal(parse(`${BACKEND}server: {max_body_size: 1024}`).server.max_body_size, 1024)
@@ -121,7 +121,7 @@ test('YAML that is none, and files that are no mapping', () => {
   assert.match(complaint('- 1')[0]!, /must be a mapping of sections/)
   assert.deepEqual(complaint(''), ['config.yaml:1:1 backends: is missing'])
   assert.deepEqual(complaint('backends: []'), [
-    'config.yaml:1:1 backends: must be a list of at least one backend (got a list)'
+    'config.yaml:1:1 backends: must be a list of at least one backend'
   ])
 })
 
@@ -333,5 +333,150 @@ test('substitution leaves all other text alone', () => {
       if (!text.includes('${')) assert.equal(substitute(text, {}, []), text)
     })
   )
-  assert.equal(substitute('$$ $a ${ ${1} $${A}', {}, []), '$$ $a ${ ${1} ${A}')
+  assert.equal(substitute('$$ $a $${A}', {}, []), '$$ $a ${A}')
+})
+
+test('a file is told about its half-written variables', () => {
+  for (const text of ['${KEY', '${', '${X-foo}', '${X:?msg}', '${1}']) {
+    const [line] = complaint(`${BACKEND}    api_key: "${text}"\n`, { KEY: 'k', X: 'x' })
+    assert.match(
+      line!,
+      /^config\.yaml:3:5 backends\[0\]\.api_key: holds a "\$\{" that is not/,
+      text
+    )
+  }
+  const trimmed = parse(`${BACKEND}    api_key: "\${KEY}"\n`, { KEY: 'abc\n' })
+  assert.equal(trimmed.backends[0]!.api_key, 'abc')
+})
+
+const SECRETS = [
+  'auth: {keys: hunter2}',
+  'auth: {keys: [12345678]}',
+  'auth: {keys: [{hunter2: alice}]}',
+  'auth: {keys: [hunter2 hunter2]}',
+  'auth: {keys: ["sha256:hunter2"]}',
+  'auth: {pipeline: [{type: static, static: {keys: [{key: [hunter2]}]}}]}',
+  'auth: {pipeline: [{type: webhook, webhook: {url: "http://u:hunter2@h"}}]}',
+  'usage: {reporters: [{type: webhook, webhook: {url: "http://h", headers: {Authorization: 12345678}}}]}'
+]
+
+test('nothing that may be a key or a password is shown', () => {
+  for (const section of SECRETS) {
+    const lines = complaint(`${BACKEND}${section}\n`)
+    assert.ok(lines.length > 0, section)
+    assert.doesNotMatch(lines.join('\n'), /hunter2|12345678/, section)
+  }
+  const [line] = complaint('backends: [{url: "http://user:hunter2@h:1"}]')
+  assert.match(
+    line!,
+    /must be a URL such as .*without a user or a password \(use api_key or headers\)$/
+  )
+  assert.match(
+    complaint(`${BACKEND}auth: {keys: [{key: x, user: y}]}`)[0]!,
+    /auth\.keys\[0\]: has an unknown member; known are key, name, user_id/
+  )
+})
+
+test('a configuration holds hashes of keys, not the keys', () => {
+  const config = parse(`${BACKEND}auth: {keys: [hunter2, {key: hunter3, name: a}]}`)
+  assert.doesNotMatch(JSON.stringify(config), /hunter/)
+  assert.match(config.auth.keys[0]!.key, /^sha256:[0-9a-f]{64}$/)
+})
+
+const WRONG = [
+  ['auth: {keys: ["sha256:abc"]}', 'auth.keys[0].key: must be a key without spaces, or sha256'],
+  ['auth: {keys: [a, a]}', 'auth.keys[1]: has the same key as auth.keys[0]'],
+  ['auth: {keys: [{key: a, name: n}, {key: b, name: n}]}', 'auth.keys[1]: has the same name as'],
+  ['auth: {keys: [{key: a, expires_at: 2099}]}', 'auth.keys[0].expires_at: must be a time'],
+  [
+    'auth: {status_codes: {active: {allwo: false}}}',
+    'auth.status_codes.active.allwo: is not known'
+  ],
+  ['server: {max_body_size: 0.2}', 'server.max_body_size: must be a size'],
+  ['server: {trust_proxy: [nonsense]}', 'server.trust_proxy: must be true, false, or a list'],
+  ['server: {trust_proxy: 10.0.0.0/8}', 'server.trust_proxy: must be true, false, or a list'],
+  ['server: {read_timeout: 1s}', 'server.read_timeout: must not be shorter than header_timeout'],
+  ['server: {listen: ":99999"}', 'server.listen: must be an address'],
+  ['server: {drain_timeout: 30d}', 'server.drain_timeout: must be a duration'],
+  ['health_check: {interval: 0}', 'health_check.interval: must be a duration'],
+  ['health_check: {timeout: 0s}', 'health_check.timeout: must be a duration'],
+  ['metrics: {path: /health}', 'metrics.path: must be a path such as /metrics that no other'],
+  ['metrics: {path: "/*"}', 'metrics.path: must be a path such as /metrics that no other'],
+  ['metrics: {latency_buckets: []}', 'metrics.latency_buckets: must be a list of growing numbers'],
+  ['metrics: {latency_buckets: [2, 1]}', 'metrics.latency_buckets: must be a list of growing'],
+  ['rate_limit: {per_key: {burst_size: 5}}', 'rate_limit.per_key.burst_size: needs requests_per'],
+  ['routing: {load_balance: least_conn}', 'did you mean "least_connections"?'],
+  ['constructor: 1', 'constructor: is not known'],
+  ['a: &a [*a]', 'config.yaml:'],
+  ['a: *nope', 'config.yaml:'],
+  ['server: {listen: !!binary aGVsbG8=}', 'server.listen: must be plain text'],
+  [
+    'server: {tls: {enabled: true, cert_file: /none.crt, key_file: /none.key}}',
+    'must be a file that is there'
+  ]
+] as const
+
+test('what would fail later, or do something else, is refused at once', () => {
+  for (const [section, expected] of WRONG) {
+    const lines = complaint(`${BACKEND}${section}\n`).join('\n')
+    assert.ok(lines.includes(expected), `${section}: ${lines}`)
+  }
+  for (const backend of [
+    'api_key: "a b"',
+    'headers: {"bad header": x}',
+    'headers: {Host: x}',
+    'headers: {Content-Length: "3"}',
+    'headers: {a: "b\\nc"}',
+    'id: x',
+    'models: [x]'
+  ]) {
+    const lines = complaint(`${BACKEND}    ${backend}\n`)
+    assert.equal(lines.length, 1, `${backend}: ${lines}`)
+  }
+  assert.equal(complaint('backends: [{url: "http://a:1/?x=1"}]').length, 1)
+  const bomb = Array.from({ length: 9 }, (_, at) =>
+    at === 0
+      ? 'a0: &a0 [x, x, x, x, x, x, x, x, x]'
+      : `a${at}: &a${at} [${Array(9).fill(`*a${at - 1}`)}]`
+  )
+  assert.match(complaint(bomb.join('\n'))[0]!, /alias/i)
+})
+
+test('what is switched on in any spelling is not ignored', () => {
+  for (const section of [
+    'admin: {enabled: "${ADMIN:-true}"}',
+    'admin: {enabled: yes}',
+    'hooks: {enabled: "true"}',
+    'storage: {databases: [{name: a, enabled: "true"}]}'
+  ]) {
+    assert.match(
+      complaint(`${BACKEND}${section}\n`)[0]!,
+      /not supported by this version yet/,
+      section
+    )
+  }
+})
+
+test('the dialect’s other parts may stay in a file where they are switched off', () => {
+  for (const section of [
+    'auth: {enabled: false, pipeline: [{type: redis, redis: {storage: a}}]}',
+    'auth: {enabled: true, keys: [a], pipeline: [{type: file, enabled: false}, {type: lua, enabled: false, lua: {script: x}}]}',
+    'usage: {enabled: false, reporters: [{type: database, database: {storage: a}}]}',
+    'usage: {enabled: true, reporters: [{type: builtin, enabled: false, builtin: {retention_days: 5}}]}',
+    'rate_limit: {enabled: false, storage: redis, per_key: {tokens_per_minute: 5}}',
+    'rate_limit: {enabled: true, per_key: {enabled: false, tokens_per_minute: 5}}',
+    'health_check: {enabled: false, script: {path: x}}',
+    'routing: {enabled: false, fallback: [{primary: "http://a:1"}]}',
+    'server: {tls: {enabled: false, cert_file: "", key_file: ""}}',
+    'log: {level: info, output: stdout, file: {path: x, rotate: daily, max_size: 100, compress: true}}'
+  ]) {
+    assert.deepEqual(complaint(`${BACKEND}${section}\n`), [], section)
+  }
+  const config = parse(
+    `${BACKEND}auth: {enabled: true, pipeline: [{type: lua, enabled: false}, {type: static, static: {keys: [a]}}]}`
+  )
+  assert.deepEqual(
+    config.auth.pipeline.map(({ type }) => type),
+    ['static']
+  )
 })

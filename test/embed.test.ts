@@ -1,8 +1,14 @@
 import assert from 'node:assert/strict'
+import { connect } from 'node:http2'
+import type { AddressInfo } from 'node:net'
 import { type TestContext, test } from 'node:test'
-import type { FastifyInstance } from 'fastify'
+import rateLimit from '@fastify/rate-limit'
+import replyFrom from '@fastify/reply-from'
+import Fastify, { type FastifyInstance } from 'fastify'
 import { buildParts } from '../examples/embed/parts.ts'
 import { buildServer } from '../examples/embed/server.ts'
+import gateway from '../src/app.ts'
+import auth from '../src/plugins/auth.ts'
 import { answerChat, CHAT, fakeBackend, post } from './helper.ts'
 
 async function listen(t: TestContext, fastify: FastifyInstance): Promise<string> {
@@ -62,4 +68,50 @@ test('single plugins serve a route of one’s own', async t => {
   const reranked = await post(`${url}/v1/rerank`, { query: 'x', documents: [] }, headers)
   assert.equal(await reranked.text(), '{"results":[]}')
   assert.equal((await fetch(`${url}/hello`, { headers })).status, 429)
+})
+
+test('a host with the same names, its own reply-from and rate-limit, and a prefix with a slash', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const fastify = Fastify()
+  fastify.decorateRequest('payload', 'the host’s' as never)
+  fastify.decorate('usage', 'the host’s' as never)
+  await fastify.register(replyFrom, { base: backend.url })
+  await fastify.register(rateLimit, { max: 1000 })
+  await fastify.register(auth, { enabled: false })
+  fastify.get('/own', (_request, reply) => reply.from('/v1/models'))
+  fastify.register(gateway, { prefix: '/llm/', backends: [{ url: backend.url }] })
+  const url = await listen(t, fastify)
+  const response = await post(`${url}/llm/v1/chat/completions`, { ...CHAT, stream: true })
+  assert.match(await response.text(), /\[DONE\]/)
+  assert.equal(backend.requests[0]!.url, '/v1/chat/completions')
+  assert.equal((await fetch(`${url}/own`)).status, 200)
+  assert.equal(backend.requests[1]!.url, '/v1/models')
+})
+
+test('a prefix with a parameter is refused', async () => {
+  const fastify = Fastify()
+  fastify.register(gateway, { prefix: '/t/:tenant', backends: [{ url: 'http://a:1' }] })
+  await assert.rejects(async () => fastify.ready(), /prefix: must be a path without parameters/)
+  await fastify.close()
+})
+
+test('an HTTP/2 server can hold a gateway, and close', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const fastify = Fastify({ http2: true })
+  await fastify.register(gateway as never, { backends: [{ url: backend.url }] })
+  await fastify.listen({ port: 0, host: '127.0.0.1' })
+  const { port } = fastify.server.address() as AddressInfo
+  const session = connect(`http://127.0.0.1:${port}`)
+  t.after(() => session.destroy())
+  const stream = session.request({
+    ':method': 'POST',
+    ':path': '/v1/chat/completions',
+    'content-type': 'application/json'
+  })
+  stream.end(JSON.stringify({ ...CHAT, stream: true }))
+  let text = ''
+  for await (const data of stream) text += data
+  assert.match(text, /\[DONE\]/)
+  session.destroy()
+  await fastify.close()
 })

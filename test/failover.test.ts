@@ -1,6 +1,15 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { answerChat, CHAT, chunk, closedPort, fakeBackend, post, startGateway } from './helper.ts'
+import {
+  answerChat,
+  CHAT,
+  chunk,
+  closedPort,
+  fakeBackend,
+  fullPort,
+  post,
+  startGateway
+} from './helper.ts'
 
 const RETRY = { enabled: true, initial_wait: '1ms', max_wait: '50ms' }
 const REFUSED = '{"error":{"message":"try later","type":"overloaded"}}'
@@ -321,3 +330,58 @@ test('an error answer that never ends does not hold the client up', async t => {
   const response = await post(`${gateway.url}/v1/embeddings`, CHAT)
   assert.equal(response.status, 502)
 })
+
+test('waits grow by the multiplier, up to max_wait', async t => {
+  const times: number[] = []
+  const bad = await fakeBackend(t, (_request, response) => {
+    times.push(performance.now())
+    response.writeHead(503)
+    response.end(REFUSED)
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: bad.url }],
+    routing: {
+      retry: {
+        enabled: true,
+        max_retries: 3,
+        initial_wait: '20ms',
+        multiplier: 10,
+        max_wait: '300ms'
+      }
+    }
+  })
+  assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 503)
+  const waits = times.slice(1).map((time, at) => time - times[at]!)
+  assert.equal(waits.length, 3)
+  assert.ok(waits[0]! >= 15 && waits[1]! >= 190 && waits[2]! >= 290, String(waits))
+})
+
+test('routing.enabled: false switches retries off', async t => {
+  const bad = await fakeBackend(t, (_request, response) => {
+    response.writeHead(503)
+    response.end(REFUSED)
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: bad.url }],
+    routing: { enabled: false, retry: RETRY }
+  })
+  assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 503)
+  assert.equal(bad.requests.length, 1)
+})
+
+for (const where of ['routing', 'backend']) {
+  test(`connect_timeout of the ${where} is obeyed`, async t => {
+    const full = `http://127.0.0.1:${await fullPort(t)}`
+    const good = await fakeBackend(t, answerChat)
+    const gateway = await startGateway(t, {
+      backends: [
+        { url: full, weight: 9, ...(where === 'backend' ? { connect_timeout: '100ms' } : {}) },
+        { url: good.url }
+      ],
+      routing: { connect_timeout: where === 'routing' ? '100ms' : '60s' }
+    })
+    assert.equal((await post(`${gateway.url}/v1/chat/completions`, CHAT)).status, 200)
+    const line = await gateway.logged({ msg: 'attempt failed' })
+    assert.equal(line.reason, 'UND_ERR_CONNECT_TIMEOUT')
+  })
+}

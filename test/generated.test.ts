@@ -40,5 +40,8 @@ test('the editor’s schema takes the shipped configurations and refuses a wrong
   )
   assert.ok(!validate({ backends: [{ url: 'http://a', weight: 'ten' }] }))
   assert.ok(!validate({ backends: [{ url: 'http://a', wieght: 1 }] }))
+  assert.ok(validate({ backends: [{ url: '${URL}' }], server: null }))
+  assert.ok(!validate({ backends: [{ url: 'ftp://a' }] }))
+  assert.ok(!validate({ backends: [{ url: 'http://a' }], metrics: { path: 'x' } }))
   assert.ok(!validate({}))
 })

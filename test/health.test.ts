@@ -102,3 +102,19 @@ test('a reload does not make one failed probe enough', async t => {
   await flaky.request(probes)
   assert.equal(await gateway.metric('llmproxy_backend_up'), 1)
 })
+
+test('only failures in a row count', async t => {
+  let probes = 0
+  const flaky = await fakeBackend(t, (_request, response) => {
+    // One success, then two failures and a success by turns: never three failures in a row.
+    const status = probes++ % 3 === 0 ? 200 : 500
+    response.writeHead(status)
+    response.end()
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ name: 'flaky', url: flaky.url }],
+    health_check: { ...CHECK, interval: '5ms', unhealthy_threshold: 3 }
+  })
+  await flaky.request(30)
+  assert.ok(!gateway.lines.some(({ msg }) => msg === 'backend is unhealthy'))
+})

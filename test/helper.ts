@@ -1,3 +1,4 @@
+import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
 import { type AddressInfo, connect, type Socket } from 'node:net'
@@ -186,6 +187,28 @@ export async function closedPort(): Promise<number> {
   const { port } = server.address() as AddressInfo
   server.close()
   await once(server, 'close')
+  return port
+}
+
+/** A port that completes no more connections: its owner is stopped and its queue is full. */
+export async function fullPort(t: TestContext): Promise<number> {
+  const child = spawn(process.execPath, [
+    '-e',
+    `const server = require('node:net').createServer()
+    server.listen({ port: 0, host: '127.0.0.1', backlog: 1 }, () => {
+      process.stdout.write(String(server.address().port))
+    })`
+  ])
+  t.after(() => child.kill('SIGKILL'))
+  const [data] = await once(child.stdout, 'data')
+  const port = Number(data)
+  child.kill('SIGSTOP')
+  // The queue takes backlog + 1 connections; the next one's SYN is dropped.
+  for (let opened = 0; opened < 2; opened++) {
+    const socket = connect(port, '127.0.0.1')
+    t.after(() => socket.destroy())
+    await once(socket, 'connect')
+  }
   return port
 }
 

@@ -243,7 +243,7 @@ test('an upload that stops half way gives its slot back, also to a client that n
   const backend = await fakeBackend(t, (_request, response) => response.end('{}'))
   const gateway = await startGateway(t, {
     backends: [{ url: backend.url }],
-    server: { read_timeout: '200ms' },
+    server: { header_timeout: '100ms', read_timeout: '200ms' },
     rate_limit: { enabled: true, per_key: { max_concurrent: 1 } }
   })
   for (const path of ['/v1/audio/transcriptions', '/v1/embeddings']) {

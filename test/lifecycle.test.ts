@@ -1,7 +1,15 @@
 import assert from 'node:assert/strict'
-import { type ChildProcess, execFileSync, spawn } from 'node:child_process'
+import { type ChildProcess, execFileSync, spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync, mkdtempSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
+import {
+  copyFileSync,
+  existsSync,
+  mkdtempSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync
+} from 'node:fs'
 import { Agent, get } from 'node:https'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -119,6 +127,8 @@ test('SIGTERM: new calls are refused, running streams finish, exit 0', async t =
   await idle.closed
   const refused = await rawClient(t, gateway.port, text)
   assert.match(await refused.until(/\}\}/), / 503 [\s\S]*connection: close[\s\S]*shutting_down/i)
+  const probe = await rawClient(t, gateway.port, 'GET /health/ready HTTP/1.1\r\nhost: g\r\n\r\n')
+  assert.match(await probe.until(/\}\}/), / 503 [\s\S]*"status":"draining"/)
   halfway.socket.write(waiting.slice(-5))
   await halfway.until(/Hi/)
   responses[1]!.end(DONE)
@@ -222,7 +232,11 @@ test('a reload keeps what was counted', async t => {
   )
 })
 
-test('without arguments it serves the demo backend, and the curl line of the log works', async t => {
+const NO_CURL = spawnSync('curl', ['--version']).error ? 'curl is not installed' : false
+
+test('the shipped file serves the demo backend, and the curl line of the log works', {
+  skip: NO_CURL
+}, async t => {
   const data = folder(t)
   const config = readFileSync(new URL('../config/llmproxy.yaml', import.meta.url), 'utf8')
   const file = join(data, 'config.yaml')
@@ -254,7 +268,7 @@ test('npm start passes signals on to the serving process', async t => {
 test('log.output: file writes below the data directory', async t => {
   const data = folder(t)
   const file = writeConfig(join(data, 'config.yaml'), {
-    server: { listen: '127.0.0.1:38917' },
+    ...LISTEN,
     log: { output: 'file', file: { path: 'logs/gateway.log' } },
     backends: [{ url: 'demo://' }]
   })
@@ -270,19 +284,6 @@ test('log.output: file writes below the data directory', async t => {
   assert.equal(code, 0)
   assert.match(read(), /"msg":"stopped"/)
 })
-
-function certificate(path: string, name: string, issuer?: string): { cert: string; key: string } {
-  const [cert, key] = [join(path, `${name}.crt`), join(path, `${name}.key`)]
-  const request = ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1']
-  const signed = issuer === undefined ? [] : ['-CA', `${issuer}.crt`, '-CAkey', `${issuer}.key`]
-  const names = ['-subj', `/CN=${name}`, '-addext', 'subjectAltName=IP:127.0.0.1']
-  execFileSync(
-    'openssl',
-    [...request, '-nodes', '-days', '2', '-keyout', key, '-out', cert, ...names, ...signed],
-    { stdio: 'ignore' }
-  )
-  return { cert, key }
-}
 
 /** The status of a GET over TLS, and whose certificate the server showed. */
 function getTls(url: string, options: object): Promise<{ status: number; name: string }> {
@@ -302,9 +303,15 @@ function getTls(url: string, options: object): Promise<{ status: number; name: s
 
 test('TLS, client certificates, and a certificate that is renewed while it runs', async t => {
   const path = folder(t)
-  const server = certificate(path, 'first')
-  certificate(path, 'authority')
-  const client = certificate(path, 'client', join(path, 'authority'))
+  const fixture = (name: string) => new URL(`./tls/${name}`, import.meta.url)
+  const server = { cert: join(path, 'server.crt'), key: join(path, 'server.key') }
+  const renew = (name: string) => {
+    for (const part of ['key', 'crt']) {
+      copyFileSync(fixture(`${name}.${part}`), join(path, 'new'))
+      renameSync(join(path, 'new'), join(path, `server.${part}`))
+    }
+  }
+  renew('first')
   const file = writeConfig(join(path, 'config.yaml'), {
     server: {
       ...LISTEN.server,
@@ -312,7 +319,7 @@ test('TLS, client certificates, and a certificate that is renewed while it runs'
         enabled: true,
         cert_file: server.cert,
         key_file: server.key,
-        client_ca_file: join(path, 'authority.crt'),
+        client_ca_file: fixture('authority.crt').pathname,
         client_auth: 'require'
       }
     },
@@ -320,13 +327,14 @@ test('TLS, client certificates, and a certificate that is renewed while it runs'
   })
   const gateway = await start(t, [CLI, '--config', file])
   assert.match(gateway.url, /^https:/)
-  const shown = { cert: readFileSync(client.cert), key: readFileSync(client.key) }
+  const shown = {
+    cert: readFileSync(fixture('client.crt')),
+    key: readFileSync(fixture('client.key'))
+  }
   assert.deepEqual(await getTls(gateway.url, shown), { status: 200, name: 'first' })
   await assert.rejects(getTls(gateway.url, {}))
 
-  const renewed = certificate(path, 'second')
-  renameSync(renewed.key, server.key)
-  renameSync(renewed.cert, server.cert)
+  renew('second')
   let name = ''
   while (name !== 'second') {
     await gateway.logged('TLS certificate renewed', 1)
@@ -341,6 +349,8 @@ test('CORS', async t => {
       cors: {
         enabled: true,
         allowed_origins: ['http://app.example'],
+        allowed_methods: ['POST'],
+        allow_credentials: true,
         expose_headers: ['x-request-id'],
         max_age: 60
       }
@@ -357,6 +367,8 @@ test('CORS', async t => {
   assert.equal(preflight.headers.get('access-control-allow-origin'), 'http://app.example')
   assert.match(preflight.headers.get('access-control-allow-headers')!, /Authorization/)
   assert.equal(preflight.headers.get('access-control-max-age'), '60')
+  assert.equal(preflight.headers.get('access-control-allow-methods'), 'POST')
+  assert.equal(preflight.headers.get('access-control-allow-credentials'), 'true')
   const headers = { origin: 'http://app.example', 'x-api-key': 'a' }
   const call = await post(`${gateway.url}/v1/chat/completions`, CHAT, headers)
   assert.equal(call.headers.get('access-control-allow-origin'), 'http://app.example')
@@ -387,4 +399,32 @@ test('a stream that is cut at the end of the drain gets nothing more after its e
   assert.match(stream.received, /"code":"shutting_down"\}\}\n\n\s*$/)
   await (await backend.request()).closed
   assert.equal(await gateway.exit, 0)
+})
+
+test('a call that waits to be tried again goes on as it began, and log.level changes at once', async t => {
+  const old = await fakeBackend(t, (_request, response) => {
+    response.writeHead(old.requests.length === 1 ? 503 : 200)
+    response.end('{}')
+  })
+  const next = await fakeBackend(t, answerChat)
+  const file = join(folder(t), 'config.yaml')
+  const retry = { enabled: true, initial_wait: '700ms', max_wait: '700ms' }
+  writeConfig(file, { ...LISTEN, backends: [{ url: old.url, api_key: 'one' }], routing: { retry } })
+  const gateway = await start(t, [CLI, '--config', file])
+  const call = post(`${gateway.url}/v1/embeddings`, CHAT)
+  await old.request()
+  writeConfig(file, { ...LISTEN, log: { level: 'debug' }, backends: [{ url: next.url }] })
+  gateway.child.kill('SIGHUP')
+  await gateway.logged('configuration reloaded')
+  assert.equal((await call).status, 200)
+  assert.equal(old.requests.length, 2)
+  assert.equal(old.requests[1]!.headers.authorization, 'Bearer one')
+  assert.equal((await post(`${gateway.url}/v1/chat/completions`, CHAT)).status, 200)
+  assert.equal(next.requests.length, 1)
+  await fetch(`${gateway.url}/health`)
+  await new Promise<void>(resolve => {
+    const look = () =>
+      gateway.lines.some(({ route }) => route === '/health') ? resolve() : setImmediate(look)
+    look()
+  })
 })

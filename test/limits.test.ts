@@ -271,3 +271,10 @@ test('an IPv6 network counts as one address', async t => {
   assert.equal(await status('2001:db8::2'), 429)
   assert.equal(await status('2001:db8:0:1::1'), 200)
 })
+
+test('without burst_size twice the rate may come at once', () => {
+  const limiter = new MemoryLimiter({ per_key: { ...NONE, requests_per_second: 5 } })
+  let atOnce = 0
+  while (!('scope' in limiter.reserve('k', 0))) atOnce++
+  assert.equal(atOnce, 10)
+})

@@ -608,3 +608,19 @@ test('cached tokens are within prompt_tokens, also when they go by Anthropic’s
     [1000, 900, 1001]
   )
 })
+
+test('/api/generate streams by default too, and time per token is in seconds', async t => {
+  const backend = await fakeBackend(t, async (_request, response) => {
+    response.writeHead(200, { 'content-type': 'application/x-ndjson' })
+    for (const word of ['a', 'b', 'c']) {
+      response.write(`{"response":"${word}","done":false}\n`)
+      await new Promise(resolve => setTimeout(resolve, 30))
+    }
+    response.end('{"response":"","done":true,"eval_count":3,"prompt_eval_count":3}\n')
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  await (await post(`${gateway.url}/api/generate`, { model: 'm', prompt: 'x' })).text()
+  assert.equal((await gateway.logged({ msg: 'exchange' })).stream, true)
+  const seconds = await gateway.metric('llmproxy_time_per_output_token_seconds_sum')
+  assert.ok(seconds >= 0.025 && seconds < 5, String(seconds))
+})

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { Transform } from 'node:stream'
 import { test } from 'node:test'
-import { brotliCompressSync, gzipSync, zstdCompressSync } from 'node:zlib'
+import { brotliCompressSync, createGzip, gzipSync, zstdCompressSync } from 'node:zlib'
 import Fastify from 'fastify'
 import gatewayPlugin from '../src/app.ts'
 import {
@@ -202,4 +202,34 @@ test('a chat stream that ends with a finish reason and no [DONE] is complete', a
   const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
   assert.equal(await (await post(`${gateway.url}/v1/chat/completions`, STREAM)).text(), text)
   assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'ok')
+})
+
+test('a compressed stream, too, goes on piece by piece', async t => {
+  let more: (() => void) | undefined
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream', 'content-encoding': 'gzip' })
+    const gzip = createGzip()
+    gzip.on('data', data => response.write(data))
+    const send = (word: string) => {
+      gzip.write(chunk(word))
+      gzip.flush()
+    }
+    send('one')
+    more = () => send('two')
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', STREAM))
+  await client.until(/"one"/)
+  more!()
+  await client.until(/"two"/)
+})
+
+test('nginx in front is told not to collect a stream', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.end(DONE)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const response = await post(`${gateway.url}/v1/chat/completions`, STREAM)
+  assert.equal(response.headers.get('x-accel-buffering'), 'no')
 })

@@ -1,5 +1,8 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
+import { pino } from 'pino'
+import type { UsageEvent } from '../src/reporters/reporter.ts'
+import { Webhook } from '../src/reporters/webhook.ts'
 import {
   answerChat,
   CHAT,
@@ -242,4 +245,29 @@ test('a call is reported to whom it would have been when it began', async t => {
   responses[1]!.end(DONE)
   assert.equal((await after.event()).completion_tokens, 1)
   assert.equal(before.requests.length, 1)
+})
+
+test('the queue of a dead receiver is bounded, and what does not fit is counted', async t => {
+  const silent = await fakeBackend(t, () => {})
+  const results: string[] = []
+  const options = {
+    url: silent.url,
+    method: 'POST',
+    timeout: 60_000,
+    retry: 0,
+    headers: {}
+  } as const
+  const webhook = new Webhook(
+    'dead',
+    { ...options, include_request_body: false },
+    result => results.push(result),
+    pino({ level: 'silent' })
+  )
+  const event = { request_id: 'x' } as UsageEvent
+  for (let count = 0; count < 12_000; count++) webhook.report(event, undefined)
+  assert.ok(webhook.pending <= 10_008, String(webhook.pending))
+  const refused = results.length
+  assert.ok(refused >= 1_992 && results.every(result => result === 'failed'))
+  await webhook.close(AbortSignal.abort())
+  assert.equal(results.length, 12_000)
 })

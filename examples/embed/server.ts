@@ -5,7 +5,7 @@ import gateway from 'llmproxy'
  * Two gateways in a Fastify server that was there before them: it keeps its own authentication, its
  * own error handler and its own /metrics, and each gateway keeps to its prefix.
  *
- * Run it with: node examples/embed/server.ts
+ * Run it with: npm run example
  */
 export async function buildServer(urls: { team: string; lab: string }): Promise<FastifyInstance> {
   const fastify = Fastify()

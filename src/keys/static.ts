@@ -1,5 +1,6 @@
 import { timingSafeEqual } from 'node:crypto'
 import { type Static, Type } from 'typebox'
+import type { Distinct } from '../issues.ts'
 import { NotBuilt } from '../options.ts'
 import {
   hashKey,
@@ -80,6 +81,10 @@ export const StaticKey = Type.Object(
 )
 export type StaticKey = Static<typeof StaticKey>
 
+function hashOf(key: unknown): string | undefined {
+  return isKey(key) ? toHashed(String(key)) : undefined
+}
+
 /** A list of keys: each once, and each name once, since limits and bills hang on it. */
 export const StaticKeyList = (description: string) =>
   Type.Array(StaticKey, {
@@ -87,12 +92,9 @@ export const StaticKeyList = (description: string) =>
     secret: true,
     description,
     distinct: [
-      {
-        by: ({ key }: Record<string, unknown>) => (isKey(key) ? toHashed(String(key)) : undefined),
-        what: 'key'
-      },
-      { by: ({ name }: Record<string, unknown>) => name, what: 'name' }
-    ]
+      { by: given => hashOf(typeof given === 'string' ? given : given.key), what: 'key' },
+      { by: given => (typeof given === 'string' ? undefined : given.name), what: 'name' }
+    ] satisfies Distinct[]
   })
 
 /** Keys from the configuration, kept as hashes. */

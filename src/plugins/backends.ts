@@ -2,6 +2,7 @@ import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type DemoBackend, startDemo } from '../demo.ts'
+import type { Distinct } from '../issues.ts'
 import {
   checkOptions,
   Duration,
@@ -128,7 +129,9 @@ export const BackendsOptions = Section(
     backends: Type.Array(BackendOptions, {
       minItems: 1,
       expects: 'a list of at least one backend',
-      distinct: [{ by: (backend: Partial<BackendOptions>) => nameOf(backend), what: 'name' }],
+      distinct: [
+        { by: backend => nameOf(backend as Partial<BackendOptions>), what: 'name' }
+      ] satisfies Distinct[],
       description: 'The inference servers'
     }),
     routing: RoutingOptions,

@@ -189,7 +189,7 @@ function backendMetrics(
     registers,
     collect() {
       this.reset()
-      for (const { name, inFlight } of pool.all) this.inc({ backend: name }, inFlight)
+      for (const { name, live } of pool.all) this.inc({ backend: name }, live.inFlight)
     }
   })
   const attempts = new Counter({

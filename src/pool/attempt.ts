@@ -71,7 +71,7 @@ export class Attempt implements BackendHandler {
   }
 
   start(options: Dispatcher.DispatchOptions, fresh: boolean): void {
-    this.backend.inFlight++
+    this.backend.live.inFlight++
     this.backend.dispatch(options, this, fresh)
   }
 
@@ -105,7 +105,7 @@ export class Attempt implements BackendHandler {
         this.#refusal = new Refusal(this.#head, controller)
         return
       }
-    } else if (question === 'withdrawn' && statusCode < 400) this.backend.refuseUsageQuestion()
+    } else if (question === 'withdrawn' && statusCode < 400) this.backend.live.refuseUsageQuestion()
     const kind = statusFailure(statusCode)
     if (kind !== undefined) {
       this.#penalise()
@@ -168,8 +168,8 @@ export class Attempt implements BackendHandler {
     if (statusCode === 401 || statusCode === 403) return this.#penalise()
     const now = performance.now()
     const ms = now - this.#startedAt
-    const least = statusCode < 400 ? 0 : (this.backend.latency(now) ?? REFUSAL_LATENCY)
-    this.backend.observeLatency(Math.max(ms, least), now)
+    const least = statusCode < 400 ? 0 : (this.backend.live.latency(now) ?? REFUSAL_LATENCY)
+    this.backend.live.observeLatency(Math.max(ms, least), now)
   }
 
   /** An error answer is too long to be kept. If it is the only one, it goes on as it comes. */
@@ -207,13 +207,13 @@ export class Attempt implements BackendHandler {
 
   #penalise(): void {
     const now = performance.now()
-    this.backend.observeLatency(Math.max(FAILURE_LATENCY, now - this.#startedAt), now)
+    this.backend.live.observeLatency(Math.max(FAILURE_LATENCY, now - this.#startedAt), now)
   }
 
   #end(): void {
     if (this.#isOver) return
     this.#isOver = true
-    this.backend.inFlight--
+    this.backend.live.inFlight--
     this.#owner.over(this)
   }
 }

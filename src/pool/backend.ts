@@ -27,16 +27,43 @@ const ALPHA = 0.3
 /** A server that refused a field is asked again after a while: it may have been upgraded. */
 const REMEMBER_REFUSAL_MS = 10 * 60_000
 
-/** One inference server: what is configured, and what is known of it at the moment. */
+/** One inference server: how it is configured, and what is known of it at the moment. */
 export class Backend {
-  config: BackendConfig
+  readonly config: BackendConfig
+  readonly live: Live
+
+  /** `live`: of the same server under an earlier configuration. */
+  constructor(config: BackendConfig, live = new Live(config)) {
+    this.config = config
+    this.live = live
+  }
+
+  get name(): string {
+    return this.config.name
+  }
+
+  /** May it be given work? */
+  get available(): boolean {
+    return this.live.healthy
+  }
+
+  /** Sends a request, over a connection of its own if it must be `fresh`. */
+  dispatch(options: Dispatcher.DispatchOptions, handler: BackendHandler, fresh = false): void {
+    const { timeout, idleTimeout } = this.config
+    const limited = { ...options, headersTimeout: timeout, bodyTimeout: idleTimeout }
+    this.live.dispatch(limited, handler, fresh)
+  }
+}
+
+/** Connections to a server, and what was learned of it: kept while its settings change. */
+export class Live {
   /** Exchanges whose answer has not ended. */
   inFlight = 0
   healthy = true
-  /** Smooth weighted round robin keeps its place here. */
-  currentWeight = 0
   /** An active check has been made. */
   isProbed = false
+  /** Smooth weighted round robin keeps its place here. */
+  currentWeight = 0
   readonly origin: string
   readonly basePath: string
   readonly #settings: { allowH2: false; connect: buildConnector.connector }
@@ -48,12 +75,11 @@ export class Backend {
   #latency = 0
   #latencyAt: number | undefined
 
-  constructor(config: BackendConfig) {
-    this.config = config
-    const url = new URL(config.url)
-    this.origin = url.origin
-    this.basePath = url.pathname.replace(/\/+$/, '').replace(/\/v1$/, '')
-    const connect = buildConnector({ timeout: config.connectTimeout, allowH2: false }) as (
+  constructor({ url, connectTimeout }: Pick<BackendConfig, 'url' | 'connectTimeout'>) {
+    const { origin, pathname } = new URL(url)
+    this.origin = origin
+    this.basePath = pathname.replace(/\/+$/, '').replace(/\/v1$/, '')
+    const connect = buildConnector({ timeout: connectTimeout, allowH2: false }) as (
       ...args: Parameters<buildConnector.connector>
     ) => Socket
     // No cap on connections: admission is the limits' work, and undici's own queue can't be seen.
@@ -68,30 +94,12 @@ export class Backend {
     this.#sockets = new Sockets(this.origin, this.#settings)
   }
 
-  get name(): string {
-    return this.config.name
-  }
-
-  /** May it be given work? */
-  get available(): boolean {
-    return this.healthy
-  }
-
-  /** Sends a request, over a connection of its own if it must be `fresh`. */
-  dispatch(options: Dispatcher.DispatchOptions, handler: BackendHandler, fresh = false): void {
+  dispatch(options: Dispatcher.DispatchOptions, handler: BackendHandler, fresh: boolean): void {
     const sockets = fresh ? new Client(this.origin, this.#settings) : this.#sockets
     if (options.body instanceof Readable) this.#openLater(handler)
     else this.#opening = handler
     try {
-      sockets.dispatch(
-        {
-          ...options,
-          path: this.basePath + options.path,
-          headersTimeout: this.config.timeout,
-          bodyTimeout: this.config.idleTimeout
-        },
-        handler
-      )
+      sockets.dispatch({ ...options, path: this.basePath + options.path }, handler)
     } finally {
       this.#opening = undefined
       if (fresh) void sockets.close()
@@ -123,14 +131,6 @@ export class Backend {
     return this.#latency * Math.exp(-(now - this.#latencyAt) / FORGET_MS)
   }
 
-  #openLater(handler: BackendHandler): void {
-    this.#openingLater.push(handler)
-    setImmediate(() => {
-      const at = this.#openingLater.indexOf(handler)
-      if (at !== -1) this.#openingLater.splice(at, 1)
-    })
-  }
-
   /** Closes idle connections at once and busy ones when their answers have ended. */
   async close(): Promise<void> {
     await this.#sockets.close()
@@ -138,5 +138,13 @@ export class Backend {
 
   async destroy(): Promise<void> {
     await this.#sockets.destroy()
+  }
+
+  #openLater(handler: BackendHandler): void {
+    this.#openingLater.push(handler)
+    setImmediate(() => {
+      const at = this.#openingLater.indexOf(handler)
+      if (at !== -1) this.#openingLater.splice(at, 1)
+    })
   }
 }

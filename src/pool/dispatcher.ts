@@ -14,7 +14,7 @@ import {
   type Progress
 } from './attempt.ts'
 import type { Backend } from './backend.ts'
-import type { FailureKind, Pool, RetryPolicy } from './pool.ts'
+import type { FailureKind, Lineup, Pool } from './pool.ts'
 import type { Refusal } from './refusal.ts'
 
 /** The exchange a request belongs to, as a property of its headers: reply-from hands it through. */
@@ -44,7 +44,8 @@ export function createDispatcher(pool: Pool, onAttempt: OnAttempt, log: FastifyB
 /** One request and all its attempts. */
 class Delivery implements AttemptOwner {
   readonly #pool: Pool
-  readonly #retryPolicy: RetryPolicy
+  /** The configuration it began with. */
+  readonly #lineup: Lineup
   readonly #onAttempt: OnAttempt
   readonly #log: FastifyBaseLogger
   readonly #options: Options
@@ -70,7 +71,7 @@ class Delivery implements AttemptOwner {
     done: Done
   ) {
     this.#pool = pool
-    this.#retryPolicy = pool.retry
+    this.#lineup = pool.enter()
     this.#onAttempt = onAttempt
     this.#log = log
     this.#options = options
@@ -79,8 +80,11 @@ class Delivery implements AttemptOwner {
   }
 
   start(): void {
-    if (this.#exchange.closed) return
-    this.#exchange.onClose = () => this.#cancel()
+    if (this.#exchange.closed) return this.#pool.leave(this.#lineup)
+    this.#exchange.onClose = () => {
+      this.#cancel()
+      this.#pool.leave(this.#lineup)
+    }
     this.#exchange.onInterrupt = error => {
       this.#cancel()
       if (this.#answer === undefined) this.#exchange.reply.send(error)
@@ -153,8 +157,8 @@ class Delivery implements AttemptOwner {
   /** Time in ms until another attempt may be made, or undefined if there is to be none. */
   #plan(kind: FailureKind, isSent: boolean): number | undefined {
     if (this.#exchange.closed || !this.#canResend()) return undefined
-    const { enabled, retryOn, maxRetries, maxWait, initialWait, multiplier } = this.#retryPolicy
-    const candidates = this.#pool.candidates(this.#exchange.pinned)
+    const { enabled, retryOn, maxRetries, maxWait, initialWait, multiplier } = this.#lineup.retry
+    const candidates = this.#lineup.candidates(this.#exchange.pinned)
     const another = candidates.some(each => !this.#tried.has(each))
     // A connection that was refused has cost nobody anything.
     if (!isSent && another) return 0
@@ -182,7 +186,7 @@ class Delivery implements AttemptOwner {
   }
 
   #next(): void {
-    const backend = this.#pool.pick(this.#tried, this.#exchange.pinned)
+    const backend = this.#lineup.pick(this.#tried, this.#exchange.pinned)
     if (backend !== undefined) {
       this.#exchange.attempts++
       return this.#send(backend)
@@ -196,7 +200,7 @@ class Delivery implements AttemptOwner {
   #send(backend: Backend, fresh = false): void {
     this.#tried.add(backend)
     this.#exchange.backend = backend.name
-    this.#exchange.backendUrl = backend.origin + backend.basePath
+    this.#exchange.backendUrl = backend.live.origin + backend.live.basePath
     const attempt = new Attempt(this, backend)
     this.#running.add(attempt)
     attempt.start(this.#request(backend), fresh)
@@ -210,7 +214,8 @@ class Delivery implements AttemptOwner {
     }
     for (const name in backend.config.headers) headers[name] = backend.config.headers[name]!
     const { question } = this.#exchange
-    if (question !== undefined) question.asked = backend.takesUsageQuestion && !this.#isWithdrawn
+    if (question !== undefined)
+      question.asked = backend.live.takesUsageQuestion && !this.#isWithdrawn
     if (question?.asked !== true) return { ...this.#options, headers }
     headers['content-length'] = String(question.bytes.length)
     return { ...this.#options, headers, body: question.bytes }

@@ -34,7 +34,7 @@ export class HealthChecker {
     this.#stop = new AbortController()
     for (const backend of backends) {
       if (check.enabled) void this.#watch(backend, check, this.#stop.signal)
-      else backend.healthy = true
+      else backend.live.healthy = true
     }
   }
 
@@ -43,6 +43,7 @@ export class HealthChecker {
   }
 
   async #watch(backend: Backend, check: HealthCheck, signal: AbortSignal): Promise<void> {
+    const { live } = backend
     let successes = 0
     let failures = 0
     while (!signal.aborted) {
@@ -51,19 +52,19 @@ export class HealthChecker {
       successes = failure === undefined ? successes + 1 : 0
       failures = failure === undefined ? 0 : failures + 1
       if (
-        backend.healthy &&
-        (failures >= check.unhealthyThreshold || (!backend.isProbed && failures > 0))
+        live.healthy &&
+        (failures >= check.unhealthyThreshold || (!live.isProbed && failures > 0))
       ) {
-        backend.healthy = false
+        live.healthy = false
         this.#log.warn({ backend: backend.name, reason: failure }, 'backend is unhealthy')
       } else if (
-        !backend.healthy &&
-        (successes >= check.healthyThreshold || (!backend.isProbed && successes > 0))
+        !live.healthy &&
+        (successes >= check.healthyThreshold || (!live.isProbed && successes > 0))
       ) {
-        backend.healthy = true
+        live.healthy = true
         this.#log.info({ backend: backend.name }, 'backend is healthy')
       }
-      backend.isProbed = true
+      live.isProbed = true
       await sleep(check.interval, undefined, { signal, ref: false }).catch(() => {})
     }
   }
@@ -76,11 +77,14 @@ async function probe(
   signal: AbortSignal
 ): Promise<string | undefined> {
   try {
-    const { statusCode, body } = await request(backend.origin + backend.basePath + check.path, {
-      method: check.method,
-      headers: backend.config.headers,
-      signal: AbortSignal.any([signal, AbortSignal.timeout(check.timeout)])
-    })
+    const { statusCode, body } = await request(
+      backend.live.origin + backend.live.basePath + check.path,
+      {
+        method: check.method,
+        headers: backend.config.headers,
+        signal: AbortSignal.any([signal, AbortSignal.timeout(check.timeout)])
+      }
+    )
     await body.dump()
     return statusCode === check.expectedStatus ? undefined : `status ${statusCode}`
   } catch (error) {

@@ -1,4 +1,5 @@
-import { Backend, type BackendConfig } from './backend.ts'
+import { isDeepStrictEqual } from 'node:util'
+import { Backend, type BackendConfig, type Live } from './backend.ts'
 import { type StrategyName, strategies } from './strategies.ts'
 
 /** When and how often another attempt is made. Times in milliseconds. */
@@ -20,37 +21,26 @@ export interface PoolConfig {
   retry: RetryPolicy
 }
 
-/** All backends, and how one is chosen. */
-export class Pool {
-  backends: Backend[] = []
-  retry!: RetryPolicy
-  #strategy = strategies.round_robin
-  readonly #leaving = new Set<Backend>()
+/**
+ * The backends as one configuration has them, and how one of them is chosen. A request goes through
+ * all its attempts with the lineup it began with.
+ */
+export class Lineup {
+  readonly backends: Backend[]
+  readonly retry: RetryPolicy
+  /** Requests under way with it. */
+  requests = 0
+  readonly #strategy
 
-  constructor(config: PoolConfig) {
-    this.update(config)
-  }
-
-  /**
-   * Takes over another configuration. A backend that stays (same name and URL) keeps its
-   * connections, its counts and what was learned; one that goes finishes its answers first.
-   */
-  update({ backends, loadBalance, retry }: PoolConfig): void {
-    const before = this.backends
-    this.backends = backends.map(config => {
-      const same = before.find(backend => backend.name === config.name && isSame(backend, config))
-      if (same === undefined) return new Backend(config)
-      same.config = config
-      return same
-    })
-    for (const backend of before) if (!this.backends.includes(backend)) void this.#retire(backend)
-    this.#strategy = strategies[loadBalance]
+  constructor(backends: Backend[], { retry, loadBalance }: PoolConfig) {
+    this.backends = backends
     this.retry = retry
+    this.#strategy = strategies[loadBalance]
   }
 
   /**
    * The backends that may be given work. `pinned` (a name) is the only one that can serve a call
-   * about what it holds; if it has left the pool any other may say so.
+   * about what it holds; if it has left any other may say so.
    */
   candidates(pinned?: string): Backend[] {
     const holder = pinned && this.backends.find(each => each.name === pinned)
@@ -62,10 +52,60 @@ export class Pool {
     const candidates = this.candidates(pinned).filter(each => !exclude.has(each))
     return candidates.length < 2 ? candidates[0] : this.#strategy(candidates, performance.now())
   }
+}
 
-  /** All that are in use, those included that finish their answers before they go. */
-  get all(): Backend[] {
-    return [...this.backends, ...this.#leaving]
+/** All backends, over all changes of the configuration. */
+export class Pool {
+  #current: Lineup
+  /** Lineups that are in use; the current one is the last. */
+  readonly #lineups = new Set<Lineup>()
+  readonly #closing = new Set<Live>()
+
+  constructor(config: PoolConfig) {
+    this.#current = new Lineup(
+      config.backends.map(each => new Backend(each)),
+      config
+    )
+    this.#lineups.add(this.#current)
+  }
+
+  /**
+   * Takes over another configuration. A server that stays (same name and URL) keeps its connections,
+   * its counts and what was learned; one that goes finishes its requests first.
+   */
+  update(config: PoolConfig): void {
+    const before = this.#current
+    const backends = config.backends.map(each => {
+      const same = before.backends.find(backend => isSame(backend.config, each))
+      if (same === undefined) return new Backend(each)
+      return isDeepStrictEqual(same.config, each) ? same : new Backend(each, same.live)
+    })
+    this.#current = new Lineup(backends, config)
+    this.#lineups.add(this.#current)
+    this.#retire(before)
+  }
+
+  /** A request begins; it must {@link leave} the lineup when it is over. */
+  enter(): Lineup {
+    this.#current.requests++
+    return this.#current
+  }
+
+  leave(lineup: Lineup): void {
+    lineup.requests--
+    this.#retire(lineup)
+  }
+
+  get backends(): Backend[] {
+    return this.#current.backends
+  }
+
+  /** Names and state of all servers in use, those included that only finish their requests. */
+  get all(): { name: string; live: Live }[] {
+    const all = new Map<Live, string>()
+    for (const lineup of this.#lineups)
+      for (const each of lineup.backends) all.set(each.live, each.name)
+    return [...all].map(([live, name]) => ({ name, live }))
   }
 
   get available(): boolean {
@@ -73,19 +113,30 @@ export class Pool {
   }
 
   async destroy(): Promise<void> {
-    await Promise.all(this.all.map(backend => backend.destroy()))
+    const all = new Set([...this.all.map(({ live }) => live), ...this.#closing])
+    await Promise.all([...all].map(live => live.destroy()))
   }
 
-  async #retire(backend: Backend): Promise<void> {
-    this.#leaving.add(backend)
-    await backend.close()
-    this.#leaving.delete(backend)
+  /** Lets go of the servers that only this lineup has, when nothing is under way with it. */
+  #retire(lineup: Lineup): void {
+    if (lineup === this.#current || lineup.requests > 0) return
+    this.#lineups.delete(lineup)
+    const stays = new Set(this.all.map(({ live }) => live))
+    for (const { live } of lineup.backends) if (!stays.has(live)) void this.#close(live)
+  }
+
+  async #close(live: Live): Promise<void> {
+    this.#closing.add(live)
+    await live.close()
+    this.#closing.delete(live)
   }
 }
 
 /** Connections can be kept: what they were opened with has not changed. */
-function isSame(backend: Backend, config: BackendConfig): boolean {
+function isSame(before: BackendConfig, after: BackendConfig): boolean {
   return (
-    backend.config.url === config.url && backend.config.connectTimeout === config.connectTimeout
+    before.name === after.name &&
+    before.url === after.url &&
+    before.connectTimeout === after.connectTimeout
   )
 }

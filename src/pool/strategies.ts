@@ -10,17 +10,17 @@ export type Strategy = (candidates: Backend[], now: number) => Backend
 const roundRobin: Strategy = candidates => {
   let total = 0
   for (const backend of candidates) {
-    backend.currentWeight += backend.config.weight
+    backend.live.currentWeight += backend.config.weight
     total += backend.config.weight
   }
-  const chosen = best(candidates, backend => -backend.currentWeight)
-  chosen.currentWeight -= total
+  const chosen = best(candidates, backend => -backend.live.currentWeight)
+  chosen.live.currentWeight -= total
   return chosen
 }
 
 /** Fewest in flight for its weight; among equals, weighted round robin. */
 const leastConnections: Strategy = (candidates, now) => {
-  const load = (backend: Backend) => (backend.inFlight + 1) / backend.config.weight
+  const load = (backend: Backend) => (backend.live.inFlight + 1) / backend.config.weight
   const least = Math.min(...candidates.map(load))
   return roundRobin(
     candidates.filter(backend => load(backend) <= least),
@@ -34,12 +34,12 @@ const leastConnections: Strategy = (candidates, now) => {
  * slowly and so gets another try.
  */
 const latencyBased: Strategy = (candidates, now) => {
-  const known = candidates.map(backend => backend.latency(now)).filter(ms => ms !== undefined)
+  const known = candidates.map(backend => backend.live.latency(now)).filter(ms => ms !== undefined)
   const average = known.length === 0 ? 1 : known.reduce((sum, ms) => sum + ms, 0) / known.length
   return best(candidates, backend => {
-    const ms = backend.latency(now)
-    if (ms === undefined && backend.inFlight === 0) return 0
-    return (ms ?? average) * (backend.inFlight + 1)
+    const ms = backend.live.latency(now)
+    if (ms === undefined && backend.live.inFlight === 0) return 0
+    return (ms ?? average) * (backend.live.inFlight + 1)
   })
 }
 
