@@ -32,7 +32,7 @@ export interface Caller {
   id: string
   name?: string
   userId?: string
-  /** Model names (`*` as a wildcard at the end) this caller may use; absent: all. */
+  /** Model names (`*` stands for any text) this caller may use; absent: all. */
   models?: string[]
 }
 
