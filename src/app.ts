@@ -188,7 +188,7 @@ function refuseRest(request: FastifyRequest, reply: FastifyReply): void {
 }
 
 /** Answers whatever is no route. The path stays out of it, and out of the log. */
-export function answerNotFound(request: FastifyRequest, reply: FastifyReply): void {
+function answerNotFound(request: FastifyRequest, reply: FastifyReply): void {
   answerError(new GatewayError('not_found', 'There is no such route.'), request, reply)
 }
 

@@ -11,7 +11,7 @@ import { type GatewayError, toGatewayError } from './errors.ts'
  */
 
 /** What the finishers do, in this order, when an exchange ends. */
-export const STAGES = ['metering', 'record', 'settle', 'slot', 'metrics', 'log'] as const
+const STAGES = ['metering', 'record', 'settle', 'slot', 'metrics', 'log'] as const
 export type Stage = (typeof STAGES)[number]
 
 export type Outcome = 'ok' | 'client_gone' | 'backend_failed' | 'timed_out' | 'rejected'
@@ -258,7 +258,7 @@ export function withExchanges(fastify: FastifyInstance): Exchanges {
  * `req_` and 32 hexadecimal digits that begin with the time (a UUIDv7, RFC 9562), so that ids sort
  * by age.
  */
-export function newRequestId(now = Date.now()): string {
+function newRequestId(now = Date.now()): string {
   const random = randomBytes(10)
   random[0] = (random[0]! & 0x0f) | 0x70
   random[2] = (random[2]! & 0x3f) | 0x80

@@ -2,6 +2,7 @@ import { validateHeaderName, validateHeaderValue } from 'node:http'
 import { Ajv, type FuncKeywordDefinition } from 'ajv'
 import { type Static, type TSchema, type TUnsafe, Type } from 'typebox'
 import { type Distinct, findRepeated, formatPath, type Issue, toIssue } from './issues.ts'
+import { dropSwitchedOff, isSwitchedOn, type SchemaNode } from './not-built.ts'
 
 /**
  * Options are described once, as JSON Schema made with TypeBox: the type, the check, the defaults,
@@ -246,55 +247,6 @@ export function findIssues(schema: TSchema, options: unknown): Issue[] {
     seen.add(id)
     return [issue]
   })
-}
-
-/** Does a part that isn't built ask for anything? `enabled: false`, `no`, 0, "", [] and {} don't. */
-function isSwitchedOn(value: unknown): boolean {
-  if (Array.isArray(value)) return value.some(isSwitchedOn)
-  if (typeof value === 'string') return !/^(false|no|off|0|)$/i.test(value)
-  if (typeof value !== 'object' || value === null) return Boolean(value)
-  if ('enabled' in value) return isSwitchedOn(value.enabled)
-  return Object.values(value).some(isSwitchedOn)
-}
-
-interface SchemaNode {
-  notBuilt?: true
-  later?: readonly string[]
-  items?: SchemaNode
-  properties?: Record<string, SchemaNode>
-}
-
-/**
- * Inside of what is switched off, parts that this version doesn't have are as good as not there:
- * they are taken out, so that a whole configuration of the dialect can be kept.
- */
-function dropSwitchedOff(schema: SchemaNode, value: unknown, isOff: boolean): void {
-  if (typeof value !== 'object' || value === null) return
-  if (Array.isArray(value)) {
-    for (const item of value) dropSwitchedOff(schema.items ?? {}, item, isOff)
-    const kept = value.filter(item => !(isLater(schema.items, item) && (isOff || isDisabled(item))))
-    value.splice(0, value.length, ...kept)
-    return
-  }
-  const members = value as Record<string, unknown>
-  const isInnerOff = isOff || isDisabled(value)
-  for (const [name, inner] of Object.entries(schema.properties ?? {})) {
-    const isUnknown = inner.notBuilt || inner.later?.includes(String(members[name]))
-    if (isInnerOff && isUnknown && name !== 'type') delete members[name]
-    else dropSwitchedOff(inner, members[name], isInnerOff)
-  }
-}
-
-function isDisabled(value: unknown): boolean {
-  return (
-    typeof value === 'object' && value !== null && 'enabled' in value && value.enabled === false
-  )
-}
-
-/** Is this an item of a type that this version doesn't have? */
-function isLater(schema: SchemaNode | undefined, item: unknown): boolean {
-  const { type } = (item ?? {}) as { type?: unknown }
-  return schema?.properties?.type?.later?.includes(String(type)) ?? false
 }
 
 /** Is this an absolute http or https URL, without credentials (they belong into headers)? */

@@ -20,8 +20,7 @@ export interface KeyRecord {
   quotaLeft?: number | undefined
 }
 
-export const KEY_STATUSES = ['active', 'disabled', 'expired', 'quota_exceeded'] as const
-export type KeyStatus = (typeof KEY_STATUSES)[number]
+export type KeyStatus = 'active' | 'disabled' | 'expired' | 'quota_exceeded'
 
 /** Where keys are looked up. */
 export interface KeySource {

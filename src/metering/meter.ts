@@ -1,5 +1,6 @@
 import type { Dialect } from '../dialects/dialect.ts'
 import type { Usage } from '../exchange.ts'
+import { addCounts, type Counts, toUsage } from './counts.ts'
 import { JsonWatcher } from './watcher.ts'
 
 /** How the answer is cut into JSON texts: SSE events, lines, or one text. */
@@ -276,53 +277,4 @@ function lineEnd(chunk: Buffer, from: number, hasCr: boolean): number {
 function join(parts: Buffer[]): Buffer | undefined {
   const full = parts.filter(part => part.length > 0)
   return full.length < 2 ? full[0] : Buffer.concat(full)
-}
-
-/** The counts of all APIs, by the names of the wire; the last one above 0 stays. */
-type Counts = Record<string, number>
-
-function addCounts(counts: Counts, json: string): void {
-  let usage: Record<string, unknown>
-  try {
-    usage = JSON.parse(json)
-  } catch {
-    return
-  }
-  for (const [name, value] of Object.entries(usage)) {
-    if (isCount(name, value)) counts[name] = value
-    else if (typeof value === 'object' && value !== null) {
-      for (const [inner, count] of Object.entries(value)) {
-        if (isCount(inner, count)) counts[inner] = count
-      }
-    }
-  }
-}
-
-function isCount(name: string, value: unknown): value is number {
-  return typeof value === 'number' && value > 0 && name.endsWith('_tokens')
-}
-
-/**
- * One shape for all. Cached tokens are part of the prompt in OpenAI's counts and beside it in
- * Anthropic's; here they are always part of it.
- */
-function toUsage(counts: Counts): Usage | undefined {
-  if (Object.keys(counts).length === 0) return undefined
-  const cached = (counts.cache_read_input_tokens ?? 0) + (counts.cache_creation_input_tokens ?? 0)
-  const beside = counts.prompt_tokens === undefined ? cached : 0
-  const completionTokens = counts.completion_tokens ?? counts.output_tokens ?? 0
-  const input = counts.prompt_tokens ?? counts.input_tokens
-  const promptTokens =
-    input === undefined && beside === 0
-      ? Math.max(0, (counts.total_tokens ?? 0) - completionTokens)
-      : (input ?? 0) + beside
-  const cachedTokens = counts.cached_tokens ?? counts.cache_read_input_tokens
-  return {
-    promptTokens,
-    completionTokens,
-    totalTokens: Math.max(counts.total_tokens ?? 0, promptTokens + completionTokens),
-    ...(cachedTokens === undefined ? {} : { cachedTokens }),
-    ...(counts.reasoning_tokens === undefined ? {} : { reasoningTokens: counts.reasoning_tokens }),
-    exactness: 'exact'
-  }
 }

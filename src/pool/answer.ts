@@ -29,7 +29,7 @@ export class Answer extends Readable {
   tap: Tap | undefined
   /** What to tell a client whose stream breaks: an event in the dialect of its route. */
   lastWords: ((error: GatewayError) => string | undefined) | undefined
-  /** How long (ms) a client may take no byte while some wait; 0: for ever. */
+  /** How long (ms) a client may let bytes wait; 0: for ever. */
   stallTimeout = 0
   readonly #controller: Dispatcher.DispatchController
   /** Chunks that came before anybody listened. */
