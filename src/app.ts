@@ -1,3 +1,4 @@
+import type { Registry } from '@prometheus-io/client'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest, RegisterOptions } from 'fastify'
 import { type Static, Type } from 'typebox'
 import { anthropic } from './dialects/anthropic.ts'
@@ -5,8 +6,9 @@ import type { Dialect } from './dialects/dialect.ts'
 import { ollama } from './dialects/ollama.ts'
 import { openai } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
-import { withExchanges } from './exchange.ts'
+import { type Exchanges, withExchanges } from './exchange.ts'
 import { checkOptions, Duration, type Given, OptionsError } from './options.ts'
+import type { Peers } from './peers.ts'
 import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
 import backends, { BackendsOptions } from './plugins/backends.ts'
 import limits, { LimitsOptions } from './plugins/limits.ts'
@@ -46,6 +48,8 @@ export interface Gateway {
   reload(options: GatewayOptions): Promise<void>
   /** Base URL of the demo backend, when it is in use. */
   readonly demoUrl: string | undefined
+  readonly exchanges: Exchanges
+  readonly metricsRegistry: Registry
 }
 
 /** The gateway's options as they may be given in code. */
@@ -54,6 +58,8 @@ export type GivenOptions = Given<Omit<GatewayOptions, 'auth'>> & {
   onGateway?: (gateway: Gateway) => void
   /** Answer every unknown path of the server, not only those under the prefix. */
   ownsNotFound?: boolean
+  /** Where several processes serve together. */
+  peers?: Peers
 }
 
 interface Lifecycle {
@@ -82,7 +88,7 @@ const MAX_SWALLOWED = 256 * 1024
  * await fastify.register(gateway, { prefix: '/llm', backends: [{ url: 'http://127.0.0.1:8001' }] })
  */
 const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify, given) {
-  const { onGateway, ownsNotFound, prefix, logLevel, logSerializers, ...sections } =
+  const { onGateway, ownsNotFound, peers, prefix, logLevel, logSerializers, ...sections } =
     given as GivenOptions & RegisterOptions
   const options = checkOptions(GatewayOptions, sections, 'llmproxy')
   if (/[:*]/.test(fastify.prefix)) {
@@ -93,18 +99,20 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   }
   const lifecycle: Lifecycle = { isDraining: false }
   fastify.decorate('lifecycle', lifecycle)
+  fastify.decorate('peers', peers)
 
   // A request passes the plugins from top to bottom. First it becomes an exchange, so that whatever
   // happens to it is counted and logged; then what no route should see is turned away.
   const exchanges = withExchanges(fastify)
   fastify.setErrorHandler(answerError)
   if (ownsNotFound || (prefix ?? '') !== '') fastify.setNotFoundHandler(answerNotFound)
-  fastify.addHook('onRequest', async (request, reply) => {
+  fastify.addHook('onRequest', (request, reply, done) => {
     refuseOddPath(request.raw.url ?? '')
     if (lifecycle.isDraining && request.exchange.endpoint !== undefined) {
       reply.header('connection', 'close')
       throw new GatewayError('shutting_down', 'This server is shutting down.')
     }
+    done()
   })
 
   // Who is it? Before the body is read: a stranger costs nothing.
@@ -141,7 +149,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     const sweep = setInterval(closeIdle, 250).unref()
     closeIdle()
     await within(options.drain_timeout ?? DRAIN_TIMEOUT, exchanges.drained())
-    for (const exchange of exchanges.open) {
+    for (const exchange of [...exchanges.open]) {
       exchange.interrupt(new GatewayError('shutting_down', 'This server is shutting down.'))
     }
     await within(FLUSH_TIMEOUT, exchanges.drained())
@@ -150,6 +158,8 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   })
 
   onGateway?.({
+    exchanges,
+    metricsRegistry: fastify.metricsRegistry,
     get demoUrl() {
       return fastify.backends.demoUrl
     },

@@ -1,11 +1,13 @@
 #!/usr/bin/env node
+import cluster from 'node:cluster'
 import { existsSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import closeWithGrace from 'close-with-grace'
 import { ConfigError, loadConfig } from './config.ts'
-import { startServer } from './server.ts'
+import { followFile, startServer } from './server.ts'
 import { VERSION } from './version.ts'
+import { runWorker, startWorkers, workerCount } from './workers.ts'
 
 const HELP = `LLMProxy ${VERSION}: a reverse proxy for LLM inference servers
 
@@ -24,11 +26,13 @@ Configuration file, the first of
 Whatever the gateway writes goes below LLMPROXY_DATA_DIR (default: ./data).
 `
 
+const DATA_DIR = process.env.LLMPROXY_DATA_DIR ?? './data'
 const CONTAINER_CONFIG = '/home/llmproxy/config.yaml'
 const DEFAULT_CONFIG = fileURLToPath(new URL('../config/llmproxy.yaml', import.meta.url))
 
 try {
-  process.exitCode = await run(process.argv.slice(2))
+  if (cluster.isWorker) runWorker(DATA_DIR)
+  else process.exitCode = await run(process.argv.slice(2))
 } catch (error) {
   console.error(error instanceof ConfigError ? error.message : explain(error as Error))
   process.exit(isMisuse(error) ? 2 : 1)
@@ -62,11 +66,15 @@ async function run(args: string[]): Promise<number | undefined> {
 }
 
 async function serve(file: string): Promise<void> {
-  const server = await startServer(file, process.env.LLMPROXY_DATA_DIR ?? './data')
-  process.on('SIGHUP', () => void server.reload())
+  const config = await loadConfig(file)
+  const start = workerCount(config) === 1 ? startServer : startWorkers
+  const server = await start(config, DATA_DIR)
+  const followed = followFile(file, config, server)
+  process.on('SIGHUP', () => void followed.reload())
   // The gateway's own drain timeout ends a close; a second signal ends the process at once.
   closeWithGrace({ delay: false, logger: server.log, skip: ['SIGHUP'] }, async ({ err }) => {
     if (err) server.log.fatal({ err }, 'unexpected error')
+    followed.stop()
     await server.close()
   })
 }

@@ -17,6 +17,8 @@ const text = (description: string) => Type.Optional(Type.String({ description })
 const texts = (description: string, fallback: string[] = []) =>
   Type.Array(Type.String(), { default: fallback, description })
 
+const MAX_WORKERS = 128
+
 const ServerOptions = Section(
   {
     listen: Type.String({
@@ -25,6 +27,15 @@ const ServerOptions = Section(
       default: ':8000',
       expects: 'an address such as :8000 or 127.0.0.1:8000',
       description: 'Address and port; without an address all of them'
+    }),
+    workers: Type.Unsafe<number | 'auto'>({
+      type: ['integer', 'string'],
+      check: (workers: unknown) =>
+        workers === 'auto' ||
+        (Number.isInteger(workers) && Number(workers) >= 1 && Number(workers) <= MAX_WORKERS),
+      expects: `a number of processes from 1 to ${MAX_WORKERS}, or auto`,
+      default: 1,
+      description: 'Processes that serve; auto: one for each core'
     }),
     header_timeout: Duration('10s', 'How long a client may take for its headers'),
     read_timeout: Duration('5m', 'How long a client may take for its whole request'),
@@ -175,6 +186,11 @@ function incomplete({ server, rate_limit: limits }: Config): Issue[] {
       issues.push({ path: ['rate_limit', part, 'burst_size'], message })
     }
   }
+  if (server?.workers !== 1 && limits?.enabled === true) {
+    const message =
+      'must be 1 together with rate_limit: limits are counted in each process by itself so far'
+    issues.push({ path: ['server', 'workers'], message })
+  }
   const tls = server?.tls
   if (server?.read_timeout < server?.header_timeout) {
     const message = 'must not be shorter than header_timeout, which is part of it'
@@ -240,7 +256,7 @@ function retype(
     else if (inner.type === 'boolean' && /^(true|false)$/i.test(String(member))) {
       members[name] = String(member).toLowerCase() === 'true'
     } else if (
-      /^(integer|number)$/.test(String(inner.type)) &&
+      /\b(integer|number)\b/.test(String(inner.type)) &&
       /^-?\d+(\.\d+)?$/.test(String(member))
     ) {
       members[name] = Number(member)

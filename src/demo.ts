@@ -32,7 +32,8 @@ export async function startDemo(): Promise<DemoBackend> {
   const server = createServer((request, response) => {
     answer(request, response).catch(() => response.destroy())
   })
-  server.listen(0, '127.0.0.1')
+  // A worker's own: cluster would share the port with the demo backends of the others.
+  server.listen({ port: 0, host: '127.0.0.1', exclusive: true })
   await once(server, 'listening')
   server.unref()
   return {

@@ -1,7 +1,10 @@
-import { randomBytes } from 'node:crypto'
+import { randomUUID } from 'node:crypto'
 import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import type { Dialect } from './dialects/dialect.ts'
 import { type GatewayError, toGatewayError } from './errors.ts'
+import type { Reservation } from './limits/memory.ts'
+import type { Meter } from './metering/meter.ts'
+import type { Audience } from './reporters/reporter.ts'
 
 /**
  * A request and its answer. It begins in `onRequest` and ends exactly once, when the response
@@ -71,6 +74,14 @@ export interface Payload {
   previousResponseId: string | undefined
 }
 
+/** What runs for an exchange and must stop with it. */
+export interface Work {
+  /** The response has closed: stops everything at once. */
+  stop(): void
+  /** Ends the answer before its time, honestly. */
+  interrupt(error: GatewayError): void
+}
+
 export class Exchange {
   readonly id = newRequestId()
   readonly request: FastifyRequest
@@ -95,12 +106,18 @@ export class Exchange {
   pinned: string | undefined
   /** Wants to know the `id` that the backend gives its answer, as soon as it is seen. */
   onAnswerId: ((id: string) => void) | undefined
+  /** What the plugins hold for it until it ends. */
+  meter: Meter | undefined
+  reservation: Reservation | undefined
+  audience: Audience | undefined
   /** Content deltas that passed, and the size of the request body in bytes. */
   deltas = 0
   payloadBytes = 0
   closed = false
-  #onClose: (() => void) | undefined
-  #onInterrupt: ((error: GatewayError) => void) | undefined
+  /** Where it stands among the open ones. */
+  place = 0
+  /** What is under way for it. */
+  work: Work | undefined
 
   constructor(request: FastifyRequest, reply: FastifyReply) {
     this.request = request
@@ -108,21 +125,11 @@ export class Exchange {
     this.endpoint = request.routeOptions.config.endpoint
   }
 
-  /** The one thing in progress that must stop at once when the response closes. */
-  set onClose(cancel: (() => void) | undefined) {
-    this.#onClose = cancel
-  }
-
-  /** How to end it before its time; see {@link interrupt}. */
-  set onInterrupt(interrupt: (error: GatewayError) => void) {
-    this.#onInterrupt = interrupt
-  }
-
   /** Ends it honestly now: with an error, or an error event and a broken connection. */
   interrupt(error: GatewayError): void {
     this.fail('timed_out', error)
-    if (this.#onInterrupt === undefined) this.reply.raw.destroy()
-    else this.#onInterrupt(error)
+    if (this.work === undefined) this.reply.raw.destroy()
+    else this.work.interrupt(error)
   }
 
   /** The status the client got; 499 when it left before there was one (nginx's number), 503 when it was cut. */
@@ -162,8 +169,7 @@ export class Exchange {
       if (!this.reply.raw.writableEnded) this.outcome = 'client_gone'
       else if (this.attempts > 0 && this.statusCode >= 500) this.outcome = 'backend_failed'
     }
-    this.#onClose?.()
-    this.#onClose = undefined
+    this.work?.stop()
     return true
   }
 }
@@ -182,7 +188,13 @@ declare module 'fastify' {
 
 /** All open exchanges, and what is done at their end. */
 export class Exchanges {
-  readonly open = new Set<Exchange>()
+  /**
+   * Not a Set: of a Set that changes all the time V8 leaves old hash tables behind, each of which
+   * holds the next one and with it every exchange in between, until the next full collection.
+   */
+  readonly open: Exchange[] = []
+  /** How many of forwarded routes have begun since the start. */
+  forwarded = 0
   readonly #finishers = new Map<Stage, ((exchange: Exchange) => void)[]>()
   readonly #log: FastifyBaseLogger
   #ordered: ((exchange: Exchange) => void)[] = []
@@ -202,14 +214,15 @@ export class Exchanges {
 
   begin(request: FastifyRequest, reply: FastifyReply): Exchange {
     const exchange = new Exchange(request, reply)
-    this.open.add(exchange)
+    exchange.place = this.open.push(exchange) - 1
+    if (exchange.endpoint !== undefined) this.forwarded++
     reply.raw.once('close', () => this.#end(exchange))
     return exchange
   }
 
   /** Resolves when no exchange is open. */
   async drained(): Promise<void> {
-    if (this.open.size === 0) return
+    if (this.open.length === 0) return
     await new Promise<void>(resolve => {
       this.#whenEmpty = resolve
     })
@@ -224,8 +237,12 @@ export class Exchanges {
         this.#log.error({ err: error, requestId: exchange.id }, 'a finisher failed')
       }
     }
-    this.open.delete(exchange)
-    if (this.open.size === 0) this.#whenEmpty?.()
+    const last = this.open.pop()!
+    if (last !== exchange) {
+      this.open[exchange.place] = last
+      last.place = exchange.place
+    }
+    if (this.open.length === 0) this.#whenEmpty?.()
   }
 }
 
@@ -259,8 +276,8 @@ export function withExchanges(fastify: FastifyInstance): Exchanges {
  * by age.
  */
 function newRequestId(now = Date.now()): string {
-  const random = randomBytes(10)
-  random[0] = (random[0]! & 0x0f) | 0x70
-  random[2] = (random[2]! & 0x3f) | 0x80
-  return `req_${now.toString(16).padStart(12, '0')}${random.toString('hex')}`
+  // A random UUID has the same variant bits at the same place, and its randomness is drawn in stock.
+  const random = randomUUID()
+  const time = now.toString(16).padStart(12, '0')
+  return `req_${time}7${random.slice(15, 18)}${random.slice(19, 23)}${random.slice(24)}`
 }

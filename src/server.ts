@@ -3,6 +3,8 @@ import type { Server as TlsServer } from 'node:https'
 import type { AddressInfo, Socket } from 'node:net'
 import { dirname, resolve } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
 import cors from '@fastify/cors'
 import Fastify, { type FastifyBaseLogger, type FastifyInstance, LogController } from 'fastify'
 import { pino } from 'pino'
@@ -11,53 +13,46 @@ import gateway, { answerError, type Gateway } from './app.ts'
 import { type Config, loadConfig } from './config.ts'
 import { openaiError } from './dialects/openai.ts'
 import { GatewayError } from './errors.ts'
+import type { Exchanges } from './exchange.ts'
+import type { Peers } from './peers.ts'
 import { VERSION } from './version.ts'
 
-/** One serving process: it listens, reloads its configuration, and drains when it is to stop. */
+/** What serves: this process, or workers that it looks after. */
 export interface Server {
   readonly url: string
-  /** Reads the file again; a broken one is refused and the last good one stays. */
-  reload(): Promise<boolean>
+  readonly log: FastifyBaseLogger
+  /** Takes over another configuration; running exchanges keep the one they began with. */
+  reload(config: Config): Promise<void>
   /** Lets running answers finish, then stops. */
   close(): Promise<void>
-  readonly log: FastifyBaseLogger
 }
+
+/** The line that tells that calls can be made. */
+export const LISTENING = 'LLMProxy is listening'
 
 const WATCH_INTERVAL = 1_000
 
-/** Starts to serve. `file` is watched and read again when it changes. */
-export async function startServer(file: string, dataDir: string): Promise<Server> {
-  const running = await loadConfig(file)
-  let config = running
+/** Serves in this process. `peers`: the other workers, if it is one of several. */
+export async function startServer(
+  started: Config,
+  dataDir: string,
+  peers?: Peers
+): Promise<Server & { gateway: Gateway }> {
+  let config = started
   const log = createLog(config.log, dataDir)
-  const { fastify, control } = await createApp(config, log)
+  const { fastify, control: gateway } = await createApp(config, log, peers)
   const url = await listen(fastify, config.server.listen)
-  log.info({ version: VERSION, node: process.version, config: file, url }, 'LLMProxy is listening')
-  sayDemo(log, control, url)
+  const address = { version: VERSION, node: process.version, url }
+  // Of several workers the primary says this, once.
+  const level = peers === undefined ? 'info' : 'debug'
+  log[level](address, LISTENING)
+  if (peers === undefined) sayDemo(log, gateway, url)
+  const idle = giveMemoryBack(gateway.exchanges)
 
-  const watched = new Map<string, () => void>([[file, () => void reload()]])
-  const { cert_file, key_file, client_ca_file } = config.server.tls
-  for (const path of [cert_file, key_file, client_ca_file]) {
-    if (config.server.tls.enabled && path !== undefined) watched.set(path, renewTls)
-  }
-  for (const [path, onChange] of watched) {
-    watchFile(path, { interval: WATCH_INTERVAL, persistent: false }, onChange)
-  }
-
-  async function reload(): Promise<boolean> {
-    try {
-      const changed = await loadConfig(file)
-      await control.reload(sections(changed))
-      const names = needRestart(running, changed)
-      config = changed
-      log.level = config.log.level
-      if (names.length > 0) log.warn({ sections: names }, 'changes that need a restart')
-      log.info({ config: file }, 'configuration reloaded')
-      return true
-    } catch (error) {
-      log.error({ config: file, errors: (error as Error).message.split('\n') }, 'reload refused')
-      return false
-    }
+  const { enabled, cert_file, key_file, client_ca_file } = config.server.tls
+  const files = [cert_file, key_file, client_ca_file].filter(file => enabled && file !== undefined)
+  for (const file of files) {
+    watchFile(file!, { interval: WATCH_INTERVAL, persistent: false }, renewTls)
   }
 
   function renewTls(): void {
@@ -72,18 +67,79 @@ export async function startServer(file: string, dataDir: string): Promise<Server
   return {
     url,
     log,
-    reload,
+    gateway,
+    async reload(changed) {
+      await gateway.reload(sections(changed))
+      config = changed
+      log.level = changed.log.level
+    },
     async close() {
-      for (const path of watched.keys()) unwatchFile(path)
-      log.info('shutting down')
+      for (const file of files) unwatchFile(file!)
+      clearInterval(idle)
+      log[level]('shutting down')
       await fastify.close()
-      log.info('stopped')
+      log[level]('stopped')
     }
   }
 }
 
+/**
+ * Reads the file again when it changes, and when `reload` is called; a broken one is refused and the
+ * last good one stays.
+ */
+export function followFile(file: string, running: Config, server: Server) {
+  const { log } = server
+  async function reload(): Promise<void> {
+    try {
+      const changed = await loadConfig(file)
+      await server.reload(changed)
+      const names = needRestart(running, changed)
+      if (names.length > 0) log.warn({ sections: names }, 'changes that need a restart')
+      log.info({ config: file }, 'configuration reloaded')
+    } catch (error) {
+      log.error({ config: file, errors: (error as Error).message.split('\n') }, 'reload refused')
+    }
+  }
+  const onChange = () => void reload()
+  watchFile(file, { interval: WATCH_INTERVAL, persistent: false }, onChange)
+  return { reload, stop: () => unwatchFile(file, onChange) }
+}
+
+/** Everything that is not in use goes back to the operating system. */
+export function collectGarbage(): void {
+  setFlagsFromString('--expose-gc')
+  runInNewContext('gc')({ type: 'major', execution: 'sync', flavor: 'last-resort' })
+}
+
+/** How long (ms) nothing may have been forwarded: after the start, and after work. */
+const FRESH_MS = 3_000
+const IDLE_MS = 45_000
+/** Fewer than this have not warmed anything up. */
+const FRESH_EXCHANGES = 10
+
+/**
+ * V8 keeps the memory of the start, and of the busiest moment. When nothing has been forwarded for a
+ * while it is told, once, to give back what it can. That pauses the process for some 50 ms and costs it
+ * its compiled code, so it is not done in every lull.
+ */
+function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
+  let forwarded = -1
+  let idleSince = 0
+  return setInterval(() => {
+    const now = performance.now()
+    const wait = exchanges.forwarded < FRESH_EXCHANGES ? FRESH_MS : IDLE_MS
+    if (exchanges.forwarded !== forwarded || exchanges.open.length > 0) {
+      forwarded = exchanges.forwarded
+      idleSince = now
+    } else if (now - idleSince >= wait) {
+      collectGarbage()
+      idleSince = Number.POSITIVE_INFINITY
+    }
+  }, 1_000).unref()
+}
+
 /** The gateway in a Fastify server of its own, as the configuration has it, not listening yet. */
-export async function createApp(config: Config, log: FastifyBaseLogger) {
+export async function createApp(config: Config, log: FastifyBaseLogger, peers?: Peers) {
   const { server } = config
   const fastify = Fastify({
     ...(server.tls.enabled ? { https: readTls(server.tls) } : {}),
@@ -118,6 +174,7 @@ export async function createApp(config: Config, log: FastifyBaseLogger) {
     proxy: { write_timeout: server.write_timeout },
     drain_timeout: server.drain_timeout,
     ownsNotFound: true,
+    ...(peers === undefined ? {} : { peers }),
     onGateway: (created: Gateway) => {
       control = created
     }
@@ -180,13 +237,12 @@ function corsOptions(options: Config['server']['cors']) {
   }
 }
 
-function createLog(options: Config['log'], dataDir: string): FastifyBaseLogger {
-  const redact = ['*.authorization', '*["x-api-key"]', '*["api-key"]']
-  const settings = { level: options.level, redact, base: null }
+export function createLog(options: Config['log'], dataDir: string): FastifyBaseLogger {
+  const settings = { level: options.level, base: null }
   if (options.output === 'file') {
     const path = resolve(dataDir, options.file.path)
     mkdirSync(dirname(path), { recursive: true })
-    return pino(settings, pino.destination({ dest: path, sync: false }))
+    return pino(settings, pino.destination({ ...LOG_QUEUE, dest: path }))
   }
   const fd = options.output === 'stdout' ? 1 : 2
   const isTerminal = options.output === 'stdout' ? process.stdout.isTTY : process.stderr.isTTY
@@ -196,8 +252,11 @@ function createLog(options: Config['log'], dataDir: string): FastifyBaseLogger {
       pretty({ destination: fd, sync: true, singleLine: true, translateTime: 'SYS:HH:MM:ss.l' })
     )
   }
-  return pino(settings, pino.destination({ dest: fd, sync: true }))
+  return pino(settings, pino.destination({ ...LOG_QUEUE, dest: fd }))
 }
+
+/** Lines are written beside the work, some at a time; when nobody reads them they are dropped at last. */
+const LOG_QUEUE = { sync: false, minLength: 4096, periodicFlush: 100, maxLength: 8 * 1024 * 1024 }
 
 async function listen(fastify: FastifyInstance, address: string): Promise<string> {
   const colon = address.lastIndexOf(':')

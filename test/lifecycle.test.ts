@@ -1,19 +1,10 @@
 import assert from 'node:assert/strict'
-import { type ChildProcess, execFileSync, spawn, spawnSync } from 'node:child_process'
+import { execFileSync, spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
-import {
-  copyFileSync,
-  existsSync,
-  mkdtempSync,
-  readFileSync,
-  renameSync,
-  rmSync,
-  writeFileSync
-} from 'node:fs'
+import { copyFileSync, existsSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
 import { Agent, get } from 'node:https'
-import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { type TestContext, test } from 'node:test'
+import { test } from 'node:test'
 import {
   answerChat,
   CHAT,
@@ -25,80 +16,7 @@ import {
   rawClient,
   rawPost
 } from './helper.ts'
-
-/** The gateway as a process of its own, as people run it. */
-
-interface Process {
-  child: ChildProcess
-  url: string
-  port: number
-  /** Log lines so far. */
-  lines: Record<string, unknown>[]
-  /** The first line, or the one number `count`, whose message begins like this. */
-  logged(message: string, count?: number): Promise<Record<string, unknown>>
-  exit: Promise<number | null>
-}
-
-const CLI = new URL('../src/cli.ts', import.meta.url).pathname
-
-function folder(t: TestContext): string {
-  const path = mkdtempSync(join(tmpdir(), 'llmproxy-'))
-  t.after(() => rmSync(path, { recursive: true, force: true }))
-  return path
-}
-
-async function start(
-  t: TestContext,
-  args: string[],
-  env: NodeJS.ProcessEnv = {},
-  command = process.execPath
-): Promise<Process> {
-  const child = spawn(command, args, {
-    env: { ...process.env, LLMPROXY_CONFIG: '', ...env },
-    stdio: ['ignore', 'pipe', 'inherit']
-  })
-  t.after(() => child.kill('SIGKILL'))
-  const lines: Record<string, unknown>[] = []
-  const waiting = new Set<() => void>()
-  let rest = ''
-  child.stdout!.on('data', (data: Buffer) => {
-    const parts = (rest + data).split('\n')
-    rest = parts.pop()!
-    for (const part of parts.filter(each => each.startsWith('{'))) lines.push(JSON.parse(part))
-    for (const look of waiting) look()
-  })
-  const running: Process = {
-    child,
-    url: '',
-    port: 0,
-    lines,
-    logged: (message, count = 1) =>
-      new Promise(resolve => {
-        const look = () => {
-          const found = lines.filter(({ msg }) => String(msg).startsWith(message))
-          if (found.length < count) return
-          waiting.delete(look)
-          resolve(found[count - 1]!)
-        }
-        waiting.add(look)
-        look()
-      }),
-    exit: new Promise(resolve => {
-      child.once('exit', resolve)
-    })
-  }
-  const { url } = await running.logged('LLMProxy is listening')
-  running.url = String(url)
-  running.port = Number(new URL(running.url).port)
-  return running
-}
-
-function writeConfig(file: string, config: object): string {
-  // In one step, so that nobody reads half a file.
-  writeFileSync(`${file}.new`, JSON.stringify(config))
-  renameSync(`${file}.new`, file)
-  return file
-}
+import { CLI, folder, start, writeConfig } from './process.ts'
 
 const LISTEN = { server: { listen: '127.0.0.1:0' } }
 

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
 import fc from 'fast-check'
-import { type Limits, MemoryLimiter } from '../src/limits/memory.ts'
+import { type Limits, MemoryLimiter, type Reservation } from '../src/limits/memory.ts'
 import { SlidingWindow, TokenBucket } from '../src/limits/rates.ts'
 import { goDuration } from '../src/plugins/limits.ts'
 import { CHAT, chunk, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
@@ -111,21 +111,21 @@ test('any order of reserving and releasing keeps to the slots and gives all back
           global: { ...NONE, max_concurrent: max + 2 },
           per_key: { ...NONE, max_concurrent: max }
         })
-        const held: { key: string; release: () => void }[] = []
+        const held: { key: string; reservation: Reservation }[] = []
         for (const [key, reserve] of steps) {
           if (!reserve) {
             const released = held.shift()
-            released?.release()
-            released?.release()
+            released?.reservation.release()
+            released?.reservation.release()
             continue
           }
           const result = limiter.reserve(key, 0)
           const own = held.filter(each => each.key === key).length
           const fits = own < max && held.length < max + 2
           assert.equal(!('scope' in result), fits)
-          if (!('scope' in result)) held.push({ key, release: result.release })
+          if (!('scope' in result)) held.push({ key, reservation: result })
         }
-        for (const { release } of held) release()
+        for (const { reservation } of held) reservation.release()
         for (const key of ['a', 'b', 'c']) assert.equal(limiter.refusal(key, 0), undefined)
       }
     )

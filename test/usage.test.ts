@@ -194,6 +194,37 @@ test('what is pending when the gateway stops is still delivered', async t => {
   assert.equal(hook.requests.length, 3)
 })
 
+test('events come in batches where that is asked for: full ones at once, others in time', async t => {
+  const batches: { request_id: string }[][] = []
+  const sink = await fakeBackend(t, (request, response) => {
+    batches.push(JSON.parse(request.body))
+    response.end()
+  })
+  const backend = await fakeBackend(t, answerChat)
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    usage: {
+      enabled: true,
+      reporters: [
+        {
+          type: 'webhook',
+          webhook: { url: sink.url, batch: { max_events: 3, max_wait: '200ms' } }
+        }
+      ]
+    }
+  })
+  for (let call = 0; call < 4; call++) await post(`${gateway.url}/v1/chat/completions`, CHAT)
+  await sink.request(1)
+  assert.deepEqual(
+    batches.map(batch => batch.length),
+    [3, 1]
+  )
+  assert.equal(new Set(batches.flat().map(event => event.request_id)).size, 4)
+  await post(`${gateway.url}/v1/chat/completions`, CHAT)
+  await gateway.fastify.close()
+  assert.equal(batches.length, 3, 'the last one does not wait when the gateway stops')
+})
+
 test('several reporters, one of them dead', async t => {
   const backend = await fakeBackend(t, (_request, response) => {
     response.writeHead(200, { 'content-type': 'text/event-stream' })
@@ -255,7 +286,8 @@ test('the queue of a dead receiver is bounded, and what does not fit is counted'
     method: 'POST',
     timeout: 60_000,
     retry: 0,
-    headers: {}
+    headers: {},
+    batch: { max_events: 1, max_wait: 1_000 }
   } as const
   const webhook = new Webhook(
     'dead',

@@ -1,4 +1,4 @@
-import { createHash } from 'node:crypto'
+import { hash } from 'node:crypto'
 import { BlockList, isIP } from 'node:net'
 import { type Static, Type } from 'typebox'
 import { type ErrorCode, GatewayError } from '../errors.ts'
@@ -124,7 +124,7 @@ export function toCaller(record: KeyRecord): Caller {
 
 /** SHA-256 of a key as lower-case hexadecimal digits: the only form in which keys are kept. */
 export function hashKey(key: string): string {
-  return createHash('sha256').update(key).digest('hex')
+  return hash('sha256', key)
 }
 
 /**

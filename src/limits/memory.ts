@@ -32,12 +32,6 @@ export interface Quota {
   resetMs: number
 }
 
-/** What was taken; `release` gives the slots back and does nothing a second time. */
-export interface Reservation {
-  quota: Quota | undefined
-  release(): void
-}
-
 const SWEEP_AT = 1024
 const MAX_SUBJECTS = 100_000
 /** Subjects that make room at a time, so that a sweep is rare. */
@@ -82,16 +76,7 @@ export class MemoryLimiter {
     if (refusal !== undefined) return refusal
     this.#global.take(now)
     account.take(now)
-    let released = false
-    return {
-      quota: account.quota(now) ?? this.#global.quota(now),
-      release: () => {
-        if (released) return
-        released = true
-        this.#global.release()
-        account.release()
-      }
-    }
+    return new Reservation([this.#global, account], account.quota(now) ?? this.#global.quota(now))
   }
 
   /** Subjects remembered at the moment. */
@@ -117,6 +102,23 @@ export class MemoryLimiter {
       if (account.slots.inUse === 0) this.#keys.delete(key)
     }
     this.#sweepAt = Math.min(MAX_SUBJECTS, Math.max(SWEEP_AT, this.#keys.size * 2))
+  }
+}
+
+/** What was taken from some accounts. */
+export class Reservation {
+  readonly quota: Quota | undefined
+  #accounts: readonly Account[]
+
+  constructor(accounts: readonly Account[], quota: Quota | undefined) {
+    this.#accounts = accounts
+    this.quota = quota
+  }
+
+  /** Gives the slots back; does nothing a second time. */
+  release(): void {
+    for (const account of this.#accounts) account.release()
+    this.#accounts = []
   }
 }
 
@@ -180,13 +182,14 @@ class Account {
   }
 
   quota(now: number): Quota | undefined {
-    const counted = [this.#window, this.#bucket].filter(each => each !== undefined)
-    const quotas = counted.map(each => ({
-      limit: each instanceof SlidingWindow ? each.limit : each.burst,
-      remaining: each.remaining(now),
-      resetMs: each.reset(now)
-    }))
-    return quotas.sort((a, b) => a.remaining - b.remaining)[0]
+    const minute = this.#window?.remaining(now) ?? Number.POSITIVE_INFINITY
+    const second = this.#bucket?.remaining(now) ?? Number.POSITIVE_INFINITY
+    if (minute <= second) {
+      const window = this.#window
+      return window && { limit: window.limit, remaining: minute, resetMs: window.reset(now) }
+    }
+    const bucket = this.#bucket!
+    return { limit: bucket.burst, remaining: second, resetMs: bucket.reset(now) }
   }
 
   isIdle(now: number): boolean {

@@ -1,7 +1,7 @@
 import type { Dialect } from '../dialects/dialect.ts'
 import type { Usage } from '../exchange.ts'
 import { addCounts, type Counts, toUsage } from './counts.ts'
-import { JsonWatcher } from './watcher.ts'
+import { JsonWatcher, MemberNames } from './watcher.ts'
 
 /** How the answer is cut into JSON texts: SSE events, lines, or one text. */
 export type Framing = 'sse' | 'ndjson' | 'json'
@@ -67,18 +67,20 @@ export class Meter {
   /**
    * @param options.takeOut takes the usage chunk out
    * @param options.mustEnd a stream that does not say that it is over is broken
+   * @param options.names of the dialect, where many answers share them
    */
   constructor(options: {
     framing: Framing
     dialect: Dialect
     takeOut: boolean
     mustEnd?: boolean
+    names?: MemberNames
   }) {
     this.#mustEnd = options.mustEnd ?? false
     this.framing = options.framing
     this.#endTypes = options.dialect.endTypes
     this.#takeOut = options.takeOut && options.framing === 'sse'
-    this.#watcher = new JsonWatcher(options.dialect.deltaMembers)
+    this.#watcher = new JsonWatcher(options.names ?? new MemberNames(options.dialect.deltaMembers))
   }
 
   /** Looks at a chunk and returns what of it goes on now. */

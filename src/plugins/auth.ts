@@ -79,12 +79,13 @@ declare module 'fastify' {
     caller: Caller | undefined
   }
   interface FastifyInstance {
-    keys: { update(options: AuthOptions): void; credentialHeaders(): string[] }
+    keys: { update(options: AuthOptions): void; credentialHeaders(): readonly string[] }
   }
 }
 
 const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fastify, given) {
   let options = checkOptions(AuthOptions, { enabled: true, ...given })
+  let headerNames = lowerCased(options.header_names)
   let keyring = toKeyring(options, fastify.log)
   withExchanges(fastify)
 
@@ -92,14 +93,15 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   fastify.decorate('keys', {
     update: changed => {
       options = changed
+      headerNames = lowerCased(changed.header_names)
       keyring = toKeyring(changed, fastify.log)
     },
-    credentialHeaders: () => options.header_names.map(name => name.toLowerCase())
+    credentialHeaders: () => headerNames
   })
 
   fastify.addHook('onRequest', async request => {
     if (!options.enabled || isSkipped(request, fastify.prefix, options.skip_paths)) return
-    const key = presentedKey(request, options.header_names)
+    const key = presentedKey(request, headerNames)
     if (key === undefined) {
       throw new GatewayError(
         'missing_api_key',
@@ -110,10 +112,10 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
     request.caller = await keyring.caller(key, request.ip)
   })
 
-  fastify.addHook('preHandler', async request => {
+  fastify.addHook('preHandler', (request, _reply, done) => {
     const models = request.caller?.models
     const { endpoint } = request.exchange
-    if (models === undefined || endpoint === undefined || endpoint.body === 'none') return
+    if (models === undefined || endpoint === undefined || endpoint.body === 'none') return done()
     if (endpoint.body === 'stream') {
       throw new GatewayError(
         'model_not_allowed',
@@ -124,6 +126,7 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
     if (model === undefined || !matchesModel(models, model)) {
       throw new GatewayError('model_not_allowed', 'This API key may not use this model.')
     }
+    done()
   })
 }
 
@@ -142,12 +145,16 @@ function toKeyring(options: AuthOptions, log: FastifyRequest['log']): Keyring {
   return new Keyring({ mode: options.mode, codes: options.status_codes, sources }, log)
 }
 
+function lowerCased(names: string[]): string[] {
+  return names.map(name => name.toLowerCase())
+}
+
 /** The first key that one of the headers holds. */
-function presentedKey(request: FastifyRequest, names: string[]): string | undefined {
+function presentedKey(request: FastifyRequest, names: readonly string[]): string | undefined {
   for (const name of names) {
-    const value = request.headers[name.toLowerCase()]
+    const value = request.headers[name]
     if (typeof value !== 'string' || value === '') continue
-    if (name.toLowerCase() !== 'authorization') return value
+    if (name !== 'authorization') return value
     const bearer = /^Bearer +(\S+) *$/i.exec(value)
     if (bearer !== null) return bearer[1]
   }

@@ -72,7 +72,6 @@ const limitsPlugin: FastifyPluginAsync<Given<LimitsOptions>> = async function li
   )
   const refusals: RefusalListener[] = []
   const exchanges = withExchanges(fastify)
-  const released = new WeakMap<Exchange, () => void>()
 
   fastify.decorate('limits', {
     update: options => limiter.update(toPolicy(options)),
@@ -80,10 +79,11 @@ const limitsPlugin: FastifyPluginAsync<Given<LimitsOptions>> = async function li
   })
 
   // A look before the body is read, so that a caller who is over costs no upload.
-  fastify.addHook('onRequest', async request => {
-    if (request.routeOptions.config.rateLimit === false) return
+  fastify.addHook('onRequest', (request, _reply, done) => {
+    if (request.routeOptions.config.rateLimit === false) return done()
     const refusal = limiter.refusal(subject(request), performance.now())
     if (refusal !== undefined) throw refuse(refusal)
+    done()
   })
 
   // @fastify/rate-limit runs the step on every route of this scope and honours its per-route
@@ -96,7 +96,7 @@ const limitsPlugin: FastifyPluginAsync<Given<LimitsOptions>> = async function li
       if (exchange.closed) throw new GatewayError('client_gone', 'The client has left.')
       const result = limiter.reserve(subject(exchange.request), performance.now())
       if ('scope' in result) throw refuse(result)
-      released.set(exchange, result.release)
+      exchange.reservation = result
       if (result.quota !== undefined) {
         exchange.reply.headers({
           'x-ratelimit-limit-requests': String(result.quota.limit),
@@ -122,7 +122,7 @@ const limitsPlugin: FastifyPluginAsync<Given<LimitsOptions>> = async function li
       'x-ratelimit-reset': false
     }
   })
-  exchanges.onEnd('slot', exchange => released.get(exchange)?.())
+  exchanges.onEnd('slot', exchange => exchange.reservation?.release())
 
   function refuse(refusal: Refusal): GatewayError {
     for (const listener of refusals) listener(refusal)

@@ -2,10 +2,12 @@ import { pipeline, Transform } from 'node:stream'
 import * as zlib from 'node:zlib'
 import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
+import type { Dialect } from '../dialects/dialect.ts'
 import { openai } from '../dialects/openai.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
 import { type Framing, Meter } from '../metering/meter.ts'
 import { askForUsage } from '../metering/question.ts'
+import { MemberNames } from '../metering/watcher.ts'
 import type { Answer } from '../pool/answer.ts'
 
 /**
@@ -19,12 +21,18 @@ import type { Answer } from '../pool/answer.ts'
  */
 const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
   const exchanges = withExchanges(fastify)
-  const meters = new WeakMap<Exchange, Meter>()
+  const names = new Map<Dialect, MemberNames>()
+  const namesOf = (dialect: Dialect): MemberNames => {
+    const known = names.get(dialect) ?? new MemberNames(dialect.deltaMembers)
+    names.set(dialect, known)
+    return known
+  }
 
-  fastify.addHook('preHandler', async ({ exchange, payload }) => {
+  fastify.addHook('preHandler', ({ exchange, payload }, _reply, done) => {
     if (exchange.endpoint?.asksForUsage && payload?.stream && !payload.includeUsage) {
       exchange.question = { bytes: askForUsage(payload.bytes), asked: false }
     }
+    done()
   })
 
   fastify.answerHooks.push((exchange, answer) => {
@@ -33,13 +41,15 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     if (reply.statusCode < 200 || reply.statusCode > 299) return undefined
     const framing = framingOf(String(reply.getHeader('content-type')))
     if (framing === undefined) return undefined
+    const dialect = exchange.endpoint?.dialect ?? openai
     const meter = new Meter({
       framing,
-      dialect: exchange.endpoint?.dialect ?? openai,
+      dialect,
+      names: namesOf(dialect),
       takeOut: exchange.question?.asked === true,
       mustEnd: saysItsEnd(exchange.endpoint)
     })
-    meters.set(exchange, meter)
+    exchange.meter = meter
     meter.onId = exchange.onAnswerId
     const encoding = reply.getHeader('content-encoding')
     if (encoding === undefined || encoding === 'identity') {
@@ -54,24 +64,27 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
   })
 
   exchanges.onEnd('metering', exchange => {
-    const meter = meters.get(exchange)
-    if (meter === undefined) return
-    exchange.deltas = meter.deltas
-    if (meter.framing === 'json') {
-      exchange.usage = meter.usage
-      return
-    }
-    if (meter.failed && exchange.outcome === 'ok') {
-      exchange.outcome = 'backend_failed'
-      exchange.errorCode = 'backend_failed'
-    }
-    exchange.firstTokenAt = meter.firstDeltaAt
-    exchange.lastTokenAt = meter.lastDeltaAt
-    const isWhole = exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
-    const { usage, deltas } = meter
-    const isSaid = usage !== undefined && (usage.completionTokens > 0 || deltas === 0)
-    exchange.usage = isWhole && isSaid ? usage : counted(exchange, usage)
+    if (exchange.meter !== undefined) measure(exchange, exchange.meter)
   })
+}
+
+/** What the meter has seen becomes what the exchange has spent. */
+function measure(exchange: Exchange, meter: Meter): void {
+  exchange.deltas = meter.deltas
+  if (meter.framing === 'json') {
+    exchange.usage = meter.usage
+    return
+  }
+  if (meter.failed && exchange.outcome === 'ok') {
+    exchange.outcome = 'backend_failed'
+    exchange.errorCode = 'backend_failed'
+  }
+  exchange.firstTokenAt = meter.firstDeltaAt
+  exchange.lastTokenAt = meter.lastDeltaAt
+  const isWhole = exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
+  const { usage, deltas } = meter
+  const isSaid = usage !== undefined && (usage.completionTokens > 0 || deltas === 0)
+  exchange.usage = isWhole && isSaid ? usage : counted(exchange, usage)
 }
 
 /**

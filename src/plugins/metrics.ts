@@ -129,7 +129,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     help: 'Requests whose answer has not ended',
     registers,
     collect() {
-      this.set([...exchanges.open].filter(isCounted).length)
+      this.set(exchanges.open.filter(isCounted).length)
     }
   })
 
@@ -175,6 +175,8 @@ function backendMetrics(
     name: 'llmproxy_backend_up',
     help: '1: the backend is given work',
     labelNames: ['backend'],
+    // Of several workers: down as soon as one of them finds it so.
+    aggregator: 'min',
     registers,
     collect() {
       this.reset()

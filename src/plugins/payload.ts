@@ -33,14 +33,15 @@ const payloadPlugin: FastifyPluginAsync = async function payload(fastify) {
     done(null, body)
   })
 
-  fastify.addHook('preValidation', async request => {
+  fastify.addHook('preValidation', (request, _reply, done) => {
     const { endpoint } = request.exchange
-    if (endpoint?.body !== 'json') return
+    if (endpoint?.body !== 'json') return done()
     if (request.headers['content-encoding'] !== undefined) {
       throw new GatewayError('unsupported_encoding', 'Send the body without a content-encoding.')
     }
     request.payload = readPayload(request, endpoint)
     request.exchange.payloadBytes = request.payload.bytes.length
+    done()
   })
 }
 

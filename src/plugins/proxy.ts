@@ -63,28 +63,37 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
   fastify.decorate('answerHooks', hooks)
   const credentials = () => fastify.keys?.credentialHeaders() ?? []
 
+  const rewriteRequestHeaders = (request: FastifyRequest, headers: Headers) =>
+    toBackend(headers, request.exchange, credentials())
+  const rewriteHeaders = (headers: Headers, request?: FastifyRequest) =>
+    toClient(headers, request!.exchange)
+  const onResponse = (
+    { exchange }: FastifyRequest,
+    reply: FastifyReply,
+    { stream: answer }: { stream: Answer }
+  ) => {
+    answer.stallTimeout = options.write_timeout
+    const streams = isStream(reply)
+    if (streams) {
+      const dialect = exchange.endpoint?.dialect ?? openai
+      answer.lastWords = error => dialect.errorEvent(error, exchange.id)
+      // A length would turn the last words into a proper end.
+      reply.removeHeader('content-length')
+    }
+    let sent: NodeJS.ReadableStream = answer
+    for (const hook of hooks) sent = hook(exchange, answer) ?? sent
+    const whole = streams || sent !== answer ? undefined : answer.takeWhole(reply.raw)
+    reply.send(whole ?? sent)
+  }
+
   fastify.decorateReply('forward', function forward(this: FastifyReply) {
     const { request } = this
     return this.from(`http://pool${backendPath(request, fastify.prefix)}`, {
       ...body(request),
-      rewriteRequestHeaders: (_request, headers) =>
-        toBackend(headers, request.exchange, credentials()),
-      rewriteHeaders: headers => toClient(headers, request.exchange),
-      onResponse: (_request, reply, response) => {
-        const answer = (response as unknown as { stream: Answer }).stream
-        const { exchange } = request
-        answer.stallTimeout = options.write_timeout
-        if (isStream(reply)) {
-          const dialect = exchange.endpoint?.dialect ?? openai
-          answer.lastWords = error => dialect.errorEvent(error, exchange.id)
-          // A length would turn the last words into a proper end.
-          reply.removeHeader('content-length')
-        }
-        let sent: NodeJS.ReadableStream = answer
-        for (const hook of hooks) sent = hook(exchange, answer) ?? sent
-        ;(reply as unknown as FastifyReply).send(sent)
-      }
-    })
+      rewriteRequestHeaders,
+      rewriteHeaders,
+      onResponse
+    } as never)
   })
 }
 
@@ -137,7 +146,7 @@ const NOT_TO_BACKEND = new Set([
 
 type Headers = Record<string, string | string[] | undefined>
 
-function toBackend(headers: Headers, exchange: Exchange, credentials: string[]) {
+function toBackend(headers: Headers, exchange: Exchange, credentials: readonly string[]) {
   const kept: Headers & { [EXCHANGE]: Exchange } = { [EXCHANGE]: exchange }
   for (const name in headers) {
     if (NOT_TO_BACKEND.has(name) || name.startsWith('x-forwarded-')) continue
@@ -192,7 +201,8 @@ function connectionListed(header: string | string[] | undefined): string[] {
 }
 
 function isStream(reply: { getHeader(name: string): unknown }): boolean {
-  return /^(text\/event-stream|application\/x-ndjson)/.test(String(reply.getHeader('content-type')))
+  const type = String(reply.getHeader('content-type'))
+  return type.startsWith('text/event-stream') || type.startsWith('application/x-ndjson')
 }
 
 export default fp(proxyPlugin, {

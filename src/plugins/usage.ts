@@ -4,7 +4,7 @@ import { type Static, Type } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
 import { pathBelow } from '../http.ts'
 import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
-import type { Reporter, UsageEvent } from '../reporters/reporter.ts'
+import type { Audience, Reporter, UsageEvent } from '../reporters/reporter.ts'
 import { type Delivery, Webhook, WebhookOptions } from '../reporters/webhook.ts'
 
 /**
@@ -58,12 +58,6 @@ export interface UsageReports {
   flush(signal: AbortSignal): Promise<void>
 }
 
-/** The reporters of one configuration, and how many exchanges began under it and still run. */
-interface Generation {
-  reporters: Reporter[]
-  exchanges: number
-}
-
 /** How long reporters that were taken out of the configuration may still deliver. */
 const LEAVE_TIMEOUT = 60_000
 
@@ -73,7 +67,7 @@ const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usag
   const delivered = (result: Delivery) => {
     for (const listener of onDelivery) listener(result)
   }
-  const create = (options: UsageOptions): Generation => ({
+  const create = (options: UsageOptions): Audience => ({
     reporters: options.reporters
       .filter(({ enabled }) => options.enabled && enabled)
       .map(({ name, webhook }) => new Webhook(name ?? 'webhook', webhook!, delivered, log)),
@@ -86,23 +80,21 @@ const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usag
   warnIfNone(options)
   let current = create(options)
   const all = new Set([current])
-  const generations = new WeakMap<Exchange, Generation>()
 
   /** An exchange reports to whom it would have when it began; then its reporters may go. */
-  const retire = async (generation: Generation) => {
-    if (generation === current || generation.exchanges > 0) return
+  const retire = async (audience: Audience) => {
     const signal = AbortSignal.timeout(LEAVE_TIMEOUT)
-    await Promise.all(generation.reporters.map(reporter => reporter.close(signal)))
-    all.delete(generation)
+    await Promise.all(audience.reporters.map(reporter => reporter.close(signal)))
+    all.delete(audience)
   }
   const flush = async (signal: AbortSignal) => {
-    const reporters = [...all].flatMap(generation => generation.reporters)
+    const reporters = [...all].flatMap(audience => audience.reporters)
     await Promise.all(reporters.map(reporter => reporter.close(signal)))
   }
 
   fastify.decorate('usage', {
     get reporters() {
-      return [...all].flatMap(generation => generation.reporters)
+      return [...all].flatMap(audience => audience.reporters)
     },
     onDelivery,
     update(options) {
@@ -110,27 +102,30 @@ const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usag
       const before = current
       current = create(options)
       all.add(current)
-      void retire(before)
+      if (before.exchanges === 0) void retire(before)
     },
     flush
   } satisfies UsageReports)
 
   const exchanges = withExchanges(fastify)
-  fastify.addHook('onRequest', async ({ exchange }) => {
-    generations.set(exchange, current)
+  fastify.addHook('onRequest', ({ exchange }, _reply, done) => {
+    exchange.audience = current
     current.exchanges++
+    done()
   })
   exchanges.onEnd('record', exchange => {
-    const generation = generations.get(exchange)
-    if (generation === undefined) return
-    generation.exchanges--
-    if (exchange.attempts > 0 && generation.reporters.length > 0) {
+    if (exchange.audience !== undefined) report(exchange, exchange.audience)
+  })
+
+  function report(exchange: Exchange, audience: Audience): void {
+    audience.exchanges--
+    if (exchange.attempts > 0 && audience.reporters.length > 0) {
       const event = toEvent(exchange, fastify.prefix)
       const body = exchange.request.payload?.bytes
-      for (const reporter of generation.reporters) reporter.report(event, body)
+      for (const reporter of audience.reporters) reporter.report(event, body)
     }
-    void retire(generation)
-  })
+    if (audience !== current && audience.exchanges === 0) void retire(audience)
+  }
   fastify.addHook('onClose', () => flush(AbortSignal.abort()))
 }
 

@@ -40,7 +40,6 @@ export interface AttemptOwner {
   /** The request was sent with a question for usage, or is repeated without it. */
   readonly question: 'asked' | 'withdrawn' | undefined
   count(attempt: Attempt, result: AttemptResult): void
-  over(attempt: Attempt): void
 }
 
 /** A failed attempt counts as this slow (ms) when backends are compared by latency. */
@@ -48,11 +47,21 @@ const FAILURE_LATENCY = 10_000
 /** A refusal to serve a request counts as at least this slow: it must not attract others. */
 const REFUSAL_LATENCY = 1_000
 
+const NOBODY: AttemptOwner = {
+  deliver() {},
+  refused: () => false,
+  failed() {},
+  broke() {},
+  again() {},
+  question: undefined,
+  count() {}
+}
+
 /** One try at one backend. */
 export class Attempt implements BackendHandler {
   socket: Socket | undefined
   readonly backend: Backend
-  readonly #owner: AttemptOwner
+  #owner: AttemptOwner
   readonly #startedAt = performance.now()
   #controller: Dispatcher.DispatchController | undefined
   #head: Head | undefined
@@ -71,7 +80,7 @@ export class Attempt implements BackendHandler {
   }
 
   start(options: Dispatcher.DispatchOptions, fresh: boolean): void {
-    this.backend.live.inFlight++
+    this.backend.live.begin()
     this.backend.dispatch(options, this, fresh)
   }
 
@@ -84,6 +93,16 @@ export class Attempt implements BackendHandler {
     const reason = new GatewayError('client_gone', 'The client has left.')
     if (this.#controller !== undefined) this.#controller.abort(reason)
     else this.socket?.destroy(reason)
+  }
+
+  /**
+   * The exchange is over. V8 promotes what is in flight to its old generation, where the dead keep
+   * each other alive until a full collection: whatever is let go of here dies young.
+   */
+  letGo(): void {
+    this.#owner = NOBODY
+    this.#controller = undefined
+    this.#head = undefined
   }
 
   onRequestStart(controller: Dispatcher.DispatchController): void {
@@ -122,7 +141,8 @@ export class Attempt implements BackendHandler {
   onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {
     if (this.#refusal === undefined) {
       this.#answer!.data(chunk)
-      if (!this.#isDelivered) this.#deliver()
+      // What came in the same piece is on its way: an answer may be whole when it is delivered.
+      if (!this.#isDelivered) queueMicrotask(() => this.#deliverOnce())
     } else if (!this.#refusal.data(chunk)) this.#outgrown(controller, chunk)
   }
 
@@ -130,16 +150,15 @@ export class Attempt implements BackendHandler {
     this.#end()
     if (this.#isInDoubt) return this.#settleDoubt(this.#refusal!)
     if (this.#refusal !== undefined) return this.#refusal.end()
-    if (!this.#isDelivered) this.#deliver()
-    if (this.#answer!.tap?.isCutShort()) this.#break(new Error('the stream ended without its end'))
-    else this.#answer!.end()
+    if (!this.#isDelivered) this.#deliver(true)
+    this.#answer!.end()
   }
 
   onResponseError(_controller: Dispatcher.DispatchController, error: Error): void {
     this.#end()
     // An answer that was destroyed is one that its client gave up.
     if (this.#isCancelled || this.#answer?.destroyed) return
-    if (this.#isDelivered) return this.#break(error)
+    if (this.#isDelivered) return this.#answer!.break(this.#broke(error))
     if (this.#refusal !== undefined && !this.#isInDoubt) return this.#refusal.lose()
     const kind = isTimeout(error) ? 'timeout' : 'connect_failure'
     // An error of our own making is about the request's body: the backend is not to blame.
@@ -151,8 +170,14 @@ export class Attempt implements BackendHandler {
     this.#owner.failed(this, kind, error, { isSent: this.#controller !== undefined, isReused })
   }
 
-  #deliver(): void {
+  #deliverOnce(): void {
+    if (!this.#isDelivered && !this.#isOver) this.#deliver()
+  }
+
+  #deliver(complete = false): void {
     this.#isDelivered = true
+    this.#answer!.whenCutShort = () => this.#broke(new Error('the stream ended without its end'))
+    this.#answer!.offer(complete)
     const { statusCode } = this.#head!
     this.#owner.count(
       this,
@@ -190,7 +215,7 @@ export class Attempt implements BackendHandler {
     this.#deliver()
   }
 
-  #break(error: Error): void {
+  #broke(error: Error): GatewayError {
     const kind = isTimeout(error) ? 'timeout' : 'connect_failure'
     const isSilent = kind === 'timeout'
     const gatewayError = new GatewayError(
@@ -202,7 +227,7 @@ export class Attempt implements BackendHandler {
     )
     this.#penalise()
     this.#owner.broke(this, kind, gatewayError)
-    this.#answer!.break(gatewayError)
+    return gatewayError
   }
 
   #penalise(): void {
@@ -213,8 +238,7 @@ export class Attempt implements BackendHandler {
   #end(): void {
     if (this.#isOver) return
     this.#isOver = true
-    this.backend.live.inFlight--
-    this.#owner.over(this)
+    this.backend.live.end()
   }
 }
 

@@ -27,6 +27,9 @@ const ALPHA = 0.3
 /** A server that refused a field is asked again after a while: it may have been upgraded. */
 const REMEMBER_REFUSAL_MS = 10 * 60_000
 
+/** From so many connections on they are let go of when none is in use. */
+const MANY_CONNECTIONS = 256
+
 /** One inference server: how it is configured, and what is known of it at the moment. */
 export class Backend {
   readonly config: BackendConfig
@@ -50,14 +53,19 @@ export class Backend {
   /** Sends a request, over a connection of its own if it must be `fresh`. */
   dispatch(options: Dispatcher.DispatchOptions, handler: BackendHandler, fresh = false): void {
     const { timeout, idleTimeout } = this.config
-    const limited = { ...options, headersTimeout: timeout, bodyTimeout: idleTimeout }
+    const limited = {
+      ...options,
+      path: this.live.basePath + options.path,
+      headersTimeout: timeout,
+      bodyTimeout: idleTimeout
+    }
     this.live.dispatch(limited, handler, fresh)
   }
 }
 
 /** Connections to a server, and what was learned of it: kept while its settings change. */
 export class Live {
-  /** Exchanges whose answer has not ended. */
+  /** Exchanges whose answer has not ended; see {@link begin}. */
   inFlight = 0
   healthy = true
   /** An active check has been made. */
@@ -67,7 +75,9 @@ export class Live {
   readonly origin: string
   readonly basePath: string
   readonly #settings: { allowH2: false; connect: buildConnector.connector }
-  readonly #sockets: Sockets
+  #sockets: Sockets
+  /** Most requests at once over these connections. */
+  #peak = 0
   #opening: BackendHandler | undefined
   /** Handlers of streamed bodies: undici opens their connections in a microtask. */
   readonly #openingLater: BackendHandler[] = []
@@ -99,11 +109,26 @@ export class Live {
     if (options.body instanceof Readable) this.#openLater(handler)
     else this.#opening = handler
     try {
-      sockets.dispatch({ ...options, path: this.basePath + options.path }, handler)
+      sockets.dispatch(options, handler)
     } finally {
       this.#opening = undefined
       if (fresh) void sockets.close()
     }
+  }
+
+  begin(): void {
+    this.inFlight++
+    if (this.inFlight > this.#peak) this.#peak = this.inFlight
+  }
+
+  end(): void {
+    this.inFlight--
+    if (this.inFlight > 0 || this.#peak < MANY_CONNECTIONS) return
+    // undici keeps what it has made for each connection, also when that is closed.
+    const used = this.#sockets
+    this.#sockets = new Sockets(this.origin, this.#settings)
+    this.#peak = 0
+    void used.close()
   }
 
   /** It takes `stream_options.include_usage`, as far as is known. */

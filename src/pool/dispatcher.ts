@@ -2,7 +2,7 @@ import { Readable } from 'node:stream'
 import type { FastifyBaseLogger } from 'fastify'
 import type { Dispatcher } from 'undici'
 import { GatewayError } from '../errors.ts'
-import type { Exchange } from '../exchange.ts'
+import type { Exchange, Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
 import type { Answer } from './answer.ts'
 import {
@@ -42,7 +42,7 @@ export function createDispatcher(pool: Pool, onAttempt: OnAttempt, log: FastifyB
 }
 
 /** One request and all its attempts. */
-class Delivery implements AttemptOwner {
+class Delivery implements AttemptOwner, Work {
   readonly #pool: Pool
   /** The configuration it began with. */
   readonly #lineup: Lineup
@@ -51,10 +51,10 @@ class Delivery implements AttemptOwner {
   readonly #options: Options
   readonly #done: Done
   readonly #exchange: Exchange
-  readonly #tried = new Set<Backend>()
-  readonly #running = new Set<Attempt>()
+  #tried: Backend[] = []
+  readonly #attempts: Attempt[] = []
   /** Times before which backends asked not to be tried again. */
-  readonly #notBefore = new Map<Backend, number>()
+  #notBefore: Map<Backend, number> | undefined
   #waits = 0
   #timer: NodeJS.Timeout | undefined
   #hasRepeated = false
@@ -81,16 +81,20 @@ class Delivery implements AttemptOwner {
 
   start(): void {
     if (this.#exchange.closed) return this.#pool.leave(this.#lineup)
-    this.#exchange.onClose = () => {
-      this.#cancel()
-      this.#pool.leave(this.#lineup)
-    }
-    this.#exchange.onInterrupt = error => {
-      this.#cancel()
-      if (this.#answer === undefined) this.#exchange.reply.send(error)
-      else this.#answer.break(error)
-    }
+    this.#exchange.work = this
     this.#next()
+  }
+
+  stop(): void {
+    this.#cancel()
+    for (const attempt of this.#attempts) attempt.letGo()
+    this.#pool.leave(this.#lineup)
+  }
+
+  interrupt(error: GatewayError): void {
+    this.#cancel()
+    if (this.#answer === undefined) this.#exchange.reply.send(error)
+    else this.#answer.break(error)
   }
 
   get question(): 'asked' | 'withdrawn' | undefined {
@@ -99,13 +103,14 @@ class Delivery implements AttemptOwner {
   }
 
   deliver(attempt: Attempt, head: Head, answer: Answer): void {
-    for (const other of this.#running) if (other !== attempt) other.cancel()
+    for (const other of this.#attempts) if (other !== attempt) other.cancel()
     this.#answer = answer
     this.#done(null, { ...head, body: answer })
   }
 
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean {
     const { statusCode, headers } = refusal.head
+    this.#notBefore ??= new Map()
     this.#notBefore.set(
       attempt.backend,
       performance.now() + parseRetryAfter(headers['retry-after'])
@@ -150,16 +155,12 @@ class Delivery implements AttemptOwner {
     this.#onAttempt(attempt.backend.name, result)
   }
 
-  over(attempt: Attempt): void {
-    this.#running.delete(attempt)
-  }
-
   /** Time in ms until another attempt may be made, or undefined if there is to be none. */
   #plan(kind: FailureKind, isSent: boolean): number | undefined {
     if (this.#exchange.closed || !this.#canResend()) return undefined
     const { enabled, retryOn, maxRetries, maxWait, initialWait, multiplier } = this.#lineup.retry
     const candidates = this.#lineup.candidates(this.#exchange.pinned)
-    const another = candidates.some(each => !this.#tried.has(each))
+    const another = candidates.some(each => !this.#tried.includes(each))
     // A connection that was refused has cost nobody anything.
     if (!isSent && another) return 0
     const isAllowed = enabled && retryOn.includes(kind)
@@ -172,16 +173,13 @@ class Delivery implements AttemptOwner {
 
   /** How long (ms) the backend still asks not to be tried again. */
   #askedWait(backend: Backend): number {
-    return Math.max(0, (this.#notBefore.get(backend) ?? 0) - performance.now())
+    return Math.max(0, (this.#notBefore?.get(backend) ?? 0) - performance.now())
   }
 
   #retry(wait: number): void {
     if (wait === 0) return this.#next()
     this.#waits++
-    this.#tried.clear()
-    for (const backend of this.#notBefore.keys()) {
-      if (this.#askedWait(backend) > wait) this.#tried.add(backend)
-    }
+    this.#tried = [...(this.#notBefore?.keys() ?? [])].filter(each => this.#askedWait(each) > wait)
     this.#timer = setTimeout(() => this.#next(), wait)
   }
 
@@ -198,11 +196,11 @@ class Delivery implements AttemptOwner {
   }
 
   #send(backend: Backend, fresh = false): void {
-    this.#tried.add(backend)
+    this.#tried.push(backend)
     this.#exchange.backend = backend.name
     this.#exchange.backendUrl = backend.live.origin + backend.live.basePath
     const attempt = new Attempt(this, backend)
-    this.#running.add(attempt)
+    this.#attempts.push(attempt)
     attempt.start(this.#request(backend), fresh)
   }
 
@@ -223,7 +221,7 @@ class Delivery implements AttemptOwner {
 
   #cancel(): void {
     clearTimeout(this.#timer)
-    for (const attempt of this.#running) attempt.cancel()
+    for (const attempt of this.#attempts) attempt.cancel()
   }
 
   #giveUp(error: GatewayError, outcome: Exchange['outcome']): void {

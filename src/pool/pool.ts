@@ -48,8 +48,8 @@ export class Lineup {
   }
 
   /** The backend for the next attempt, or undefined when none that may be used is available. */
-  pick(exclude: ReadonlySet<Backend>, pinned?: string): Backend | undefined {
-    const candidates = this.candidates(pinned).filter(each => !exclude.has(each))
+  pick(exclude: readonly Backend[], pinned?: string): Backend | undefined {
+    const candidates = this.candidates(pinned).filter(each => !exclude.includes(each))
     return candidates.length < 2 ? candidates[0] : this.#strategy(candidates, performance.now())
   }
 }

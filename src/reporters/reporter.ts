@@ -28,6 +28,12 @@ export interface UsageEvent {
   usage?: { prompt_tokens: number; completion_tokens: number; total_tokens: number }
 }
 
+/** The reporters of one configuration, and how many exchanges began under it and still run. */
+export interface Audience {
+  reporters: Reporter[]
+  exchanges: number
+}
+
 /** Where usage events go. Nothing here is on the way of an answer. */
 export interface Reporter {
   readonly name: string

@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
 import { type Static, Type } from 'typebox'
-import { Agent, type Dispatcher } from 'undici'
+import { type Dispatcher, Pool } from 'undici'
 import { parseRetryAfter } from '../http.ts'
 import { Duration, HeadersToSend, Url } from '../options.ts'
 import type { Reporter, UsageEvent } from './reporter.ts'
@@ -17,6 +17,18 @@ export const WebhookOptions = Type.Object(
       description: 'Deliveries after the first failed'
     }),
     headers: HeadersToSend,
+    batch: Type.Object(
+      {
+        max_events: Type.Integer({
+          minimum: 1,
+          maximum: 1000,
+          default: 1,
+          description: 'Events in one delivery; above 1 the body is a JSON array'
+        }),
+        max_wait: Duration('1s', 'How long an event waits for others')
+      },
+      { additionalProperties: false, default: {}, description: 'Several events in one delivery' }
+    ),
     include_request_body: Type.Boolean({
       default: false,
       description: 'Sends the request body too, with all prompts'
@@ -35,9 +47,14 @@ const MAX_BYTES = 64 * 1024 * 1024
 const FIRST_WAIT = 100
 const MAX_WAIT = 5_000
 const MAX_RETRY_AFTER = 60_000
+const [OPEN, COMMA, CLOSE] = ['[', ',', ']'].map(text => Buffer.from(text)) as [
+  Buffer,
+  Buffer,
+  Buffer
+]
 
 /**
- * Sends each usage event to a service. Deliveries begin in order, a few run at a time, and what fails
+ * Sends usage events to a service, each by itself or several together. Deliveries begin in order, a few run at a time, and what fails
  * is sent again with growing waits, or after the `Retry-After` of the answer. The queue is bounded; what does not fit
  * is lost and counted as failed.
  */
@@ -46,11 +63,15 @@ export class Webhook implements Reporter {
   readonly #options: WebhookOptions
   readonly #onDelivery: (result: Delivery) => void
   readonly #log: FastifyBaseLogger
-  readonly #agent = new Agent({ connections: CONCURRENCY, allowH2: false })
+  readonly #sockets: Pool
+  readonly #target: Dispatcher.DispatchOptions
   readonly #queue: Buffer[] = []
   readonly #closing = new AbortController()
   #bytes = 0
+  /** Deliveries under way, and the events in them. */
   #sending = 0
+  #sendingEvents = 0
+  #waiting: NodeJS.Timeout | undefined
   readonly #done = Promise.withResolvers<void>()
   #closed: Promise<void> | undefined
   #hasWarned = false
@@ -65,10 +86,19 @@ export class Webhook implements Reporter {
     this.#options = options
     this.#onDelivery = onDelivery
     this.#log = log
+    const { origin, pathname, search } = new URL(options.url)
+    this.#sockets = new Pool(origin, { connections: CONCURRENCY, allowH2: false })
+    this.#target = {
+      path: pathname + search,
+      method: options.method,
+      headers: { ...options.headers, 'content-type': 'application/json' },
+      headersTimeout: 0,
+      bodyTimeout: 0
+    }
   }
 
   get pending(): number {
-    return this.#queue.length + this.#sending
+    return this.#queue.length + this.#sendingEvents
   }
 
   report(event: UsageEvent, body: Buffer | undefined): void {
@@ -83,7 +113,7 @@ export class Webhook implements Reporter {
     }
     this.#bytes += payload.length
     this.#queue.push(payload)
-    if (this.#sending < CONCURRENCY) void this.#send()
+    this.#proceed()
   }
 
   close(signal: AbortSignal): Promise<void> {
@@ -91,6 +121,7 @@ export class Webhook implements Reporter {
     if (signal.aborted) resolve()
     else signal.addEventListener('abort', () => resolve(), { once: true })
     this.#closed ??= this.#finish()
+    this.#proceed()
     return this.#closed
   }
 
@@ -100,21 +131,48 @@ export class Webhook implements Reporter {
     for (let count = 0; count < lost; count++) this.#onDelivery('failed')
     if (lost > 0) this.#log.error({ reporter: this.name, lost }, 'usage events were not delivered')
     this.#closing.abort()
+    clearTimeout(this.#waiting)
     this.#queue.length = 0
-    await this.#agent.destroy()
+    await this.#sockets.destroy()
+  }
+
+  /** Starts a delivery when there is a full one, or sees to it that one starts in time. */
+  #proceed(): void {
+    if (this.#queue.length === 0 || this.#sending >= CONCURRENCY) return
+    if (this.#isDue()) void this.#send()
+    else this.#waiting ??= setTimeout(() => void this.#send(), this.#options.batch.max_wait)
+  }
+
+  #isDue(): boolean {
+    const least = this.#closed === undefined ? this.#options.batch.max_events : 1
+    return this.#queue.length >= least
   }
 
   async #send(): Promise<void> {
+    clearTimeout(this.#waiting)
+    this.#waiting = undefined
     this.#sending++
-    for (let payload = this.#queue.shift(); payload !== undefined; payload = this.#queue.shift()) {
-      const isDelivered = await this.#deliver(payload)
-      this.#bytes -= payload.length
+    do {
+      const events = this.#queue.splice(0, this.#options.batch.max_events)
+      this.#sendingEvents += events.length
+      const isDelivered = await this.#deliver(this.#join(events))
       if (this.#closing.signal.aborted) return
+      this.#sendingEvents -= events.length
       this.#hasWarned &&= !isDelivered
-      this.#onDelivery(isDelivered ? 'delivered' : 'failed')
-    }
+      for (const { length } of events) {
+        this.#bytes -= length
+        this.#onDelivery(isDelivered ? 'delivered' : 'failed')
+      }
+    } while (this.#isDue())
     this.#sending--
     if (this.pending === 0 && this.#closed !== undefined) this.#done.resolve()
+    this.#proceed()
+  }
+
+  #join(events: Buffer[]): Buffer {
+    if (this.#options.batch.max_events === 1) return events[0]!
+    const parts = events.flatMap((event, at) => [at === 0 ? OPEN : COMMA, event])
+    return Buffer.concat([...parts, CLOSE])
   }
 
   async #deliver(payload: Buffer): Promise<boolean> {
@@ -122,14 +180,10 @@ export class Webhook implements Reporter {
     for (let attempt = 0; attempt <= this.#options.retry; attempt++) {
       let wait = Math.min(FIRST_WAIT * 2 ** attempt, MAX_WAIT) * (0.75 + Math.random() / 2)
       try {
-        const { statusCode, headers, body } = await this.#agent.request({
-          ...this.#target(),
-          body: payload
-        })
-        await body.dump()
+        const { statusCode, retryAfter } = await this.#post(payload)
         if (statusCode >= 200 && statusCode <= 299) return true
         failure = `status ${statusCode}`
-        wait = Math.max(wait, Math.min(parseRetryAfter(headers['retry-after']), MAX_RETRY_AFTER))
+        wait = Math.max(wait, Math.min(retryAfter, MAX_RETRY_AFTER))
       } catch (error) {
         failure = (error as { code?: string }).code ?? (error as Error).name
       }
@@ -140,16 +194,40 @@ export class Webhook implements Reporter {
     return false
   }
 
-  #target(): Dispatcher.RequestOptions & { origin: string } {
-    const { url, method, timeout, headers } = this.#options
-    const { origin, pathname, search } = new URL(url)
-    return {
-      origin,
-      path: pathname + search,
-      method,
-      headers: { ...headers, 'content-type': 'application/json' },
-      signal: AbortSignal.any([this.#closing.signal, AbortSignal.timeout(timeout)])
-    }
+  /** One delivery: its status, and how long (ms) the receiver asks to be left alone. */
+  #post(body: Buffer): Promise<{ statusCode: number; retryAfter: number }> {
+    return new Promise((resolve, reject) => {
+      const response = { statusCode: 0, retryAfter: 0 }
+      let controller: Dispatcher.DispatchController | undefined
+      let late: Error | undefined
+      const timer = setTimeout(() => {
+        late = Object.assign(new Error('no answer in time'), { code: 'TIMEOUT' })
+        controller?.abort(late)
+        reject(late)
+      }, this.#options.timeout)
+      this.#sockets.dispatch(
+        { ...this.#target, body },
+        {
+          onRequestStart(started) {
+            controller = started
+            if (late !== undefined) started.abort(late)
+          },
+          onResponseStart(_controller, statusCode, headers) {
+            response.statusCode = statusCode
+            response.retryAfter = parseRetryAfter(headers['retry-after'])
+          },
+          onResponseData() {},
+          onResponseEnd() {
+            clearTimeout(timer)
+            resolve(response)
+          },
+          onResponseError(_controller, error) {
+            clearTimeout(timer)
+            reject(error)
+          }
+        }
+      )
+    })
   }
 
   async #pause(ms: number): Promise<void> {

@@ -1,13 +1,14 @@
 import type { FastifyPluginAsync } from 'fastify'
+import type {} from '../peers.ts'
 
-/** `GET /metrics`: the registry in Prometheus' text format. */
+/** `GET /metrics`: the registry in Prometheus' text format, or the sum over all workers. */
 const metricsRoutes: FastifyPluginAsync<{ path: string }> = async function metricsRoutes(
   fastify,
   { path }
 ) {
   const registry = fastify.metricsRegistry
   fastify.get(path, { config: { rateLimit: false } }, async (_request, reply) => {
-    return reply.type(registry.contentType).send(await registry.metrics())
+    return reply.type(registry.contentType).send(await (fastify.peers ?? registry).metrics())
   })
 }
 

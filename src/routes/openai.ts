@@ -3,6 +3,7 @@ import { openai } from '../dialects/openai.ts'
 import { responses } from '../dialects/responses.ts'
 import { GatewayError } from '../errors.ts'
 import type { Endpoint, Exchange } from '../exchange.ts'
+import type { News } from '../peers.ts'
 import { forwarded } from './forwarded.ts'
 
 const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
@@ -46,19 +47,27 @@ interface Made {
 const openaiRoutes: FastifyPluginAsync = async function openaiRoutes(fastify) {
   const made = new Map<string, Made>()
 
-  fastify.addHook('preHandler', async request => {
+  fastify.addHook('preHandler', (request, _reply, done) => {
     const { exchange, payload } = request
-    if (exchange.endpoint?.dialect !== responses) return
+    if (exchange.endpoint?.dialect !== responses) return done()
     const { id } = request.params as { id?: string }
     bind(exchange, id ?? payload?.previousResponseId)
-    if (exchange.endpoint.makesResponses) exchange.onAnswerId = id => remember(exchange, id)
+    if (exchange.endpoint.makesResponses) exchange.onAnswerId = id => learn(exchange, id)
+    done()
   })
 
   await forwarded(fastify, ENDPOINTS)
+  fastify.peers?.onNews(remember)
 
-  function remember(exchange: Exchange, id: string): void {
+  function learn(exchange: Exchange, id: string): void {
+    const news = { response: id, backend: exchange.backend!, caller: exchange.request.caller?.id }
+    remember(news)
+    fastify.peers?.tell(news)
+  }
+
+  function remember({ response, backend, caller }: News): void {
     if (made.size >= MAX_RESPONSES) made.delete(made.keys().next().value!)
-    made.set(id, { backend: exchange.backend!, caller: exchange.request.caller?.id })
+    made.set(response, { backend, caller })
   }
 
   function bind(exchange: Exchange, id: string | undefined): void {

@@ -1,0 +1,232 @@
+import cluster, { type Worker } from 'node:cluster'
+import { once } from 'node:events'
+import { availableParallelism } from 'node:os'
+import { AggregatorRegistry } from '@prometheus-io/client'
+import closeWithGrace from 'close-with-grace'
+import type { Config } from './config.ts'
+import type { News, Peers } from './peers.ts'
+import { collectGarbage, createLog, LISTENING, type Server, startServer } from './server.ts'
+import { VERSION } from './version.ts'
+
+/**
+ * Several processes on one port: the primary accepts connections and hands them to its workers in
+ * turn (node:cluster). It serves nothing itself; it passes on what all must know, and replaces a
+ * worker that has crashed.
+ */
+
+/** What the primary says to a worker. */
+type Order =
+  | { kind: 'serve' | 'reload'; config: Config }
+  | { kind: 'close' }
+  | { kind: 'metrics'; id: number; text?: string; error?: string }
+  | { kind: 'news'; news: News }
+
+/** What a worker says to the primary. */
+type Message =
+  | { kind: 'serves'; url: string }
+  | { kind: 'failed'; message: string; code: string | undefined }
+  | { kind: 'reloaded'; error?: string }
+  | { kind: 'scraped'; id: number }
+  | { kind: 'news'; news: News }
+
+/** A worker that crashes as soon as it has begun is replaced after growing waits (ms). */
+const FIRST_WAIT = 100
+const MAX_WAIT = 30_000
+const STABLE_AFTER = 10_000
+const RELOAD_TIMEOUT = 10_000
+/** The primary has little to do once its workers serve (ms). */
+const TIDY_AFTER = 2_000
+
+/** How many processes the configuration asks for. */
+export function workerCount({ server }: Config): number {
+  return server.workers === 'auto' ? availableParallelism() : server.workers
+}
+
+/** Starts the workers; this process is their primary from now on. */
+export async function startWorkers(started: Config, dataDir: string): Promise<Server> {
+  let config = started
+  let isClosing = false
+  let wait = FIRST_WAIT
+  const log = createLog(config.log, dataDir)
+  const all = new AggregatorRegistry()
+  cluster.setupPrimary({ args: [] })
+
+  const urls = await Promise.all(Array.from({ length: workerCount(config) }, start)).catch(
+    error => {
+      isClosing = true
+      for (const worker of workers()) worker.process.kill('SIGKILL')
+      throw error
+    }
+  )
+  const url = urls[0]!
+  log.info({ version: VERSION, node: process.version, url, workers: urls.length }, LISTENING)
+  setTimeout(collectGarbage, TIDY_AFTER).unref()
+
+  /** Starts a worker, and resolves with its URL when it serves. */
+  function start(): Promise<string> {
+    const worker = cluster.fork()
+    const startedAt = performance.now()
+    return new Promise((resolve, reject) => {
+      worker.on('message', (message: Message) => {
+        if (message.kind === 'serves') resolve(message.url)
+        else if (message.kind === 'failed') {
+          reject(Object.assign(new Error(message.message), { code: message.code }))
+        } else if (message.kind === 'news') tellOthers(worker, message.news)
+        else if (message.kind === 'scraped') void answerScrape(worker, message.id)
+      })
+      worker.once('exit', (code, signal) => {
+        reject(new Error('a worker has stopped while it was starting'))
+        if (isClosing) return
+        if (performance.now() - startedAt > STABLE_AFTER) wait = FIRST_WAIT
+        log.error({ pid: worker.process.pid, code, signal, wait }, 'a worker has stopped')
+        setTimeout(replace, wait)
+        wait = Math.min(wait * 2, MAX_WAIT)
+      })
+      send(worker, { kind: 'serve', config })
+    })
+  }
+
+  function replace(): void {
+    if (isClosing) return
+    // One that fails exits, and is replaced in its turn.
+    start().then(
+      () => log.info('a worker has been replaced'),
+      error => log.error({ err: error }, 'a worker could not be started')
+    )
+  }
+
+  function tellOthers(teller: Worker, news: News): void {
+    for (const worker of workers()) if (worker !== teller) send(worker, { kind: 'news', news })
+  }
+
+  async function answerScrape(worker: Worker, id: number): Promise<void> {
+    try {
+      send(worker, { kind: 'metrics', id, text: await all.clusterMetrics() })
+    } catch (error) {
+      send(worker, { kind: 'metrics', id, error: (error as Error).message })
+    }
+  }
+
+  return {
+    url,
+    log,
+    async reload(changed) {
+      config = changed
+      log.level = changed.log.level
+      await Promise.all(
+        workers().map(async worker => {
+          send(worker, { kind: 'reload', config })
+          const error = await reloaded(worker)
+          if (error !== undefined) throw new Error(`worker ${worker.process.pid}: ${error}`)
+        })
+      )
+    },
+    async close() {
+      isClosing = true
+      log.info('shutting down')
+      await Promise.all(
+        workers().map(async worker => {
+          send(worker, { kind: 'close' })
+          await once(worker, 'exit')
+        })
+      )
+      log.info('stopped')
+    }
+  }
+}
+
+function workers(): Worker[] {
+  return Object.values(cluster.workers ?? {}).filter(worker => worker !== undefined)
+}
+
+function send(worker: Worker, order: Order): void {
+  // One that is about to stop needs no more orders.
+  if (worker.isConnected()) worker.send(order, () => {})
+}
+
+/** Resolves when a worker has taken over a configuration, or with what went wrong. */
+function reloaded(worker: Worker): Promise<string | undefined> {
+  return new Promise(resolve => {
+    const timer = setTimeout(() => done('does not answer'), RELOAD_TIMEOUT)
+    const listen = (message: Message) => {
+      if (message.kind === 'reloaded') done(message.error)
+    }
+    const stopped = () => done(undefined)
+    const done = (error: string | undefined) => {
+      clearTimeout(timer)
+      worker.off('message', listen)
+      worker.off('exit', stopped)
+      resolve(error)
+    }
+    worker.on('message', listen)
+    worker.once('exit', stopped)
+  })
+}
+
+/** The life of a worker: it does as the primary says. */
+export function runWorker(dataDir: string): void {
+  const scrapes = new Map<number, (order: Order & { kind: 'metrics' }) => void>()
+  const newsListeners: ((news: News) => void)[] = []
+  let lastScrape = 0
+  let server: Server | undefined
+  const peers: Peers = {
+    async metrics() {
+      const id = ++lastScrape
+      tell({ kind: 'scraped', id })
+      const { text, error } = await new Promise<Order & { kind: 'metrics' }>(resolve => {
+        scrapes.set(id, resolve)
+      })
+      if (text === undefined) throw new Error(error)
+      return text
+    },
+    tell: news => tell({ kind: 'news', news }),
+    onNews: listener => newsListeners.push(listener)
+  }
+
+  process.on('message', async (order: Order) => {
+    if (order.kind === 'serve') await serve(order.config)
+    else if (order.kind === 'reload') await reload(order.config)
+    else if (order.kind === 'news') for (const listener of newsListeners) listener(order.news)
+    else if (order.kind === 'metrics') {
+      scrapes.get(order.id)?.(order)
+      scrapes.delete(order.id)
+    } else if (order.kind === 'close') {
+      await server?.close()
+      process.exit()
+    }
+  })
+
+  async function serve(config: Config): Promise<void> {
+    try {
+      const started = await startServer(config, dataDir, peers)
+      server = started
+      AggregatorRegistry.setRegistries(started.gateway.metricsRegistry)
+      new AggregatorRegistry()
+      // Signals are the primary's: a terminal sends them to the whole group.
+      closeWithGrace({ delay: false, logger: started.log, skip: [...SIGNALS] }, async ({ err }) => {
+        started.log.fatal({ err }, 'unexpected error')
+        await started.close()
+      })
+      for (const signal of SIGNALS) process.on(signal, () => {})
+      tell({ kind: 'serves', url: started.url })
+    } catch (error) {
+      const { message, code } = error as NodeJS.ErrnoException
+      process.send!({ kind: 'failed', message, code } satisfies Message, () => process.exit(1))
+    }
+  }
+
+  async function reload(config: Config): Promise<void> {
+    try {
+      await server?.reload(config)
+      tell({ kind: 'reloaded' })
+    } catch (error) {
+      tell({ kind: 'reloaded', error: (error as Error).message })
+    }
+  }
+}
+
+const SIGNALS = ['SIGHUP', 'SIGINT', 'SIGQUIT', 'SIGTERM'] as const
+
+function tell(message: Message): void {
+  if (process.connected) process.send!(message)
+}

@@ -1,0 +1,166 @@
+import assert from 'node:assert/strict'
+import { execFileSync } from 'node:child_process'
+import { readFileSync } from 'node:fs'
+import { createServer } from 'node:net'
+import { join } from 'node:path'
+import { test } from 'node:test'
+import { parseConfig } from '../src/config.ts'
+import { collectGarbage } from '../src/server.ts'
+import {
+  answerChat,
+  CHAT,
+  chunk,
+  DONE,
+  events,
+  fakeBackend,
+  post,
+  rawClient,
+  rawPost
+} from './helper.ts'
+import { CLI, folder, start, writeConfig } from './process.ts'
+
+/** Several processes on one port. */
+
+const TWO = { server: { listen: '127.0.0.1:0', workers: 2 } }
+
+function workersOf(pid: number): number[] {
+  return readFileSync(`/proc/${pid}/task/${pid}/children`, 'utf8').trim().split(' ').map(Number)
+}
+
+/** A call over a connection of its own: the primary gives each to the next worker. */
+function call(url: string, headers: Record<string, string> = {}) {
+  return post(`${url}/v1/chat/completions`, CHAT, { connection: 'close', ...headers })
+}
+
+test('workers share a port, their metrics are summed, a reload and the drain reach each', async t => {
+  const responses: import('node:http').ServerResponse[] = []
+  const old = await fakeBackend(t, (request, response, raw) => {
+    if (!request.body.includes('"stream":true')) return void answerChat(request, response, raw)
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+    responses.push(response)
+  })
+  const next = await fakeBackend(t, answerChat)
+  const file = join(folder(t), 'config.yaml')
+  const auth = (keys: string[]) => ({ auth: { enabled: true, keys, skip_paths: ['/metrics'] } })
+  writeConfig(file, { ...TWO, backends: [{ name: 'b', url: old.url }], ...auth(['a']) })
+  const gateway = await start(t, [CLI, '--config', file])
+  assert.equal(workersOf(gateway.child.pid!).length, 2)
+
+  const text = rawPost('/v1/chat/completions', JSON.stringify({ ...CHAT, stream: true }), [
+    'x-api-key: a'
+  ])
+  const streams = [await rawClient(t, gateway.port, text), await rawClient(t, gateway.port, text)]
+  for (const stream of streams) await stream.until(/Hi/)
+  for (let count = 0; count < 4; count++) {
+    assert.equal((await call(gateway.url, { 'x-api-key': 'a' })).status, 200)
+  }
+  const metrics = await (await fetch(`${gateway.url}/metrics`)).text()
+  assert.match(metrics, /llmproxy_requests_total\{[^}]*stream="false"[^}]*status="200"\} 4\n/)
+  assert.match(metrics, /llmproxy_requests_in_flight 2\n/)
+  assert.match(metrics, /llmproxy_backend_up\{backend="b"\} 1\n/)
+
+  writeConfig(file, { ...TWO, backends: [{ name: 'b', url: next.url }], ...auth(['b']) })
+  gateway.child.kill('SIGHUP')
+  await gateway.logged('configuration reloaded')
+  for (let count = 0; count < 4; count++) {
+    assert.equal((await call(gateway.url, { 'x-api-key': 'a' })).status, 401)
+    assert.equal((await call(gateway.url, { 'x-api-key': 'b' })).status, 200)
+  }
+  assert.equal(next.requests.length, 4)
+
+  gateway.child.kill('SIGTERM')
+  await gateway.logged('shutting down')
+  for (const response of responses) response.end(chunk(' you') + DONE)
+  for (const stream of streams) {
+    await stream.until(/\r\n0\r\n/)
+    assert.equal(events(stream.received).at(-1), '[DONE]')
+  }
+  assert.equal(await gateway.exit, 0)
+})
+
+test('a worker that crashes is replaced', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const file = join(folder(t), 'config.yaml')
+  const gateway = await start(t, [
+    CLI,
+    '--config',
+    writeConfig(file, { ...TWO, backends: [{ url: backend.url }] })
+  ])
+  const [victim] = workersOf(gateway.child.pid!)
+  process.kill(victim!, 'SIGKILL')
+  const stopped = await gateway.logged('a worker has stopped')
+  assert.deepEqual([stopped.pid, stopped.signal], [victim, 'SIGKILL'])
+  await gateway.logged('a worker has been replaced')
+  const now = workersOf(gateway.child.pid!)
+  assert.equal(now.length, 2)
+  assert.ok(!now.includes(victim!))
+  for (let count = 0; count < 4; count++) assert.equal((await call(gateway.url)).status, 200)
+  gateway.child.kill('SIGINT')
+  assert.equal(await gateway.exit, 0)
+})
+
+test('a stored response is found from every worker', async t => {
+  const backends = await Promise.all(
+    ['one', 'two'].map(name =>
+      fakeBackend(t, (_request, response) => {
+        response.writeHead(200, { 'content-type': 'application/json' })
+        response.end(JSON.stringify({ id: `resp_${name}`, object: 'response' }))
+      })
+    )
+  )
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    ...TWO,
+    backends: backends.map(({ url }, index) => ({ name: String(index), url }))
+  })
+  const gateway = await start(t, [CLI, '--config', file])
+  const made = await post(`${gateway.url}/v1/responses`, { model: 'm', input: 'x' })
+  const { id } = (await made.json()) as { id: string }
+  const maker = backends.findIndex(({ requests }) => requests.length === 1)
+  // Both workers know once a call that was made after it has been through the primary, too.
+  await fetch(`${gateway.url}/metrics`)
+  for (let count = 0; count < 6; count++) {
+    const headers = { connection: 'close' }
+    await (await fetch(`${gateway.url}/v1/responses/${id}`, { headers })).text()
+  }
+  assert.equal(backends[maker]!.requests.length, 7)
+})
+
+test('a port that is taken stops all of it', async t => {
+  const taken = createServer().listen(0, '127.0.0.1')
+  t.after(() => taken.close())
+  await new Promise(resolve => taken.once('listening', resolve))
+  const { port } = taken.address() as { port: number }
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    server: { listen: `127.0.0.1:${port}`, workers: 2 },
+    backends: [{ url: 'demo://' }]
+  })
+  assert.throws(
+    () => execFileSync(process.execPath, [CLI, '--config', file], { stdio: 'pipe' }),
+    (error: { status: number; stderr: Buffer }) =>
+      error.status === 1 && /EADDRINUSE/.test(String(error.stderr))
+  )
+})
+
+test('what each process would count by itself is refused together with workers', () => {
+  const yaml = (workers: unknown, enabled: boolean) =>
+    JSON.stringify({ server: { workers }, rate_limit: { enabled }, backends: [{ url: 'demo://' }] })
+  const parse = (workers: unknown, enabled = false, env = {}) =>
+    parseConfig(yaml(workers, enabled), 'config.yaml', env).server.workers
+  assert.equal(parse(1, true), 1)
+  assert.equal(parse('auto'), 'auto')
+  assert.equal(parse('${N}', false, { N: '3' }), 3)
+  assert.throws(() => parse(2, true), /server\.workers: must be 1 together with rate_limit/)
+  for (const wrong of [0, 1.5, 'many', -1, 129, true]) {
+    assert.throws(() => parse(wrong), /server\.workers: must be a number of processes/)
+  }
+})
+
+test('memory that is not in use goes back', () => {
+  let garbage: object[] | undefined = Array.from({ length: 200_000 }, () => ({ some: [1, 2, 3] }))
+  assert.equal(garbage.length, 200_000)
+  const before = process.memoryUsage().heapTotal
+  garbage = undefined
+  collectGarbage()
+  assert.ok(process.memoryUsage().heapTotal < before * 0.8)
+})
