@@ -3,7 +3,7 @@ import { MessageReader, now } from './http1.ts'
 
 /**
  * The inference server of the bench. The request says what it wants in its `user` member:
- * `"user":"bench CHUNKS,MS"` streams so many events so far apart, each with the time it was sent; without
+ * `"user":"bench CHUNKS,MS"` streams so many events so far apart, each with the time it was sent as its text; without
  * it comes a whole answer of 1 KB. Usage is reported as vLLM does: in a chunk of its own, when asked.
  */
 
@@ -51,22 +51,22 @@ function answer(socket: Socket, body: string): void {
   }
   let left = Number(wish[1]) - 1
   const asksForUsage = body.includes('"include_usage":true')
-  const first = event('{"role":"assistant","content":"Once"}')
+  const first = event('"role":"assistant",')
   socket.write(STREAM_HEAD + first)
   const timer = setInterval(() => {
     if (socket.destroyed) return clearInterval(timer)
     left--
-    if (left > 0) return void socket.write(event('{"content":" word"}'))
+    if (left > 0) return void socket.write(event(''))
     clearInterval(timer)
     const usage = asksForUsage ? frame(`data: {"choices":[],${USAGE}}\n\n`) : ''
-    socket.write(`${event('{}', '"stop"')}${usage}${frame('data: [DONE]\n\n')}0\r\n\r\n`)
+    socket.write(`${event('', '"stop"')}${usage}${frame('data: [DONE]\n\n')}0\r\n\r\n`)
   }, Number(wish[2]))
 }
 
-function event(delta: string, finishReason = 'null'): string {
+function event(role: string, finishReason = 'null'): string {
   const time = String(now()).padStart(16, '0')
   return frame(
-    `data: {"id":"chatcmpl-bench",${EVENT}${delta},"logprobs":null,"finish_reason":${finishReason}}],"sent":"${time}"}\n\n`
+    `data: {"id":"chatcmpl-bench",${EVENT}{${role}"content":" ${time}"},"logprobs":null,"finish_reason":${finishReason}}]}\n\n`
   )
 }
 

@@ -57,7 +57,14 @@ function llmproxyConfig({ backendPort, sinkPort }: Surroundings, port: number) {
     usage: {
       enabled: true,
       reporters: [
-        { name: 'sink', type: 'webhook', webhook: { url: `http://127.0.0.1:${sinkPort}/usage` } }
+        {
+          name: 'sink',
+          type: 'webhook',
+          webhook: {
+            url: `http://127.0.0.1:${sinkPort}/usage`,
+            batch: { max_events: 100, max_wait: '500ms' }
+          }
+        }
       ]
     },
     metrics: { enabled: true }
@@ -76,7 +83,7 @@ const llmproxy: Entrant = {
   name: 'llmproxy',
   describe: () =>
     existsSync(CLI)
-      ? `LLMProxy ${version(here('../package.json'))}, Node ${process.version}, everything on`
+      ? `LLMProxy ${version(here('../package.json'))}, Node ${process.version}, everything on, usage events in batches of 100`
       : undefined,
   command: (port, surroundings) => {
     const config = llmproxyConfig(surroundings, port)

@@ -101,3 +101,6 @@ export class MessageReader {
 export function now(): number {
   return Number(process.hrtime.bigint() / 1000n)
 }
+
+/** Stands before the time at which an event was sent: 16 digits, which are all the text it has. */
+export const TIME_MARK = '"content":" '

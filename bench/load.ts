@@ -1,5 +1,5 @@
 import { connect, type Socket } from 'node:net'
-import { MessageReader, now } from './http1.ts'
+import { MessageReader, now, TIME_MARK } from './http1.ts'
 
 /** The clients of the bench: runs one job at a time and says what it saw. Times in microseconds. */
 
@@ -106,8 +106,9 @@ function eventReader(onEvent: (sentAt: number) => void): (bytes: Buffer) => void
     const text = rest + bytes.toString('latin1')
     let at = 0
     for (let end = text.indexOf('\n\n'); end !== -1; end = text.indexOf('\n\n', at)) {
-      const mark = text.lastIndexOf('"sent":"', end)
-      if (mark > at) onEvent(Number(text.slice(mark + 8, mark + 24)))
+      const mark = text.lastIndexOf(TIME_MARK, end)
+      if (mark > at)
+        onEvent(Number(text.slice(mark + TIME_MARK.length, mark + TIME_MARK.length + 16)))
       at = end + 2
     }
     rest = text.slice(at)

@@ -7,6 +7,7 @@ import { setTimeout as pause } from 'node:timers/promises'
 import { parseArgs } from 'node:util'
 import { ENTRANTS, type Running, start } from './entrants.ts'
 import { type Helper, launch, machine } from './helpers.ts'
+import { TIME_MARK } from './http1.ts'
 import type { Target } from './load.ts'
 import { memory } from './process.ts'
 import { median } from './report.ts'
@@ -128,7 +129,7 @@ async function readStream(crowd: Crowd): Promise<void> {
 }
 
 function expectAll(text: string, chunks: number): void {
-  const got = text.split('"sent":').length - 1
+  const got = text.split(TIME_MARK).length - 1
   if (got !== chunks) throw new Error(`${got} chunks in place of ${chunks}`)
   if (!text.endsWith('data: [DONE]\n\n')) throw new Error('a stream without its end')
 }

@@ -17,6 +17,10 @@ export interface Seen {
   type: string | undefined
   /** One of the delta members had text. */
   delta: boolean
+  /** How many such texts there were, and where the first stands in the piece that was fed. */
+  texts: number
+  textBegin: number
+  textEnd: number
   /** `choices` was there and empty. */
   noChoices: boolean
   /** A `finish_reason` was given, anywhere. */
@@ -140,7 +144,7 @@ export class JsonWatcher {
       switch (this.#state) {
         case NAME_TEXT:
         case TEXT:
-          if (this.#state === TEXT && byte !== 0x22) this.#noteText()
+          if (this.#state === TEXT && byte !== 0x22) this.#noteText(at)
           at = this.#endOfText(bytes, at, to)
           if (at === to) break
           if (this.#state === NAME_TEXT) this.#endName(bytes, begin, at)
@@ -213,7 +217,7 @@ export class JsonWatcher {
           return false
         }
         if (this.#isTop(NAMES.error)) this.seen.error = true
-        this.#noteText()
+        this.#noteObject()
         this.#open(OBJECT, NAME)
         return false
       case 0x5b:
@@ -257,14 +261,22 @@ export class JsonWatcher {
     this.#state = COLON
   }
 
-  #noteText(): void {
+  #noteText(at: number): void {
     if (this.#kinds[this.#depth] !== OBJECT) return
     const member = this.#members[this.#depth]!
-    if (member & DELTA) this.seen.delta = true
-    else if (member === NAMES.finish_reason) this.seen.finishReason = true
+    if (member & DELTA) {
+      this.seen.delta = true
+      if (this.seen.texts++ === 0) this.seen.textBegin = at
+    } else if (member === NAMES.finish_reason) this.seen.finishReason = true
+  }
+
+  #noteObject(): void {
+    if (this.#kinds[this.#depth] !== OBJECT) return
+    if (this.#members[this.#depth]! & DELTA) this.seen.delta = true
   }
 
   #endText(bytes: Buffer, begin: number, end: number): void {
+    if (this.seen.texts === 1 && this.seen.textEnd === 0) this.seen.textEnd = end
     if (this.#keeps) {
       const isId = this.#isId()
       const text = this.#take(bytes, begin, end)
@@ -369,6 +381,9 @@ function nothing(): Seen {
     id: undefined,
     type: undefined,
     delta: false,
+    texts: 0,
+    textBegin: 0,
+    textEnd: 0,
     noChoices: false,
     finishReason: false,
     done: false,
