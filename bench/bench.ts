@@ -1,5 +1,5 @@
-import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
-import { availableParallelism, cpus, release, tmpdir } from 'node:os'
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
@@ -11,13 +11,15 @@ import {
   type Surroundings,
   start
 } from './entrants.ts'
-import { type Helper, launch } from './helpers.ts'
+import { type Helper, launch, machine } from './helpers.ts'
 import type { Job, RequestsResult, Spread, StreamsResult } from './load.ts'
 import { cpuTime, memory } from './process.ts'
-import { type Figures, median, toMarkdown, toSvg } from './report.ts'
+import { type Figures, insert, median, toMarkdown, toSvg } from './report.ts'
 
 /**
  * Measures the gateway beside its peers: the same backend, the same load, in turns.
+ *
+ * --save puts the result into the documentation.
  *
  *   node bench/bench.ts [--rounds 5] [--only llmproxy,nginx] [--figures streams,memory] [--save]
  *   node bench/bench.ts --smoke
@@ -33,7 +35,7 @@ const { values: options } = parseArgs({
   }
 })
 
-const RESULTS = fileURLToPath(new URL('results', import.meta.url))
+const here = (path: string) => fileURLToPath(new URL(path, import.meta.url))
 const DELIVERY_TIMEOUT = 30_000
 const SETTLE_MS = 60_000
 /** Time to settle down before the idle memory is read; the same for all. */
@@ -304,7 +306,7 @@ function add(figures: Figures, name: string, value: number): void {
 function report({ participants }: Stage): void {
   const results = {
     date: new Date().toISOString().slice(0, 10),
-    machine: `${availableParallelism()} cores of ${cpus()[0]?.model.trim()}, Linux ${release()}`,
+    machine: machine(),
     rounds,
     command: 'npm run bench',
     entrants: participants.map(({ entrant, description, figures }) => ({
@@ -317,10 +319,10 @@ function report({ participants }: Stage): void {
   console.log(markdown)
   if (smoke) return check(participants)
   if (!options.save) return
-  mkdirSync(RESULTS, { recursive: true })
-  writeFileSync(join(RESULTS, 'bench.json'), `${JSON.stringify(results, null, 2)}\n`)
-  writeFileSync(join(RESULTS, 'bench.md'), markdown)
-  writeFileSync(join(RESULTS, 'bench.svg'), toSvg(results))
+  writeFileSync(here('../docs/bench.json'), `${JSON.stringify(results, null, 2)}\n`)
+  writeFileSync(here('../docs/bench.svg'), toSvg(results))
+  insert('../docs/performance.md', 'bench', markdown)
+  insert('../README.md', 'bench', toMarkdown(results, 'main'))
 }
 
 /** Gross regressions, as ratios to a bare reply-from app in the same run. */

@@ -1,3 +1,5 @@
+import { readFileSync, writeFileSync } from 'node:fs'
+
 /** The table and the chart of a run. */
 
 /** Values by figure, one for each round. */
@@ -22,8 +24,25 @@ export function ratio(own: number[], base: number[]): number {
   return median(own.map((value, round) => value / base[round]!))
 }
 
-export function toMarkdown({ date, machine, rounds, command, entrants }: Results): string {
-  const names = [...new Set(entrants.flatMap(each => Object.keys(each.figures)))]
+/** What the README shows; the whole table is in docs/performance.md. */
+const MAIN = [
+  'cpu µs/chunk',
+  'cpu µs/request 2 KB',
+  'requests/s 2 KB',
+  'added ttft p50 ms',
+  'added ttft p99 ms',
+  'idle private MB',
+  'KB per held stream',
+  '10,000 streams on 2 workers private MB'
+]
+
+/** All figures as a table, and what was measured where and how; or the main ones alone. */
+export function toMarkdown(
+  { date, machine, rounds, command, entrants }: Results,
+  extent: 'all' | 'main' = 'all'
+): string {
+  const all = [...new Set(entrants.flatMap(each => Object.keys(each.figures)))]
+  const names = extent === 'all' ? all : MAIN.filter(name => all.includes(name))
   const nginx = entrants.find(each => each.name === 'nginx')
   const row = (cells: string[]) => `| ${cells.join(' | ')} |\n`
   let table = row(['median', ...entrants.map(each => each.name)])
@@ -39,7 +58,7 @@ export function toMarkdown({ date, machine, rounds, command, entrants }: Results
     table += row([`${name} / nginx`, ...ratios])
   }
   const list = entrants.map(each => `- ${each.name}: ${each.description}`).join('\n')
-  return `${table}\n${rounds} rounds on ${date}, ${machine}; \`${command}\`\n\n${list}\n`
+  return `${table}\nMedians of ${rounds} rounds on ${date}, ${machine}; \`${command}\`\n\n${list}\n`
 }
 
 function cell(values: number[] | undefined): string {
@@ -162,4 +181,14 @@ function cutBar(y: number): string {
 
 function escaped(text: string): string {
   return text.replaceAll('&', '&amp;').replaceAll('<', '&lt;')
+}
+
+/** Puts text between the two comments of that name in a page of the documentation. */
+export function insert(page: string, name: string, text: string): void {
+  const file = new URL(page, import.meta.url)
+  const [begin, end] = [`<!-- ${name} -->\n`, `<!-- /${name} -->`]
+  const [before, rest = ''] = readFileSync(file, 'utf8').split(begin)
+  const after = rest.split(end)[1]
+  if (after === undefined) throw new Error(`${page} has no place for ${name}`)
+  writeFileSync(file, `${before}${begin}\n${text}\n${end}${after}`)
 }

@@ -1,4 +1,4 @@
-import { mkdirSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs'
 import { Agent, type IncomingMessage, request } from 'node:http'
 import { connect } from 'node:net'
 import { tmpdir } from 'node:os'
@@ -10,7 +10,7 @@ import { type Helper, launch, machine } from './helpers.ts'
 import { TIME_MARK } from './http1.ts'
 import type { Target } from './load.ts'
 import { memory } from './process.ts'
-import { median } from './report.ts'
+import { insert, median } from './report.ts'
 
 /**
  * Does the gateway give back whatever it takes? Clients of every kind, well-behaved and not, use it
@@ -40,7 +40,6 @@ const TOLERANCE = 10
 /** How long the gateway may keep a connection whose client has left. */
 const HANG_UP_MS = 10_000
 const MAX_GROWTH = 1.25
-const RESULTS = new URL('results/', import.meta.url)
 
 /** The clients of one period: how they reach the gateway, and when they must all leave. */
 interface Crowd {
@@ -410,7 +409,7 @@ function toMarkdown({ tally, before, samples, after }: Findings, checks: Check[]
     .map(({ isMet, text }) => `- ${isMet ? 'ok' : 'FAILED'}: ${text}\n`)
     .join('')
   const date = new Date().toISOString().slice(0, 10)
-  return `# Soak\n\n${minutes} minutes with ${CLIENTS} clients on ${date}, ${machine()}\n\n${table}\nDone:\n\n${deeds}\nVerdict:\n\n${verdict}`
+  return `${minutes} minutes with ${CLIENTS} clients on ${date}, ${machine()}\n\n${table}\nDone:\n\n${deeds}\nVerdict:\n\n${verdict}`
 }
 
 function say(line: string): void {
@@ -427,8 +426,7 @@ try {
   const markdown = toMarkdown(findings, checks)
   console.log(markdown)
   if (options.save) {
-    mkdirSync(RESULTS, { recursive: true })
-    writeFileSync(new URL('soak.md', RESULTS), markdown)
+    insert('../docs/performance.md', 'soak', markdown)
   }
   if (checks.some(({ isMet }) => !isMet)) {
     process.exitCode = 1

@@ -1,0 +1,173 @@
+import { Type } from 'typebox';
+import { anthropic } from './dialects/anthropic.js';
+import { ollama } from './dialects/ollama.js';
+import { openai } from './dialects/openai.js';
+import { GatewayError, toGatewayError } from './errors.js';
+import { withExchanges } from './exchange.js';
+import { checkOptions, Duration, OptionsError } from './options.js';
+import auth, { AuthOptions } from './plugins/auth.js';
+import backends, { BackendsOptions } from './plugins/backends.js';
+import limits, { LimitsOptions } from './plugins/limits.js';
+import log from './plugins/log.js';
+import metering from './plugins/metering.js';
+import metrics, { MetricsOptions } from './plugins/metrics.js';
+import payload from './plugins/payload.js';
+import proxy, { ProxyOptions } from './plugins/proxy.js';
+import usage, { UsageOptions } from './plugins/usage.js';
+import anthropicRoutes from './routes/anthropic.js';
+import healthRoutes from './routes/health.js';
+import metricsRoutes from './routes/metrics.js';
+import modelRoutes from './routes/models.js';
+import ollamaRoutes from './routes/ollama.js';
+import openaiRoutes from './routes/openai.js';
+/** What the gateway can be told, in a file and in code alike. */
+export const GatewayOptions = Type.Object({
+    ...BackendsOptions.properties,
+    auth: AuthOptions,
+    rate_limit: LimitsOptions,
+    usage: UsageOptions,
+    metrics: MetricsOptions,
+    proxy: Type.Optional(ProxyOptions),
+    drain_timeout: Type.Optional(Duration(undefined, 'How long running answers may take when the server closes', 0))
+}, { additionalProperties: false });
+const DRAIN_TIMEOUT = 30_000;
+const FLUSH_TIMEOUT = 5_000;
+const MAX_SWALLOWED = 256 * 1024;
+/**
+ * The whole gateway as one plugin. It keeps its hooks, decorators, errors and routes in its own
+ * scope, under the prefix it is registered with.
+ *
+ * @example
+ * import Fastify from 'fastify'
+ * import gateway from 'llmproxy'
+ *
+ * const fastify = Fastify()
+ * await fastify.register(gateway, { prefix: '/llm', backends: [{ url: 'http://127.0.0.1:8001' }] })
+ */
+const gateway = async function gateway(fastify, given) {
+    const { onGateway, ownsNotFound, peers, prefix, logLevel, logSerializers, ...sections } = given;
+    const options = checkOptions(GatewayOptions, sections, 'llmproxy');
+    if (/[:*]/.test(fastify.prefix)) {
+        throw new OptionsError([{ path: ['prefix'], message: 'must be a path without parameters' }], 'llmproxy');
+    }
+    const lifecycle = { isDraining: false };
+    fastify.decorate('lifecycle', lifecycle);
+    fastify.decorate('peers', peers);
+    // A request passes the plugins from top to bottom. First it becomes an exchange, so that whatever
+    // happens to it is counted and logged; then what no route should see is turned away.
+    const exchanges = withExchanges(fastify);
+    fastify.setErrorHandler(answerError);
+    if (ownsNotFound || (prefix ?? '') !== '')
+        fastify.setNotFoundHandler(answerNotFound);
+    fastify.addHook('onRequest', (request, reply, done) => {
+        refuseOddPath(request.raw.url ?? '');
+        if (lifecycle.isDraining && request.exchange.endpoint !== undefined) {
+            reply.header('connection', 'close');
+            throw new GatewayError('shutting_down', 'This server is shutting down.');
+        }
+        done();
+    });
+    // Who is it? Before the body is read: a stranger costs nothing.
+    await fastify.register(auth, options.auth);
+    // What is asked? The body stays the bytes that came.
+    await fastify.register(payload);
+    // May it be asked now? The last question, so that a refused call has cost nothing.
+    await fastify.register(limits, options.rate_limit);
+    // Who answers, and how the answer comes back.
+    await fastify.register(backends, {
+        backends: options.backends,
+        routing: options.routing,
+        health_check: options.health_check
+    });
+    await fastify.register(proxy, options.proxy ?? {});
+    // What did it cost? Read from the answer as it passes, and reported when it is over.
+    await fastify.register(metering);
+    await fastify.register(usage, options.usage);
+    // What happened? Counted and logged after everything else.
+    await fastify.register(metrics, options.metrics);
+    await fastify.register(log);
+    await fastify.register(openaiRoutes);
+    await fastify.register(anthropicRoutes);
+    await fastify.register(ollamaRoutes);
+    await fastify.register(modelRoutes);
+    await fastify.register(healthRoutes);
+    if (options.metrics.enabled)
+        await fastify.register(metricsRoutes, { path: options.metrics.path });
+    // Closing: no new calls, running answers may finish, what remains is ended honestly.
+    const closeIdle = () => fastify.server.closeIdleConnections?.();
+    fastify.addHook('preClose', async () => {
+        lifecycle.isDraining = true;
+        const sweep = setInterval(closeIdle, 250).unref();
+        closeIdle();
+        await within(options.drain_timeout ?? DRAIN_TIMEOUT, exchanges.drained());
+        for (const exchange of [...exchanges.open]) {
+            exchange.interrupt(new GatewayError('shutting_down', 'This server is shutting down.'));
+        }
+        await within(FLUSH_TIMEOUT, exchanges.drained());
+        await fastify.usage.flush(AbortSignal.timeout(FLUSH_TIMEOUT));
+        clearInterval(sweep);
+    });
+    onGateway?.({
+        exchanges,
+        metricsRegistry: fastify.metricsRegistry,
+        get demoUrl() {
+            return fastify.backends.demoUrl;
+        },
+        async reload(changed) {
+            const { backends, routing, health_check } = changed;
+            await fastify.backends.update({ backends, routing, health_check });
+            fastify.keys.update(changed.auth);
+            fastify.limits.update(changed.rate_limit);
+            fastify.usage.update(changed.usage);
+        }
+    });
+};
+/** Answers an error in the dialect of its route. */
+export function answerError(error, request, reply) {
+    const gatewayError = toGatewayError(error);
+    const { exchange } = request;
+    exchange?.answeredWith(gatewayError);
+    if (gatewayError.code === 'internal_error') {
+        request.log.error({ err: error, requestId: exchange?.id }, 'unexpected error');
+    }
+    const dialect = exchange?.endpoint?.dialect ?? dialectOf(request.url);
+    const id = exchange?.id ?? '';
+    if (!request.raw.complete)
+        refuseRest(request, reply);
+    reply
+        .code(gatewayError.statusCode)
+        .headers({ 'x-request-id': id, [dialect.idHeader]: id, ...gatewayError.headers })
+        .type('application/json; charset=utf-8')
+        .send(JSON.stringify(dialect.error(gatewayError, id)));
+}
+/** A refused body is not worth reading to its end, unless it is about to end anyway. */
+function refuseRest(request, reply) {
+    const length = Number(request.headers['content-length'] ?? Number.POSITIVE_INFINITY);
+    if (length > MAX_SWALLOWED)
+        reply.header('connection', 'close');
+}
+/** Answers whatever is no route. The path stays out of it, and out of the log. */
+function answerNotFound(request, reply) {
+    answerError(new GatewayError('not_found', 'There is no such route.'), request, reply);
+}
+function dialectOf(url) {
+    if (url.includes('/v1/messages'))
+        return anthropic;
+    return url.includes('/api/') ? ollama : openai;
+}
+const ODD = /^[^/]|\/\/|\\|%(?:2e|5c|25|00)|(?:\/|%2f)\.{1,2}(?:\/|%2f|$)/i;
+/** Paths that two servers could read differently reach no backend. */
+function refuseOddPath(url) {
+    if (ODD.test(url.split('?', 1)[0])) {
+        throw new GatewayError('invalid_path', 'The path of this request is not plain.');
+    }
+}
+async function within(ms, promise) {
+    let timer;
+    const timeout = new Promise(resolve => {
+        timer = setTimeout(resolve, ms);
+    });
+    await Promise.race([promise, timeout]);
+    clearTimeout(timer);
+}
+export default gateway;

@@ -1,0 +1,107 @@
+#!/usr/bin/env node
+import cluster from 'node:cluster';
+import { existsSync } from 'node:fs';
+import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+import closeWithGrace from 'close-with-grace';
+import { ConfigError, loadConfig } from './config.js';
+import { followFile, startServer } from './server.js';
+import { VERSION } from './version.js';
+import { runWorker, startWorkers, workerCount } from './workers.js';
+const HELP = `LLMProxy ${VERSION}: a reverse proxy for LLM inference servers
+
+Usage
+  llmproxy [serve] [--config FILE]   serve until SIGTERM or Ctrl-C; SIGHUP reloads the file
+  llmproxy check [FILE]              check a configuration file and exit
+  llmproxy --version
+  llmproxy --help
+
+Configuration file, the first of
+  --config FILE
+  the environment variable LLMPROXY_CONFIG
+  /home/llmproxy/config.yaml, if it is there (the container's place)
+  config/llmproxy.yaml of this package, with a built-in demo backend
+
+Whatever the gateway writes goes below LLMPROXY_DATA_DIR (default: ./data).
+`;
+const DATA_DIR = process.env.LLMPROXY_DATA_DIR ?? './data';
+const CONTAINER_CONFIG = '/home/llmproxy/config.yaml';
+const DEFAULT_CONFIG = fileURLToPath(new URL('../config/llmproxy.yaml', import.meta.url));
+try {
+    if (cluster.isWorker)
+        runWorker(DATA_DIR);
+    else
+        process.exitCode = await run(process.argv.slice(2));
+}
+catch (error) {
+    console.error(error instanceof ConfigError ? error.message : explain(error));
+    process.exit(isMisuse(error) ? 2 : 1);
+}
+/** @returns the exit code, or undefined while the server runs */
+async function run(args) {
+    const { values, positionals } = parseArgs({
+        // The original's only option was written with one dash.
+        args: args.map(arg => arg.replace(/^-config(?==|$)/, '--config')),
+        allowPositionals: true,
+        options: {
+            config: { type: 'string', short: 'c' },
+            help: { type: 'boolean', short: 'h' },
+            version: { type: 'boolean', short: 'v' }
+        }
+    });
+    const [command = 'serve', file, ...rest] = positionals;
+    if (values.version)
+        return print(VERSION);
+    if (values.help || command === 'help')
+        return print(HELP);
+    if (values.config === '')
+        return misused('--config needs a file');
+    if (rest.length > 0)
+        return misused(`too many arguments: ${rest.join(' ')}`);
+    if (command === 'check') {
+        const checked = file ?? values.config ?? defaultConfig();
+        await loadConfig(checked);
+        return print(`${checked} is valid`);
+    }
+    if (command !== 'serve')
+        return misused(`there is no command "${command}"`);
+    await serve(values.config ?? file ?? defaultConfig());
+    return undefined;
+}
+async function serve(file) {
+    const config = await loadConfig(file);
+    const start = workerCount(config) === 1 ? startServer : startWorkers;
+    const server = await start(config, DATA_DIR);
+    const followed = followFile(file, config, server);
+    process.on('SIGHUP', () => void followed.reload());
+    // The gateway's own drain timeout ends a close; a second signal ends the process at once.
+    closeWithGrace({ delay: false, logger: server.log, skip: ['SIGHUP'] }, async ({ err }) => {
+        if (err)
+            server.log.fatal({ err }, 'unexpected error');
+        followed.stop();
+        await server.close();
+    });
+}
+function defaultConfig() {
+    const fromEnv = process.env.LLMPROXY_CONFIG;
+    if (fromEnv)
+        return fromEnv;
+    return existsSync(CONTAINER_CONFIG) ? CONTAINER_CONFIG : DEFAULT_CONFIG;
+}
+function print(text) {
+    console.log(text);
+    return 0;
+}
+function misused(complaint) {
+    console.error(`llmproxy: ${complaint}; see llmproxy --help`);
+    return 2;
+}
+/** An error of the operating system in a line; anything else with its stack, for a report. */
+function explain(error) {
+    if (isMisuse(error))
+        return `llmproxy: ${error.message.split('. ')[0]}; see llmproxy --help`;
+    return `llmproxy: ${error.code?.startsWith('E') ? error.message : error.stack}`;
+}
+function isMisuse(error) {
+    return String(error.code).startsWith('ERR_PARSE_ARGS');
+}

@@ -1,0 +1,233 @@
+import { existsSync } from 'node:fs';
+import { readFile } from 'node:fs/promises';
+import { basename } from 'node:path';
+import { Type } from 'typebox';
+import { GatewayOptions } from './app.js';
+import { formatPath } from './issues.js';
+import { isNetwork } from './keys/key.js';
+import { Duration, findIssues, NotBuilt, Section, Size } from './options.js';
+import { readYaml } from './yaml.js';
+/**
+ * The configuration file: YAML in the original's dialect, with `${ENV}` in its values, checked
+ * strictly, with every error at its line and column.
+ */
+const text = (description) => Type.Optional(Type.String({ description }));
+const texts = (description, fallback = []) => Type.Array(Type.String(), { default: fallback, description });
+const MAX_WORKERS = 128;
+const ServerOptions = Section({
+    listen: Type.String({
+        pattern: '^(\\[[0-9a-fA-F:.]+\\]|[^\\[\\]:/]*):\\d{1,5}$',
+        check: (address) => Number(/\d+$/.exec(String(address))?.[0] ?? 0) <= 65535,
+        default: ':8000',
+        expects: 'an address such as :8000 or 127.0.0.1:8000',
+        description: 'Address and port; without an address all of them'
+    }),
+    workers: Type.Unsafe({
+        type: ['integer', 'string'],
+        check: (workers) => workers === 'auto' ||
+            (Number.isInteger(workers) && Number(workers) >= 1 && Number(workers) <= MAX_WORKERS),
+        expects: `a number of processes from 1 to ${MAX_WORKERS}, or auto`,
+        default: 1,
+        description: 'Processes that serve; auto: one for each core'
+    }),
+    header_timeout: Duration('10s', 'How long a client may take for its headers'),
+    read_timeout: Duration('5m', 'How long a client may take for its whole request'),
+    write_timeout: Duration('60s', 'How long a client may let bytes wait; 0: for ever', 0),
+    idle_timeout: Duration('120s', 'How long an idle connection is kept'),
+    max_header_bytes: Size('64KB', 'Size of all headers'),
+    max_body_size: Size('64MB', 'Size of a request body'),
+    trust_proxy: Type.Unsafe({
+        anyOf: [{ type: 'boolean' }, { type: 'array', items: { type: 'string', check: isNetwork } }],
+        expects: 'true, false, or a list of addresses and networks such as [10.0.0.0/8]',
+        default: false,
+        description: 'Whose X-Forwarded-For counts: nobody, everybody, or these addresses and networks'
+    }),
+    drain_timeout: Duration('30s', 'How long running answers may take after SIGTERM', 0),
+    cors: Section({
+        enabled: Type.Boolean({ default: false, description: 'Answers browsers of other origins' }),
+        allowed_origins: texts('Origins, or * for all'),
+        allowed_methods: texts('Methods', ['GET', 'POST', 'PUT', 'DELETE', 'OPTIONS']),
+        allowed_headers: texts('Request headers', ['Authorization', 'Content-Type', 'X-API-Key']),
+        expose_headers: texts('Response headers that scripts may read'),
+        allow_credentials: Type.Boolean({ default: false, description: 'Cookies and the like' }),
+        max_age: Type.Integer({
+            minimum: 0,
+            default: 0,
+            description: 'Seconds a browser may remember the answer; 0: its own default'
+        })
+    }, 'Cross-origin requests'),
+    tls: Section({
+        enabled: Type.Boolean({ default: false, description: 'HTTPS instead of HTTP' }),
+        cert_file: text('Certificate chain, PEM; read again when it changes'),
+        key_file: text('Private key, PEM'),
+        client_ca_file: text('Authority of client certificates, PEM'),
+        client_auth: Type.Enum(['none', 'request', 'require'], {
+            default: 'none',
+            description: 'Whether clients show a certificate'
+        })
+    }, 'HTTPS')
+}, 'The listening side');
+const LogOptions = Section({
+    level: Type.Enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent'], {
+        default: 'info',
+        description: 'Least level that is written'
+    }),
+    format: Type.Enum(['auto', 'json', 'text'], {
+        default: 'auto',
+        description: 'auto: text on a terminal, json elsewhere'
+    }),
+    output: Type.Enum(['stdout', 'stderr', 'file'], { default: 'stdout', description: 'Where to' }),
+    file: Section({
+        path: Type.String({
+            minLength: 1,
+            default: 'llmproxy.log',
+            description: 'File, below the data directory if relative'
+        }),
+        rotate: NotBuilt('Rotation'),
+        max_size: NotBuilt('Rotation'),
+        max_age: NotBuilt('Rotation'),
+        compress: NotBuilt('Rotation')
+    }, 'For output: file')
+}, 'The log');
+const { proxy: _, drain_timeout: __, ...gatewaySections } = GatewayOptions.properties;
+/** Everything a configuration file may hold. */
+export const ConfigSchema = Type.Object({
+    server: ServerOptions,
+    log: LogOptions,
+    ...gatewaySections,
+    storage: NotBuilt('Databases and caches'),
+    discovery: NotBuilt('Backends that are found'),
+    admin: NotBuilt('The admin API'),
+    logging: NotBuilt('Request and access logs'),
+    hooks: NotBuilt('Scripts')
+}, { additionalProperties: false });
+/** Thrown for a file that can't be used: one line for each error, all of them. */
+export class ConfigError extends Error {
+    name = 'ConfigError';
+}
+/**
+ * Reads and checks a configuration file.
+ *
+ * @throws {ConfigError} with lines such as
+ *   `config.yaml:12:5 backends[0].weight: must be a positive integer (got "ten")`
+ */
+export async function loadConfig(file, env = process.env) {
+    let yaml;
+    try {
+        yaml = await readFile(file, 'utf8');
+    }
+    catch (error) {
+        throw new ConfigError(`${file}: cannot be read (${error.code})`);
+    }
+    return parseConfig(yaml, basename(file), env);
+}
+/**
+ * Checks the text of a configuration file and completes it with the defaults.
+ *
+ * @example
+ * parseConfig('backends: [{url: "http://vllm:8000"}]', 'config.yaml', {}).server.listen // ':8000'
+ */
+export function parseConfig(yaml, name, env) {
+    const file = readYaml(yaml, name, env);
+    const { root, issues } = file;
+    if (file.errors.length > 0)
+        throw new ConfigError(file.errors.join('\n'));
+    if (typeof root !== 'object' || root === null || Array.isArray(root)) {
+        throw new ConfigError(`${name}:1:1 must be a mapping of sections such as server and backends`);
+    }
+    const schema = ConfigSchema;
+    retype(schema, root, [], file.fromEnv);
+    issues.push(...numbersWithoutUnit(schema, root, []));
+    withoutFile(root);
+    const known = new Set(issues.map(issue => formatPath(issue.path)));
+    issues.push(...findIssues(ConfigSchema, root).filter(({ path }) => !known.has(formatPath(path))));
+    issues.push(...incomplete(root));
+    if (issues.length > 0)
+        throw new ConfigError(file.complaints().join('\n'));
+    return freeze(root);
+}
+/** Rules between members, which the schema can't say. */
+function incomplete({ server, rate_limit: limits }) {
+    const issues = [];
+    for (const part of ['global', 'per_key']) {
+        const { burst_size, requests_per_second, requests_per_minute } = limits?.[part] ?? {};
+        if (burst_size && !requests_per_second && !requests_per_minute) {
+            const message = 'needs requests_per_second or requests_per_minute beside it';
+            issues.push({ path: ['rate_limit', part, 'burst_size'], message });
+        }
+    }
+    if (server?.workers !== 1 && limits?.enabled === true) {
+        const message = 'must be 1 together with rate_limit: limits are counted in each process by itself so far';
+        issues.push({ path: ['server', 'workers'], message });
+    }
+    const tls = server?.tls;
+    if (server?.read_timeout < server?.header_timeout) {
+        const message = 'must not be shorter than header_timeout, which is part of it';
+        issues.push({ path: ['server', 'read_timeout'], message });
+    }
+    const missing = (member, message) => issues.push({ path: ['server', 'tls', member], message });
+    if (tls?.enabled === true) {
+        if (!tls.cert_file)
+            missing('cert_file', 'is missing, but tls is enabled');
+        if (!tls.key_file)
+            missing('key_file', 'is missing, but tls is enabled');
+        if (tls.client_auth !== 'none' && !tls.client_ca_file) {
+            missing('client_ca_file', 'is missing, but client_auth asks for certificates');
+        }
+        for (const name of ['cert_file', 'key_file', 'client_ca_file']) {
+            const path = tls[name];
+            if (path && !existsSync(path))
+                missing(name, `must be a file that is there (got "${path}")`);
+        }
+    }
+    return issues;
+}
+/** Settings of a log file say nothing where the log goes elsewhere. */
+function withoutFile({ log }) {
+    if (typeof log === 'object' && log !== null && log.output !== 'file')
+        delete log.file;
+}
+/** In a file a number without a unit could be anything: seconds, or the original's nanoseconds. */
+function numbersWithoutUnit(schema, value, path) {
+    if (schema.unit !== undefined && typeof value === 'number') {
+        // A size without a unit is bytes everywhere.
+        if (schema.unit === 'bytes' || value === 0)
+            return [];
+        // The original read a bare number as nanoseconds.
+        const likely = value >= 1e6 && value % 1e6 === 0 ? `${value / 1e6}ms` : `${value}s`;
+        return [{ path, message: `must have a unit, such as ${likely} (got ${value})` }];
+    }
+    if (Array.isArray(value)) {
+        return value.flatMap((item, at) => numbersWithoutUnit(schema.items ?? {}, item, [...path, at]));
+    }
+    if (typeof value !== 'object' || value === null)
+        return [];
+    return Object.entries(value).flatMap(([name, member]) => numbersWithoutUnit(schema.properties?.[name] ?? {}, member, [...path, name]));
+}
+/** The environment holds text only: where a number or a truth value is wanted it is read as one. */
+function retype(schema, value, path, fromEnv) {
+    if (typeof value !== 'object' || value === null)
+        return;
+    const members = value;
+    for (const [name, member] of Object.entries(members)) {
+        const isList = Array.isArray(value);
+        const inner = (isList ? schema.items : schema.properties?.[name]) ?? {};
+        const innerPath = [...path, isList ? Number(name) : name];
+        if (!fromEnv.has(formatPath(innerPath)))
+            retype(inner, member, innerPath, fromEnv);
+        else if (inner.type === 'boolean' && /^(true|false)$/i.test(String(member))) {
+            members[name] = String(member).toLowerCase() === 'true';
+        }
+        else if (/\b(integer|number)\b/.test(String(inner.type)) &&
+            /^-?\d+(\.\d+)?$/.test(String(member))) {
+            members[name] = Number(member);
+        }
+    }
+}
+function freeze(value) {
+    if (typeof value === 'object' && value !== null && !Object.isFrozen(value)) {
+        Object.values(value).forEach(freeze);
+        Object.freeze(value);
+    }
+    return value;
+}

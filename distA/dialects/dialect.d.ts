@@ -1,0 +1,18 @@
+import type { GatewayError } from '../errors.ts';
+/**
+ * What the gateway must know about one API: how an error looks, in a body and in a stream, and
+ * what counts as a piece of the answer while it streams.
+ */
+export interface Dialect {
+    name: 'openai' | 'responses' | 'anthropic' | 'ollama';
+    /** The header in which its clients look for the id of a request. */
+    idHeader: 'x-request-id' | 'request-id';
+    /** The error as a JSON body. */
+    error(error: GatewayError, requestId: string): object;
+    /** The error as the last event of a stream that has begun. */
+    errorEvent(error: GatewayError, requestId: string): string;
+    /** Members whose text, when it isn't empty, or whose object is a piece of the answer. */
+    deltaMembers: readonly string[];
+    /** Values of an event's `type` that end a stream properly (beside `[DONE]` and `"done": true`). */
+    endTypes: readonly string[];
+}

@@ -1,0 +1,26 @@
+/** OpenAI's error object, https://platform.openai.com/docs/guides/error-codes */
+export function openaiError(error) {
+    return {
+        error: { message: error.message, type: errorType(error), param: null, code: error.code }
+    };
+}
+function errorType({ statusCode, code }) {
+    if (code === 'insufficient_quota')
+        return 'insufficient_quota';
+    if (statusCode === 401)
+        return 'authentication_error';
+    if (statusCode === 403)
+        return 'permission_error';
+    if (statusCode === 429)
+        return 'rate_limit_error';
+    return statusCode < 500 ? 'invalid_request_error' : 'server_error';
+}
+/** Chat completions and completions, and every route that has no API of its own. */
+export const openai = {
+    name: 'openai',
+    idHeader: 'x-request-id',
+    error: openaiError,
+    errorEvent: error => `data: ${JSON.stringify(openaiError(error))}\n\n`,
+    deltaMembers: ['content', 'reasoning_content', 'reasoning', 'arguments', 'refusal', 'text'],
+    endTypes: []
+};

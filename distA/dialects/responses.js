@@ -1,0 +1,13 @@
+import { openaiError } from './openai.js';
+/** The Responses API: typed events, usage inside `response.completed`, no `[DONE]`. */
+export const responses = {
+    name: 'responses',
+    idHeader: 'x-request-id',
+    error: openaiError,
+    errorEvent: error => {
+        const { code, message } = error;
+        return `event: error\ndata: ${JSON.stringify({ type: 'error', code, message, param: null })}\n\n`;
+    },
+    deltaMembers: ['delta'],
+    endTypes: ['response.completed', 'response.failed', 'response.incomplete', 'error']
+};

@@ -1,0 +1,73 @@
+/**
+ * Every error the gateway itself makes: its code (stable, for programs), status and text.
+ * How an error looks on the wire is the business of the route's dialect (`dialects/`).
+ */
+const STATUS = {
+    invalid_request: 400,
+    invalid_json: 400,
+    invalid_path: 400,
+    missing_api_key: 401,
+    invalid_api_key: 401,
+    key_disabled: 403,
+    key_expired: 403,
+    key_not_started: 403,
+    ip_not_allowed: 403,
+    model_not_allowed: 403,
+    key_refused: 403,
+    not_found: 404,
+    request_timeout: 408,
+    body_too_large: 413,
+    unsupported_encoding: 415,
+    rate_limit_exceeded: 429,
+    insufficient_quota: 429,
+    headers_too_large: 431,
+    client_gone: 499,
+    internal_error: 500,
+    backend_unreachable: 502,
+    backend_failed: 502,
+    auth_unavailable: 503,
+    no_backend: 503,
+    shutting_down: 503,
+    backend_timeout: 504
+};
+/**
+ * An error made by the gateway, not by a backend.
+ *
+ * @example
+ * const error = new GatewayError('no_backend', 'No backend is available.')
+ * error.statusCode // 503
+ */
+export class GatewayError extends Error {
+    code;
+    statusCode;
+    /** Response headers that go with it, such as `retry-after`. */
+    headers;
+    constructor(code, message, options = {}) {
+        super(message, options.cause === undefined ? undefined : { cause: options.cause });
+        this.name = 'GatewayError';
+        this.code = code;
+        this.statusCode = options.statusCode ?? STATUS[code];
+        this.headers = options.headers ?? {};
+    }
+}
+/**
+ * The gateway's view of any error thrown while a request was handled: Fastify's own 4xx errors keep
+ * their status and lose their internals, everything unexpected becomes a 500 that tells nothing.
+ */
+export function toGatewayError(error) {
+    if (error instanceof GatewayError)
+        return error;
+    const { statusCode, code } = error;
+    if (code === 'FST_ERR_CTP_BODY_TOO_LARGE') {
+        return new GatewayError('body_too_large', 'The request body is larger than this server accepts.');
+    }
+    if (code === 'FST_ERR_BAD_URL' || code === 'FST_ERR_MAX_PARAM_LENGTH') {
+        return new GatewayError('invalid_path', 'The path of this request is not plain.');
+    }
+    if (statusCode !== undefined && statusCode >= 400 && statusCode < 500) {
+        return new GatewayError('invalid_request', error.message, { statusCode });
+    }
+    return new GatewayError('internal_error', 'The gateway failed to handle this request.', {
+        cause: error
+    });
+}

@@ -1,0 +1,22 @@
+/**
+ * The path of a request below the prefix its plugin was registered with, without the query.
+ *
+ * @example
+ * pathBelow('/llm/v1/models?x=1', '/llm') // '/v1/models'
+ */
+export function pathBelow(url, prefix) {
+    return url.slice(prefix.endsWith('/') ? prefix.length - 1 : prefix.length).split('?', 1)[0];
+}
+/**
+ * `retry-after` (RFC 9110, section 10.2.3) in milliseconds: seconds, with fractions as some servers
+ * send them, or a date. 0 for anything else.
+ *
+ * @example
+ * parseRetryAfter('1.5') // 1500
+ */
+export function parseRetryAfter(value) {
+    if (typeof value !== 'string')
+        return 0;
+    const ms = /^\d+(\.\d+)?$/.test(value) ? Number(value) * 1000 : Date.parse(value) - Date.now();
+    return Number.isNaN(ms) ? 0 : Math.max(0, ms);
+}

@@ -1,0 +1,178 @@
+import { closest, distance } from 'fastest-levenshtein';
+/** `['backends', 0, 'url']` as `backends[0].url:` */
+export function formatPath(path) {
+    const text = path.reduce((all, part) => typeof part === 'number' ? `${all}[${part}]` : all === '' ? part : `${all}.${part}`, '');
+    return text === '' ? '' : `${text}:`;
+}
+/** Old and documented names of the original's dialect that this gateway knows under another name. */
+const MOVED = {
+    listen: 'server.listen',
+    usage_hook: 'usage.reporters',
+    api_keys: 'auth.keys',
+    'auth.storage': 'auth.pipeline',
+    'auth.redis': 'auth.pipeline',
+    'auth.defaults': 'auth.status_codes',
+    'routing.load_balance_strategy': 'routing.load_balance'
+};
+/** Names of the original's documents that never did anything, and do nothing here. */
+const UNSUPPORTED = new Set([
+    'scripts',
+    'routing.model_mapping',
+    'backends.id',
+    'backends.models',
+    'backends.paths',
+    'auth.pipeline.lua_script',
+    'auth.pipeline.lua_script_file'
+]);
+/** Index of the first item that repeats one before it, and the index of that one. */
+export function findRepeated(items, { by }) {
+    const seen = new Map();
+    for (const [at, item] of items.entries()) {
+        const isItem = typeof item === 'string' || (typeof item === 'object' && item !== null);
+        const value = isItem ? by(item) : undefined;
+        if (value === undefined)
+            continue;
+        const before = seen.get(value);
+        if (before !== undefined)
+            return [at, before];
+        seen.set(value, at);
+    }
+    return undefined;
+}
+/** An error of the validator as a sentence about one member. */
+export function toIssue(error, root) {
+    const path = error.instancePath
+        .split('/')
+        .slice(1)
+        .map(part => part.replaceAll('~1', '/').replaceAll('~0', '~'))
+        .map(part => (/^\d+$/.test(part) ? Number(part) : part));
+    const schema = (error.parentSchema ?? {});
+    const isSecret = isInsideSecret(error.schemaPath, root);
+    switch (error.keyword) {
+        case 'additionalProperties':
+            return unknownMember(path, error.params.additionalProperty, schema, isSecret);
+        case 'required':
+            return { path: [...path, error.params.missingProperty], message: 'is missing' };
+        case 'notBuilt':
+            return {
+                path,
+                message: 'is not supported by this version yet; remove it or switch it off'
+            };
+        case 'distinct':
+            return duplicate(path, schema, error.data);
+        case 'partOfType':
+            return { path: [...path, error.data.type], message: 'is missing' };
+        case 'minItems':
+            return { path, message: `must be ${expected(schema)}` };
+        default:
+            return { path, message: `must be ${expected(schema)}${got(schema, error.data, isSecret)}` };
+    }
+}
+/** Is one of the schemas on the way to the error marked as secret? */
+function isInsideSecret(schemaPath, root) {
+    let at = root;
+    for (const part of schemaPath.split('/').slice(1)) {
+        if (at?.secret)
+            return true;
+        at = at?.[part.replaceAll('~1', '/')];
+    }
+    return false;
+}
+function unknownMember(path, member, schema, isSecret) {
+    const whole = [...path, member];
+    const name = whole.filter(part => typeof part === 'string').join('.');
+    const known = Object.keys(schema.properties ?? {});
+    // A key may stand where a name belongs.
+    if (isSecret)
+        return { path, message: `has an unknown member; known are ${known.join(', ')}` };
+    if (Object.hasOwn(MOVED, name)) {
+        return { path: whole, message: `is an old name; use ${MOVED[name]}` };
+    }
+    if (UNSUPPORTED.has(name))
+        return { path: whole, message: 'is not supported; remove it' };
+    const best = known.length === 0 ? '' : closest(member, known);
+    const near = best !== '' && distance(member, best) <= Math.max(2, member.length / 3);
+    return {
+        path: whole,
+        message: near ? `is not known; did you mean "${best}"?` : 'is not known'
+    };
+}
+/** What a schema asks for, in words. */
+export function expected(schema) {
+    if (schema.expects !== undefined)
+        return schema.expects;
+    if (schema.unit === 'ms')
+        return 'a duration such as 500ms, 30s or 1m30s';
+    if (schema.unit === 'bytes')
+        return 'a size such as 64MB';
+    if (schema.later !== undefined) {
+        const later = schema.later.join(', ');
+        return `${schema.enum.join(' or ')} (${later}: not supported by this version yet)`;
+    }
+    if (schema.anyOf !== undefined)
+        return schema.anyOf.map(expected).join(' or ');
+    if (schema.enum !== undefined)
+        return `one of ${schema.enum.join(', ')}`;
+    if (schema.const !== undefined)
+        return JSON.stringify(schema.const);
+    switch (schema.type) {
+        case 'integer':
+        case 'number':
+            return expectedNumber(schema);
+        case 'boolean':
+            return 'true or false';
+        case 'array':
+            return schema.items?.type === 'string' ? 'a list of texts' : 'a list';
+        case 'string':
+            return schema.minLength === undefined ? 'text' : 'text that is not empty';
+        default:
+            return schema.shorthand === undefined ? 'a mapping' : 'text or a mapping';
+    }
+}
+function expectedNumber(schema) {
+    const noun = schema.type === 'integer' ? 'integer' : 'number';
+    if (schema.minimum !== undefined && schema.maximum !== undefined) {
+        return `a ${noun} from ${schema.minimum} to ${schema.maximum}`.replace('a i', 'an i');
+    }
+    if (schema.minimum === 1 || schema.exclusiveMinimum === 0)
+        return `a positive ${noun}`;
+    if (schema.minimum === 0)
+        return `a ${noun} of 0 or more`.replace('a i', 'an i');
+    return noun === 'integer' ? 'an integer' : 'a number';
+}
+/** The value that was there, unless it may be a secret or is too long to help. */
+function got(schema, value, isSecret) {
+    if (isSecret || schema.secret || value === undefined)
+        return '';
+    if (value === null)
+        return ' (got nothing)';
+    if (typeof value === 'object')
+        return ` (got a ${Array.isArray(value) ? 'list' : 'mapping'})`;
+    if (typeof value === 'string' && value.includes('@')) {
+        return ', without a user or a password (use api_key or headers)';
+    }
+    const text = JSON.stringify(value);
+    return text.length > 80 ? '' : ` (got ${text})${suggestion(schema, value)}`;
+}
+/** The allowed value that was probably meant. */
+function suggestion(schema, value) {
+    const texts = (schema.enum ?? []).filter(each => typeof each === 'string');
+    if (texts.length === 0 || typeof value !== 'string')
+        return '';
+    const best = closest(value, texts);
+    const near = distance(value, best) <= 2 || best.startsWith(value);
+    return near ? `; did you mean "${best}"?` : '';
+}
+function duplicate(path, { distinct }, items) {
+    for (const rule of distinct) {
+        const found = findRepeated(items, rule);
+        if (found === undefined)
+            continue;
+        const [at, before] = found;
+        return {
+            path: [...path, at],
+            message: `has the same ${rule.what} as ${formatPath([...path, before]).slice(0, -1)}`
+        };
+    }
+    return { path, message: 'has the same item twice' };
+}

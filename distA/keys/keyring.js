@@ -1,0 +1,85 @@
+import { GatewayError } from '../errors.js';
+import { checkKey, hashKey, matchesModel, statusRefusal, toCaller } from './key.js';
+/**
+ * Turns a presented key into its caller.
+ *
+ * @example
+ * const keyring = new Keyring({ mode: 'first_match', codes, sources }, log)
+ * await keyring.caller('sk-alice', '10.0.0.1') // { id: 'alice', ... }
+ */
+export class Keyring {
+    #options;
+    #log;
+    constructor(options, log) {
+        this.#options = options;
+        this.#log = log;
+    }
+    /** @throws {GatewayError} 401 unknown, 403 refused, 429 quota, 503 when a source can't tell */
+    async caller(key, ip) {
+        const hash = hashKey(key);
+        return this.#options.mode === 'all' ? this.#all(key, hash, ip) : this.#first(key, hash, ip);
+    }
+    async #first(key, hash, ip) {
+        let unsure = false;
+        for (const source of this.#options.sources) {
+            const record = await this.#lookup(source, key, hash);
+            if (record === 'down')
+                unsure = true;
+            else if (record !== undefined)
+                return this.#admit(record, ip);
+        }
+        throw unsure ? unavailable() : this.#unknown();
+    }
+    async #all(key, hash, ip) {
+        if (this.#options.sources.length === 0)
+            throw this.#unknown();
+        const callers = [];
+        for (const source of this.#options.sources) {
+            const record = await this.#lookup(source, key, hash);
+            if (record === 'down')
+                throw unavailable();
+            if (record === undefined)
+                throw this.#unknown();
+            callers.push(this.#admit(record, ip));
+        }
+        return callers.reduce(merge);
+    }
+    async #lookup(source, key, hash) {
+        try {
+            return await source.lookup(key, hash);
+        }
+        catch (error) {
+            // Never the error itself: a service may repeat the key in what it says.
+            const { code, name } = error;
+            this.#log.error({ source: source.name, reason: code ?? name }, 'a key source is down');
+            return 'down';
+        }
+    }
+    #admit(record, ip) {
+        if (record instanceof GatewayError)
+            throw record;
+        const refusal = checkKey(record, { ip, now: Date.now(), codes: this.#options.codes });
+        if (refusal !== undefined)
+            throw refusal;
+        return toCaller(record);
+    }
+    #unknown() {
+        return (statusRefusal('not_found', this.#options.codes) ??
+            new GatewayError('invalid_api_key', 'This API key is not valid.'));
+    }
+}
+function unavailable() {
+    return new GatewayError('auth_unavailable', 'API keys cannot be checked at the moment.', {
+        headers: { 'retry-after': '1' }
+    });
+}
+/** The first source names the caller, the others may add what it didn't know and narrow models. */
+function merge(first, next) {
+    const models = first.models === undefined || next.models === undefined
+        ? (first.models ?? next.models)
+        : [
+            ...first.models.filter(model => matchesModel(next.models, model)),
+            ...next.models.filter(model => matchesModel(first.models, model))
+        ];
+    return { ...next, ...first, ...(models === undefined ? {} : { models }) };
+}

@@ -1,0 +1,136 @@
+import { Type } from 'typebox';
+import { request } from 'undici';
+import { GatewayError } from '../errors.js';
+import { Duration, HeadersToSend, Url } from '../options.js';
+import { isNetwork, parseStatus, parseTime, statusRefusal } from './key.js';
+export const WebhookKeysOptions = Type.Object({
+    url: Url('Asked for each request'),
+    method: Type.Enum(['POST', 'PUT'], { default: 'POST', description: 'Method' }),
+    timeout: Duration('5s', 'How long the answer may take'),
+    headers: HeadersToSend
+}, { additionalProperties: false, description: 'A service that knows the keys' });
+const MAX_ANSWER = 64 * 1024;
+/** An answer that decides nothing; `code` says why, and holds nothing of it. */
+class WebhookError extends Error {
+    code;
+    constructor(why) {
+        super(`the auth webhook's answer is of no use: ${why}`);
+        this.code = why;
+    }
+}
+/**
+ * Asks a service about a key: `{"api_key": "...", "timestamp": 1767225600}`. It answers 2xx with a
+ * JSON object (`status`, `user_id`, `name`, `starts_at`, `expires_at`, `allowed_ips`, `denied_ips`,
+ * `models`, `total_quota` and `used_quota`, `balance`; all may be missing), or refuses: 401 and 404
+ * unknown, 403 disabled, 402 and 429 quota used up. A `code` other than 0 or 200 refuses too.
+ */
+export class WebhookKeys {
+    name;
+    #options;
+    #codes;
+    constructor(name, options, codes) {
+        this.name = name;
+        this.#options = options;
+        this.#codes = codes;
+    }
+    async lookup(key, hash) {
+        const { statusCode, body } = await request(this.#options.url, {
+            method: this.#options.method,
+            headers: { ...this.#options.headers, 'content-type': 'application/json' },
+            body: JSON.stringify({ api_key: key, timestamp: Math.floor(Date.now() / 1000) }),
+            headersTimeout: this.#options.timeout,
+            bodyTimeout: this.#options.timeout,
+            signal: AbortSignal.timeout(this.#options.timeout)
+        });
+        if (statusCode < 200 || statusCode > 299) {
+            await body.dump();
+            return this.#refusal(statusCode);
+        }
+        const data = parseJson(await readText(body));
+        if (typeof data !== 'object' || data === null || Array.isArray(data)) {
+            throw new WebhookError('no JSON object');
+        }
+        return toRecord(data, hash);
+    }
+    #refusal(statusCode) {
+        switch (statusCode) {
+            case 401:
+            case 404:
+                return undefined;
+            case 403:
+                return statusRefusal('disabled', this.#codes) ?? refused(undefined);
+            case 402:
+            case 429:
+                return statusRefusal('quota_exceeded', this.#codes) ?? refused(undefined);
+            default:
+                throw new WebhookError(`status ${statusCode}`);
+        }
+    }
+}
+function toRecord(data, hash) {
+    const status = data.status === undefined ? 'active' : parseStatus(data.status);
+    const startsAt = optional(data.starts_at, parseTime);
+    const expiresAt = optional(data.expires_at, parseTime);
+    const accepted = data.code === undefined || data.code === 0 || data.code === 200;
+    if (!accepted || status === undefined)
+        return refused(data.message);
+    if (Number.isNaN(startsAt) || Number.isNaN(expiresAt))
+        return refused(undefined);
+    const id = text(data.api_key_id) ?? text(data.id) ?? `key_${hash.slice(0, 12)}`;
+    return {
+        id,
+        name: text(data.name),
+        userId: text(data.user_id),
+        status,
+        startsAt,
+        expiresAt,
+        allowedIps: networks(data.allowed_ips),
+        deniedIps: networks(data.denied_ips),
+        models: texts(data.models),
+        quotaLeft: quotaLeft(data)
+    };
+}
+function quotaLeft({ total_quota, used_quota, balance }) {
+    const total = Number(total_quota ?? 0);
+    const left = total > 0 ? total - Number(used_quota ?? 0) : undefined;
+    if (balance === undefined || balance === null)
+        return left;
+    return Math.min(Number(balance), left ?? Number.POSITIVE_INFINITY);
+}
+function refused(message) {
+    return new GatewayError('key_refused', text(message) ?? 'This API key may not be used.');
+}
+async function readText(body) {
+    const chunks = [];
+    let size = 0;
+    for await (const chunk of body) {
+        size += chunk.length;
+        if (size > MAX_ANSWER)
+            throw new WebhookError('more than 64 KB');
+        chunks.push(chunk);
+    }
+    return Buffer.concat(chunks).toString();
+}
+function parseJson(text) {
+    try {
+        return JSON.parse(text);
+    }
+    catch {
+        return undefined;
+    }
+}
+function optional(value, parse) {
+    return value === undefined || value === null || value === '' ? undefined : parse(value);
+}
+function text(value) {
+    if (typeof value === 'number')
+        return String(value);
+    return typeof value === 'string' && value !== '' ? value : undefined;
+}
+function texts(value) {
+    return Array.isArray(value) ? value.filter(each => typeof each === 'string') : undefined;
+}
+/** A list of networks; one that can't be read counts as "no address at all" rather than as absent. */
+function networks(value) {
+    return texts(value)?.filter(isNetwork);
+}

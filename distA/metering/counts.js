@@ -1,0 +1,47 @@
+/** Adds what a usage object (JSON) says. */
+export function addCounts(counts, json) {
+    let usage;
+    try {
+        usage = JSON.parse(json);
+    }
+    catch {
+        return;
+    }
+    for (const [name, value] of Object.entries(usage)) {
+        if (isCount(name, value))
+            counts[name] = value;
+        else if (typeof value === 'object' && value !== null) {
+            for (const [inner, count] of Object.entries(value)) {
+                if (isCount(inner, count))
+                    counts[inner] = count;
+            }
+        }
+    }
+}
+function isCount(name, value) {
+    return typeof value === 'number' && value > 0 && name.endsWith('_tokens');
+}
+/**
+ * One shape for all. Cached tokens are part of the prompt in OpenAI's counts and beside it in
+ * Anthropic's; here they are always part of it.
+ */
+export function toUsage(counts) {
+    if (Object.keys(counts).length === 0)
+        return undefined;
+    const cached = (counts.cache_read_input_tokens ?? 0) + (counts.cache_creation_input_tokens ?? 0);
+    const beside = counts.prompt_tokens === undefined ? cached : 0;
+    const completionTokens = counts.completion_tokens ?? counts.output_tokens ?? 0;
+    const input = counts.prompt_tokens ?? counts.input_tokens;
+    const promptTokens = input === undefined && beside === 0
+        ? Math.max(0, (counts.total_tokens ?? 0) - completionTokens)
+        : (input ?? 0) + beside;
+    const cachedTokens = counts.cached_tokens ?? counts.cache_read_input_tokens;
+    return {
+        promptTokens,
+        completionTokens,
+        totalTokens: Math.max(counts.total_tokens ?? 0, promptTokens + completionTokens),
+        ...(cachedTokens === undefined ? {} : { cachedTokens }),
+        ...(counts.reasoning_tokens === undefined ? {} : { reasoningTokens: counts.reasoning_tokens }),
+        exactness: 'exact'
+    };
+}

@@ -1,0 +1,320 @@
+import { addCounts, toUsage } from './counts.js';
+import { JsonWatcher, MemberNames } from './watcher.js';
+const DATA = Buffer.from('data:');
+const THE_END = Buffer.from('[DONE]');
+const LF = 0x0a;
+const CR = 0x0d;
+const QUOTE = 0x22;
+const MAX_HELD = 64 * 1024;
+const MAX_SAMPLE = 4 * 1024;
+/** Where in a line of an event stream the next byte stands. */
+const LINE_START = 0;
+const DATA_START = 1;
+const DATA_LINE = 2;
+const OTHER_LINE = 3;
+/**
+ * Reads the usage out of an answer that passes by. Bytes go on as they came and when they came; only
+ * where the usage chunk was asked for by the gateway and not by the client, that one event is taken
+ * out, and for that an event's beginning waits for its end.
+ *
+ * Event streams are read as https://html.spec.whatwg.org/multipage/server-sent-events.html says:
+ * LF, CRLF or CR, one optional space after the colon, over any split of the bytes.
+ *
+ * @example
+ * const meter = new Meter({ framing: 'sse', dialect: openai, takeOut: false })
+ * meter.pass(Buffer.from('data: {"choices":[],"usage":{"prompt_tokens":2,"completion_tokens":1}}\n\n'))
+ * meter.usage // { promptTokens: 2, completionTokens: 1, totalTokens: 3, exactness: 'exact' }
+ */
+export class Meter {
+    /** Events with a piece of the answer, and when the first and the last of them passed. */
+    deltas = 0;
+    firstDeltaAt = 0;
+    lastDeltaAt = 0;
+    /** The stream said properly that it is over. */
+    finished = false;
+    /** The usage is the answer's last word, not a count on the way. */
+    hasFinalUsage = false;
+    /** The backend reported an error inside its answer. */
+    failed = false;
+    /** `id` of the answer, and who wants to know it as soon as it is seen. */
+    id;
+    onId;
+    framing;
+    #endTypes;
+    #takeOut;
+    #mustEnd;
+    #watcher;
+    #counts = {};
+    #line = LINE_START;
+    #matched = 0;
+    #endMatched = 0;
+    #afterCr = false;
+    #hasData = false;
+    /** The beginning of an event that may have to be taken out. */
+    #held;
+    #tooLong = false;
+    /** What passed ended in the middle of a line, or of an event. */
+    #isMidLine = false;
+    #isMidEvent = false;
+    #tookOut = false;
+    #sample;
+    /**
+     * @param options.takeOut takes the usage chunk out
+     * @param options.mustEnd a stream that does not say that it is over is broken
+     * @param options.names of the dialect, where many answers share them
+     */
+    constructor(options) {
+        this.#mustEnd = options.mustEnd ?? false;
+        this.framing = options.framing;
+        this.#endTypes = options.dialect.endTypes;
+        this.#takeOut = options.takeOut && options.framing === 'sse';
+        this.#watcher = new JsonWatcher(options.names ?? new MemberNames(options.dialect.deltaMembers));
+    }
+    /** Looks at a chunk and returns what of it goes on now. */
+    pass(chunk) {
+        const before = this.deltas;
+        let out = chunk;
+        if (this.framing === 'sse') {
+            if (this.#isLikeSample(chunk))
+                this.deltas++;
+            else
+                out = this.#events(chunk);
+        }
+        else if (this.framing === 'ndjson')
+            this.#lines(chunk);
+        else
+            this.#watcher.feed(chunk, 0, chunk.length);
+        if (this.deltas !== before) {
+            this.lastDeltaAt = performance.now();
+            if (before === 0)
+                this.firstDeltaAt = this.lastDeltaAt;
+        }
+        return out;
+    }
+    /** The answer is over; returns what was held of an event that never ended. */
+    end() {
+        if (this.framing !== 'sse')
+            this.#harvest();
+        const held = this.#held;
+        this.#held = undefined;
+        return held;
+    }
+    breakOff() {
+        this.#held = undefined;
+        if (this.framing === 'json')
+            return '';
+        if (this.framing === 'ndjson')
+            return this.#isMidLine ? '\n' : '';
+        if (this.#takeOut && !this.#tooLong)
+            return '';
+        if (this.#line !== LINE_START || this.#matched > 0)
+            return '\n\n';
+        return this.#isMidEvent ? '\n' : '';
+    }
+    isCutShort() {
+        return this.#mustEnd && this.framing !== 'json' && !this.finished && !this.failed;
+    }
+    /** What the backend said, or undefined. */
+    get usage() {
+        return toUsage(this.#counts);
+    }
+    #lines(chunk) {
+        let at = 0;
+        this.#isMidLine = chunk[chunk.length - 1] !== LF;
+        while (at < chunk.length) {
+            const end = chunk.indexOf(LF, at);
+            this.#watcher.feed(chunk, at, end === -1 ? chunk.length : end);
+            if (end === -1)
+                return;
+            this.#harvest();
+            at = end + 1;
+        }
+    }
+    /**
+     * Nearly every event of a stream is like the one before but for its piece of the answer. Comparing
+     * them is a few native calls; reading each anew would be half of what the gateway itself does for a chunk.
+     */
+    #isLikeSample(chunk) {
+        if (this.#sample === undefined || !this.#isBetweenEvents())
+            return false;
+        const { before, behind } = this.#sample;
+        const begin = before.length;
+        const end = chunk.length - behind.length;
+        return (end > begin &&
+            chunk.indexOf(QUOTE, begin) === end &&
+            chunk.indexOf(LF, begin) === chunk.length - 2 &&
+            chunk.indexOf(CR, begin) === -1 &&
+            before.compare(chunk, 0, begin) === 0 &&
+            behind.compare(chunk, end) === 0);
+    }
+    #isBetweenEvents() {
+        return !this.#isMidEvent && this.#line === LINE_START && this.#matched === 0 && !this.#afterCr;
+    }
+    /** Remembers an event that came alone, and in which there was one piece of the answer and no more. */
+    #takeSample(chunk) {
+        const { seen } = this.#watcher;
+        const { textBegin, textEnd } = seen;
+        const isPlain = seen.texts === 1 && seen.usage === undefined && !this.#saysEnd() && !seen.error;
+        if (!isPlain || chunk.length > MAX_SAMPLE)
+            return;
+        this.#sample = {
+            before: Buffer.from(chunk.subarray(0, textBegin)),
+            behind: Buffer.from(chunk.subarray(textEnd))
+        };
+    }
+    #events(chunk) {
+        const hasCr = chunk.includes(CR);
+        const isAlone = !hasCr && this.#isBetweenEvents();
+        const kept = [];
+        /** What stands before `keepFrom` has gone on or was taken out; the event began at `eventStart`. */
+        let keepFrom = 0;
+        let eventStart = 0;
+        let at = 0;
+        while (at < chunk.length) {
+            const byte = chunk[at];
+            if (this.#afterCr) {
+                this.#afterCr = false;
+                if (byte === LF) {
+                    at++;
+                    const endsEvent = eventStart === at - 1 && this.#held === undefined && !this.#tooLong;
+                    if (endsEvent) {
+                        if (this.#tookOut)
+                            keepFrom = at;
+                        eventStart = at;
+                    }
+                    continue;
+                }
+            }
+            this.#tookOut = false;
+            if (this.#line === DATA_START) {
+                this.#line = DATA_LINE;
+                if (byte === 0x20)
+                    at++;
+                continue;
+            }
+            if (this.#line === LINE_START && byte === DATA[this.#matched]) {
+                at++;
+                if (++this.#matched === DATA.length) {
+                    this.#line = DATA_START;
+                    this.#hasData = true;
+                }
+                continue;
+            }
+            const isBlank = this.#line === LINE_START && this.#matched === 0 && (byte === LF || byte === CR);
+            const end = isBlank ? at : lineEnd(chunk, at, hasCr);
+            if (this.#line === DATA_LINE)
+                this.#data(chunk, at, end);
+            else if (!isBlank)
+                this.#line = OTHER_LINE;
+            at = end;
+            if (end === chunk.length)
+                break;
+            this.#afterCr = chunk[end] === CR;
+            this.#line = LINE_START;
+            this.#matched = 0;
+            at++;
+            this.#isMidEvent = !isBlank;
+            if (isBlank) {
+                if (this.#isOurs()) {
+                    if (this.#held === undefined)
+                        kept.push(chunk.subarray(keepFrom, eventStart));
+                    keepFrom = at;
+                    this.#tookOut = true;
+                }
+                else if (this.#held !== undefined)
+                    kept.push(this.#held);
+                this.#held = undefined;
+                this.#tooLong = false;
+                if (isAlone && eventStart === 0 && at === chunk.length)
+                    this.#takeSample(chunk);
+                this.#endEvent();
+                eventStart = at;
+            }
+        }
+        if (!this.#takeOut)
+            return chunk;
+        return this.#hold(chunk, kept, keepFrom, eventStart);
+    }
+    /** Keeps back the beginning of an unfinished event, and joins what goes on. */
+    #hold(chunk, kept, keepFrom, eventStart) {
+        const rest = chunk.length - eventStart;
+        if (rest > 0 && !this.#tooLong) {
+            const length = (this.#held?.length ?? 0) + rest;
+            if (length <= MAX_HELD) {
+                if (eventStart > keepFrom)
+                    kept.push(chunk.subarray(keepFrom, eventStart));
+                const beginning = chunk.subarray(eventStart);
+                this.#held = this.#held ? Buffer.concat([this.#held, beginning]) : beginning;
+                return join(kept);
+            }
+            this.#tooLong = true;
+            if (this.#held !== undefined)
+                kept.push(this.#held);
+            this.#held = undefined;
+        }
+        if (keepFrom === 0 && kept.length === 0)
+            return chunk;
+        if (keepFrom < chunk.length)
+            kept.push(chunk.subarray(keepFrom));
+        return join(kept);
+    }
+    #data(chunk, from, to) {
+        this.#watcher.feed(chunk, from, to);
+        for (let at = from; at < to && this.#endMatched >= 0 && this.#endMatched < THE_END.length; at++) {
+            this.#endMatched = chunk[at] === THE_END[this.#endMatched] ? this.#endMatched + 1 : -1;
+        }
+    }
+    /** Is the event that just ended the usage chunk that only the gateway asked for? */
+    #isOurs() {
+        const { noChoices, usage } = this.#watcher.seen;
+        return this.#takeOut && !this.#tooLong && noChoices && usage !== undefined;
+    }
+    #endEvent() {
+        if (this.#endMatched === THE_END.length)
+            this.finished = true;
+        this.#endMatched = 0;
+        if (this.#hasData)
+            this.#harvest();
+        this.#hasData = false;
+    }
+    /** Takes what was seen in the JSON text that just ended. */
+    #harvest() {
+        const { seen } = this.#watcher;
+        if (seen.delta)
+            this.deltas++;
+        if (seen.usage !== undefined) {
+            addCounts(this.#counts, seen.usage);
+            if (seen.noChoices)
+                this.hasFinalUsage = true;
+        }
+        if (seen.promptEvalCount)
+            this.#counts.input_tokens = seen.promptEvalCount;
+        if (seen.evalCount)
+            this.#counts.output_tokens = seen.evalCount;
+        if (seen.error)
+            this.failed = true;
+        if (this.#saysEnd())
+            this.finished = true;
+        if (this.id === undefined && seen.id !== undefined) {
+            this.id = seen.id;
+            this.onId?.(seen.id);
+        }
+        this.#watcher.reset();
+    }
+    #saysEnd() {
+        const { done, finishReason, type } = this.#watcher.seen;
+        return done || finishReason || (type !== undefined && this.#endTypes.includes(type));
+    }
+}
+function lineEnd(chunk, from, hasCr) {
+    const lf = chunk.indexOf(LF, from);
+    const end = lf === -1 ? chunk.length : lf;
+    if (!hasCr)
+        return end;
+    const cr = chunk.indexOf(CR, from);
+    return cr === -1 ? end : Math.min(cr, end);
+}
+function join(parts) {
+    const full = parts.filter(part => part.length > 0);
+    return full.length < 2 ? full[0] : Buffer.concat(full);
+}

@@ -1,0 +1,387 @@
+/**
+ * Watches one JSON text go by, in pieces of any size, and notes the few members that metering needs:
+ * without parsing the text, without keeping it, and without being fooled by text inside strings.
+ *
+ * Members are told apart by name and depth: `usage` at the top or inside a top-level `message` or
+ * `response`; Ollama's counts, `id`, `type`, `done` and `error` at the top; `choices` when it is
+ * empty; and whether one of the delta members, anywhere, has text.
+ */
+const NAMES = {
+    usage: 1,
+    message: 2,
+    response: 3,
+    choices: 4,
+    id: 5,
+    type: 6,
+    done: 7,
+    error: 8,
+    prompt_eval_count: 9,
+    eval_count: 10,
+    finish_reason: 11
+};
+/** Flag on a name's number: its text is a piece of the answer. */
+const DELTA = 64;
+/** What the next byte belongs to. */
+const VALUE = 0;
+const NAME = 1;
+const COLON = 2;
+const AFTER = 3;
+const NAME_TEXT = 4;
+const TEXT = 5;
+const SCALAR = 6;
+const USAGE_OBJECT = 7;
+const DEEP = 8;
+const LOST = 9;
+const OBJECT = 1;
+const ARRAY = 2;
+const MAX_DEPTH = 64;
+const MAX_KEPT = 16 * 1024;
+const LONG_TEXT = 48;
+/** The members a watcher looks for; the same for all answers of one dialect. */
+export class MemberNames {
+    #codes = new Map(Object.entries(NAMES));
+    /** By their length. */
+    #names = [];
+    /** @param deltaMembers names of the members whose text is a piece of the answer */
+    constructor(deltaMembers) {
+        for (const name of deltaMembers)
+            this.#codes.set(name, (this.#codes.get(name) ?? 0) | DELTA);
+        for (const [name, code] of this.#codes) {
+            const ofLength = this.#names[name.length] ?? [];
+            ofLength.push({ bytes: Buffer.from(name), code });
+            this.#names[name.length] = ofLength;
+        }
+    }
+    codeOf(name) {
+        return this.#codes.get(name) ?? 0;
+    }
+    /** The same from bytes, without making a string: this runs a dozen times for each token. */
+    code(bytes, begin, end) {
+        const names = this.#names[end - begin];
+        if (names === undefined)
+            return 0;
+        next: for (let index = 0; index < names.length; index++) {
+            const { bytes: name, code } = names[index];
+            for (let at = 0; at < name.length; at++)
+                if (name[at] !== bytes[begin + at])
+                    continue next;
+            return code;
+        }
+        return 0;
+    }
+}
+/**
+ * @example
+ * const watcher = new JsonWatcher(new MemberNames(['content']))
+ * const text = Buffer.from('{"delta": {"content": "Hi"}, "usage": {"total_tokens": 3}}')
+ * watcher.feed(text, 0, text.length)
+ * watcher.seen // { delta: true, usage: '{"total_tokens": 3}', ... }
+ */
+export class JsonWatcher {
+    seen = nothing();
+    #names;
+    #kinds = new Uint8Array(MAX_DEPTH);
+    #members = new Uint8Array(MAX_DEPTH);
+    #state = VALUE;
+    #depth = 0;
+    /** Inside text: the byte before was a backslash. */
+    #escaped = false;
+    /** A name or value that is being kept, and what of it stood in earlier pieces. */
+    #keeps = false;
+    #kept = '';
+    /** Inside the usage object, or too deep: open braces and brackets, and whether we are in text. */
+    #braces = 0;
+    #inText = false;
+    constructor(names) {
+        this.#names = names;
+    }
+    /** Gets ready for another text. */
+    reset() {
+        this.seen = nothing();
+        this.#state = VALUE;
+        this.#depth = 0;
+        this.#escaped = false;
+        this.#keeps = false;
+        this.#kept = '';
+    }
+    feed(bytes, from, to) {
+        /** Where the name or value that is being kept begins in this piece. */
+        let begin = from;
+        let at = from;
+        while (at < to) {
+            const byte = bytes[at];
+            switch (this.#state) {
+                case NAME_TEXT:
+                case TEXT:
+                    if (this.#state === TEXT && byte !== 0x22)
+                        this.#noteText(at);
+                    at = this.#endOfText(bytes, at, to);
+                    if (at === to)
+                        break;
+                    if (this.#state === NAME_TEXT)
+                        this.#endName(bytes, begin, at);
+                    else
+                        this.#endText(bytes, begin, at);
+                    at++;
+                    break;
+                case SCALAR:
+                    if (byte === 0x2c || byte === 0x7d || byte === 0x5d || byte <= 0x20) {
+                        this.#endScalar(bytes, begin, at);
+                    }
+                    else
+                        at++;
+                    break;
+                case USAGE_OBJECT:
+                    at++;
+                    if (this.#endsNested(byte)) {
+                        this.seen.usage = this.#take(bytes, begin, at);
+                        this.#state = AFTER;
+                    }
+                    break;
+                case DEEP:
+                    at++;
+                    if (this.#endsNested(byte))
+                        this.#state = AFTER;
+                    break;
+                case VALUE:
+                    begin = this.#beginValue(byte) ? at + 1 : at;
+                    at++;
+                    break;
+                case NAME:
+                    at++;
+                    begin = at;
+                    if (byte === 0x22) {
+                        this.#state = NAME_TEXT;
+                        this.#keeps = true;
+                    }
+                    else if (byte === 0x7d)
+                        this.#close();
+                    break;
+                case COLON:
+                    at++;
+                    if (byte === 0x3a)
+                        this.#state = VALUE;
+                    break;
+                case AFTER:
+                    at++;
+                    if (byte === 0x2c)
+                        this.#state = this.#kinds[this.#depth] === OBJECT ? NAME : VALUE;
+                    else if (byte === 0x7d || byte === 0x5d)
+                        this.#close();
+                    break;
+                default:
+                    return;
+            }
+        }
+        if (this.#keeps)
+            this.#keep(bytes, begin, to);
+    }
+    /** Returns whether what is kept of the value begins after this byte. */
+    #beginValue(byte) {
+        switch (byte) {
+            case 0x20:
+            case 0x0a:
+            case 0x0d:
+            case 0x09:
+                return false;
+            case 0x22:
+                this.#state = TEXT;
+                this.#keeps = this.#isTop(NAMES.type) || this.#isId();
+                if (this.#isTop(NAMES.error))
+                    this.seen.error = true;
+                return true;
+            case 0x7b:
+                if (this.#isUsage()) {
+                    this.#state = USAGE_OBJECT;
+                    this.#keeps = true;
+                    this.#braces = 1;
+                    this.#inText = false;
+                    return false;
+                }
+                if (this.#isTop(NAMES.error))
+                    this.seen.error = true;
+                this.#noteObject();
+                this.#open(OBJECT, NAME);
+                return false;
+            case 0x5b:
+                this.#open(ARRAY, VALUE);
+                return false;
+            case 0x5d:
+                if (this.#depth === 2 && this.#members[1] === NAMES.choices)
+                    this.seen.noChoices = true;
+                this.#close();
+                return false;
+            default:
+                this.#state = SCALAR;
+                this.#keeps = this.#depth === 1 && this.#members[1] >= NAMES.done;
+                return false;
+        }
+    }
+    #open(kind, state) {
+        this.#depth++;
+        this.#kinds[this.#depth] = kind;
+        this.#members[this.#depth] = 0;
+        this.#state = state;
+        if (this.#depth < MAX_DEPTH - 1)
+            return;
+        // Nothing of interest is as deep as that: only find the way out again.
+        this.#depth--;
+        this.#state = DEEP;
+        this.#braces = 1;
+        this.#inText = false;
+    }
+    #close() {
+        if (this.#depth > 0)
+            this.#depth--;
+        this.#state = AFTER;
+    }
+    #endName(bytes, begin, end) {
+        this.#members[this.#depth] =
+            this.#kept === ''
+                ? this.#names.code(bytes, begin, end)
+                : this.#names.codeOf(this.#take(bytes, begin, end));
+        this.#keeps = false;
+        this.#state = COLON;
+    }
+    #noteText(at) {
+        if (this.#kinds[this.#depth] !== OBJECT)
+            return;
+        const member = this.#members[this.#depth];
+        if (member & DELTA) {
+            this.seen.delta = true;
+            if (this.seen.texts++ === 0)
+                this.seen.textBegin = at;
+        }
+        else if (member === NAMES.finish_reason)
+            this.seen.finishReason = true;
+    }
+    #noteObject() {
+        if (this.#kinds[this.#depth] !== OBJECT)
+            return;
+        if (this.#members[this.#depth] & DELTA)
+            this.seen.delta = true;
+    }
+    #endText(bytes, begin, end) {
+        if (this.seen.texts === 1 && this.seen.textEnd === 0)
+            this.seen.textEnd = end;
+        if (this.#keeps) {
+            const isId = this.#isId();
+            const text = this.#take(bytes, begin, end);
+            if (isId)
+                this.seen.id = text;
+            else
+                this.seen.type = text;
+        }
+        this.#state = AFTER;
+    }
+    #endScalar(bytes, begin, end) {
+        if (this.#keeps) {
+            const text = this.#take(bytes, begin, end);
+            const count = Number(text);
+            if (this.#isTop(NAMES.done))
+                this.seen.done = text === 'true';
+            else if (this.#isTop(NAMES.eval_count))
+                this.seen.evalCount = count;
+            else if (this.#isTop(NAMES.prompt_eval_count))
+                this.seen.promptEvalCount = count;
+        }
+        this.#state = AFTER;
+    }
+    /** Was this the byte that ends the object or list whose inside is not looked at? */
+    #endsNested(byte) {
+        if (this.#inText) {
+            if (this.#escaped)
+                this.#escaped = false;
+            else if (byte === 0x5c)
+                this.#escaped = true;
+            else if (byte === 0x22)
+                this.#inText = false;
+            return false;
+        }
+        if (byte === 0x22)
+            this.#inText = true;
+        else if (byte === 0x7b || byte === 0x5b)
+            this.#braces++;
+        else if (byte === 0x7d || byte === 0x5d)
+            this.#braces--;
+        return this.#braces === 0;
+    }
+    #isTop(code) {
+        return this.#depth === 1 && (this.#members[1] & ~DELTA) === code;
+    }
+    #isUsage() {
+        return this.#isTop(NAMES.usage) || this.#isInside(NAMES.usage);
+    }
+    #isId() {
+        return this.#isTop(NAMES.id) || this.#isInside(NAMES.id);
+    }
+    /** Is this the named member of a top-level `message` or `response`? */
+    #isInside(code) {
+        if (this.#depth !== 2 || this.#members[2] !== code)
+            return false;
+        const outer = this.#members[1] & ~DELTA;
+        return outer === NAMES.message || outer === NAMES.response;
+    }
+    /** The closing quote's place, or `to` when the text goes on in the next piece. */
+    #endOfText(bytes, from, to) {
+        let at = from;
+        const near = Math.min(to, from + LONG_TEXT);
+        for (; at < near; at++) {
+            const byte = bytes[at];
+            if (this.#escaped)
+                this.#escaped = false;
+            else if (byte === 0x5c)
+                this.#escaped = true;
+            else if (byte === 0x22)
+                return at;
+        }
+        while (at < to) {
+            if (this.#escaped) {
+                this.#escaped = false;
+                at++;
+                continue;
+            }
+            const quote = bytes.indexOf(0x22, at);
+            const end = quote === -1 || quote > to ? to : quote;
+            let slashes = 0;
+            while (end - 1 - slashes >= at && bytes[end - 1 - slashes] === 0x5c)
+                slashes++;
+            if (end === to) {
+                this.#escaped = slashes % 2 === 1;
+                return to;
+            }
+            if (slashes % 2 === 0)
+                return end;
+            at = end + 1;
+        }
+        return to;
+    }
+    #keep(bytes, begin, end) {
+        this.#kept += bytes.toString('latin1', begin, end);
+        if (this.#kept.length > MAX_KEPT)
+            this.#state = LOST;
+    }
+    #take(bytes, begin, end) {
+        const text = this.#kept + bytes.toString('latin1', begin, end);
+        this.#keeps = false;
+        this.#kept = '';
+        return text;
+    }
+}
+function nothing() {
+    return {
+        usage: undefined,
+        promptEvalCount: undefined,
+        evalCount: undefined,
+        id: undefined,
+        type: undefined,
+        delta: false,
+        texts: 0,
+        textBegin: 0,
+        textEnd: 0,
+        noChoices: false,
+        finishReason: false,
+        done: false,
+        error: false
+    };
+}

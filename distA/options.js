@@ -1,0 +1,231 @@
+import { validateHeaderName, validateHeaderValue } from 'node:http';
+import { Ajv } from 'ajv';
+import { Type } from 'typebox';
+import { findRepeated, formatPath, toIssue } from './issues.js';
+import { dropSwitchedOff, isSwitchedOn } from './not-built.js';
+/**
+ * Options are described once, as JSON Schema made with TypeBox: the type, the check, the defaults,
+ * the editor's schema and the reference manual all come from it. A few keywords of our own say what
+ * JSON Schema can't: `unit` (text such as `30s` or `64MB`), `notBuilt` and `later` (parts and values
+ * that this version doesn't have), `shorthand` (text that stands for an object with that one member),
+ * `distinct`, `partOfType`, `check` (a function) with `expects` (what it wants, in words), `hashed`, and
+ * `secret` (never shown, nor anything inside).
+ */
+const UNITS = {
+    ms: { ms: 1, s: 1000, m: 60_000, h: 3_600_000, d: 86_400_000 },
+    bytes: { b: 1, kb: 1024, mb: 1024 ** 2, gb: 1024 ** 3 }
+};
+/** The longest time that a timer can take. */
+const LONGEST = 2 ** 31 - 1;
+/**
+ * A length of time: text with a unit in a file (`100ms`, `30s`, `1m30s`), milliseconds in code.
+ * `least` is 0 where 0 has a meaning of its own.
+ */
+export function Duration(defaultValue, description, least = 1) {
+    return Type.Unsafe({
+        type: ['string', 'number'],
+        unit: 'ms',
+        least,
+        most: LONGEST,
+        description,
+        ...(defaultValue === undefined ? {} : { default: defaultValue })
+    });
+}
+/** A size in bytes: text with a unit (`64MB`, 1 KB = 1024 bytes) or a number of bytes. */
+export function Size(defaultValue, description) {
+    return Type.Unsafe({
+        type: ['string', 'number'],
+        unit: 'bytes',
+        least: 1,
+        most: Number.MAX_SAFE_INTEGER,
+        description,
+        default: defaultValue
+    });
+}
+/** An http or https URL. */
+export function Url(description) {
+    return Type.String({
+        pattern: '^https?://',
+        check: isHttpUrl,
+        expects: 'a URL such as http://host:8000',
+        description
+    });
+}
+/** Names that undici and HTTP itself take care of. */
+const FRAMING = new Set(['host', 'content-length', 'transfer-encoding', 'connection', 'expect']);
+/** Headers that are sent along. Their values may be secret. */
+export const HeadersToSend = Type.Record(Type.String(), Type.String(), {
+    default: {},
+    secret: true,
+    check: areHeaders,
+    expects: 'a mapping of header names to texts, without host, connection and the like',
+    description: 'Headers to send'
+});
+function areHeaders(headers) {
+    try {
+        for (const [name, text] of Object.entries(headers)) {
+            validateHeaderName(name);
+            validateHeaderValue(name, text);
+            if (FRAMING.has(name.toLowerCase()))
+                return false;
+        }
+        return true;
+    }
+    catch {
+        return false;
+    }
+}
+/** A part of the original dialect that this version doesn't have: refused when it is switched on. */
+export function NotBuilt(description) {
+    return Type.Optional(Type.Unsafe({ notBuilt: true, description }));
+}
+/** An object whose unknown members are refused, and which is there with its defaults if left out. */
+export function Section(properties, description) {
+    return Type.Object(properties, { additionalProperties: false, default: {}, description });
+}
+/**
+ * Reads a quantity such as `1m30s` or `64MB`.
+ *
+ * @returns milliseconds or bytes; undefined when the text isn't one.
+ * @example
+ * parseQuantity('1m30s', 'ms') // 90000
+ * parseQuantity('64MB', 'bytes') // 67108864
+ */
+export function parseQuantity(text, unit) {
+    const factors = UNITS[unit];
+    if (text === '0')
+        return 0;
+    let total = 0;
+    let matched = 0;
+    for (const [part, number, suffix] of text.matchAll(/(\d+(?:\.\d+)?)([a-z]+)/gi)) {
+        const factor = factors[suffix.toLowerCase()];
+        if (factor === undefined)
+            return undefined;
+        total += Number(number) * factor;
+        matched += part.length;
+    }
+    return matched > 0 && matched === text.length ? total : undefined;
+}
+/** Thrown by {@link checkOptions}: all that is wrong, a line each. */
+export class OptionsError extends Error {
+    issues;
+    constructor(issues, name = 'options') {
+        super(issues.map(issue => `${name}: ${formatPath(issue.path)} ${issue.message}`).join('\n'));
+        this.name = 'OptionsError';
+        this.issues = issues;
+    }
+}
+const keywords = [
+    {
+        keyword: 'shorthand',
+        modifying: true,
+        errors: false,
+        validate: (member, value, _schema, at) => {
+            if (typeof value === 'string')
+                at.parentData[at.parentDataProperty] = { [member]: value };
+            return true;
+        }
+    },
+    {
+        keyword: 'unit',
+        modifying: true,
+        errors: false,
+        validate: (unit, value, schema, at) => {
+            const quantity = typeof value === 'string' ? parseQuantity(value, unit) : value;
+            const { least, most } = schema;
+            if (typeof quantity !== 'number')
+                return false;
+            const number = unit === 'bytes' ? Math.round(quantity) : quantity;
+            at.parentData[at.parentDataProperty] = number;
+            return number >= least && number <= most;
+        }
+    },
+    {
+        keyword: 'notBuilt',
+        errors: false,
+        validate: (_, value) => !isSwitchedOn(value)
+    },
+    {
+        keyword: 'check',
+        errors: false,
+        validate: (isRight, value) => isRight(value)
+    },
+    {
+        keyword: 'distinct',
+        errors: false,
+        validate: (rules, items) => !Array.isArray(items) || rules.every(rule => findRepeated(items, rule) === undefined)
+    },
+    {
+        keyword: 'partOfType',
+        errors: false,
+        validate: (_, value) => typeof value.type !== 'string' ||
+            typeof value[value.type] === 'object'
+    },
+    {
+        keyword: 'hashed',
+        modifying: true,
+        errors: false,
+        validate: (hash, text, _, at) => {
+            if (typeof text === 'string')
+                at.parentData[at.parentDataProperty] = hash(text);
+            return true;
+        }
+    }
+];
+function compile(schema) {
+    const ajv = new Ajv({ allErrors: true, useDefaults: true, verbose: true, strict: false });
+    for (const keyword of keywords)
+        ajv.addKeyword({ ...keyword });
+    return ajv.compile(schema);
+}
+const compiled = new WeakMap();
+/**
+ * Checks options against their schema, fills in the defaults, turns quantities into numbers.
+ * What was given is left as it is.
+ *
+ * @throws {OptionsError} with every issue at once
+ * @example
+ * const Options = Section({ timeout: Duration('3s', 'how long') }, 'an example')
+ * checkOptions(Options, {}) // { timeout: 3000 }
+ */
+export function checkOptions(schema, given, name) {
+    const options = structuredClone(given ?? {});
+    const issues = findIssues(schema, options);
+    if (issues.length > 0)
+        throw new OptionsError(issues, name);
+    return options;
+}
+/** The issues of `options`, which is completed in place. */
+export function findIssues(schema, options) {
+    let validate = compiled.get(schema);
+    if (validate === undefined) {
+        validate = compile(schema);
+        compiled.set(schema, validate);
+    }
+    dropSwitchedOff(schema, options, false);
+    if (validate(options))
+        return [];
+    const errors = validate.errors ?? [];
+    // Where no alternative fits, what is wrong with each of them only confuses.
+    const unions = errors.filter(({ keyword }) => keyword === 'anyOf').map(each => each.instancePath);
+    const seen = new Set();
+    return errors.flatMap(error => {
+        const isPart = unions.some(path => error.instancePath.startsWith(path));
+        if (isPart && error.keyword !== 'anyOf')
+            return [];
+        const issue = toIssue(error, schema);
+        const id = formatPath(issue.path);
+        if (seen.has(id))
+            return [];
+        seen.add(id);
+        return [issue];
+    });
+}
+/** Is this an absolute http or https URL, without credentials (they belong into headers)? */
+export function isHttpUrl(value) {
+    if (typeof value !== 'string' || !URL.canParse(value))
+        return false;
+    const url = new URL(value);
+    return ((url.protocol === 'http:' || url.protocol === 'https:') &&
+        url.hash + url.username + url.password === '');
+}

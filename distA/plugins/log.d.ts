@@ -1,0 +1,3 @@
+import type { FastifyPluginAsync } from 'fastify';
+declare const _default: FastifyPluginAsync;
+export default _default;

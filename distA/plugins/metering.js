@@ -1,0 +1,154 @@
+import { pipeline, Transform } from 'node:stream';
+import * as zlib from 'node:zlib';
+import fp from 'fastify-plugin';
+import { openai } from '../dialects/openai.js';
+import { withExchanges } from '../exchange.js';
+import { Meter } from '../metering/meter.js';
+import { askForUsage } from '../metering/question.js';
+import { MemberNames } from '../metering/watcher.js';
+/**
+ * Reads from every answer how many tokens it took: `request.exchange.usage`, complete when the
+ * exchange ends. Where a streaming caller did not ask for usage the gateway asks, and takes the one
+ * chunk that answers it out again.
+ *
+ * @example
+ * await fastify.register(metering)
+ * fastify.exchanges.onEnd('record', exchange => console.log(exchange.usage?.totalTokens))
+ */
+const meteringPlugin = async function metering(fastify) {
+    const exchanges = withExchanges(fastify);
+    const names = new Map();
+    const namesOf = (dialect) => {
+        const known = names.get(dialect) ?? new MemberNames(dialect.deltaMembers);
+        names.set(dialect, known);
+        return known;
+    };
+    fastify.addHook('preHandler', ({ exchange, payload }, _reply, done) => {
+        if (exchange.endpoint?.asksForUsage && payload?.stream && !payload.includeUsage) {
+            exchange.question = { bytes: askForUsage(payload.bytes), asked: false };
+        }
+        done();
+    });
+    fastify.answerHooks.push((exchange, answer) => {
+        const { reply, request } = exchange;
+        if (exchange.endpoint?.body === 'none' || request.method !== 'POST')
+            return undefined;
+        if (reply.statusCode < 200 || reply.statusCode > 299)
+            return undefined;
+        const framing = framingOf(String(reply.getHeader('content-type')));
+        if (framing === undefined)
+            return undefined;
+        const dialect = exchange.endpoint?.dialect ?? openai;
+        const meter = new Meter({
+            framing,
+            dialect,
+            names: namesOf(dialect),
+            takeOut: exchange.question?.asked === true,
+            mustEnd: saysItsEnd(exchange.endpoint)
+        });
+        exchange.meter = meter;
+        meter.onId = exchange.onAnswerId;
+        const encoding = reply.getHeader('content-encoding');
+        if (encoding === undefined || encoding === 'identity') {
+            answer.tap = meter;
+            return undefined;
+        }
+        const decoder = createDecoder(String(encoding));
+        if (decoder === undefined)
+            return undefined;
+        reply.removeHeader('content-encoding');
+        reply.removeHeader('content-length');
+        return decoded(answer, decoder, meter);
+    });
+    exchanges.onEnd('metering', exchange => {
+        if (exchange.meter !== undefined)
+            measure(exchange, exchange.meter);
+    });
+};
+/** What the meter has seen becomes what the exchange has spent. */
+function measure(exchange, meter) {
+    exchange.deltas = meter.deltas;
+    if (meter.framing === 'json') {
+        exchange.usage = meter.usage;
+        return;
+    }
+    if (meter.failed && exchange.outcome === 'ok') {
+        exchange.outcome = 'backend_failed';
+        exchange.errorCode = 'backend_failed';
+    }
+    exchange.firstTokenAt = meter.firstDeltaAt;
+    exchange.lastTokenAt = meter.lastDeltaAt;
+    const isWhole = exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage;
+    const { usage, deltas } = meter;
+    const isSaid = usage !== undefined && (usage.completionTokens > 0 || deltas === 0);
+    exchange.usage = isWhole && isSaid ? usage : counted(exchange, usage);
+}
+/**
+ * Chat and completions end with a finish reason or `[DONE]`, the other APIs with an event of their own.
+ * Ollama's OpenAI routes, for one, just end the stream when the model runner has died.
+ */
+function saysItsEnd(endpoint) {
+    if (endpoint === undefined)
+        return false;
+    return endpoint.dialect.name !== 'openai' || endpoint.asksForUsage === true;
+}
+function framingOf(contentType) {
+    if (contentType.startsWith('text/event-stream'))
+        return 'sse';
+    if (contentType.startsWith('application/x-ndjson'))
+        return 'ndjson';
+    return contentType.startsWith('application/json') ? 'json' : undefined;
+}
+/** English prose and code come to about four bytes a token; a rough guide where nothing was said. */
+const BYTES_PER_TOKEN = 4;
+/**
+ * A stream that ended before the backend had said all: the deltas that passed are counted, and the
+ * prompt is estimated unless its tokens were told at the beginning.
+ */
+function counted({ payloadBytes, deltas }, said) {
+    const promptTokens = said?.promptTokens || Math.ceil(payloadBytes / BYTES_PER_TOKEN);
+    const completionTokens = Math.max(deltas, said?.completionTokens ?? 0);
+    return {
+        ...said,
+        promptTokens,
+        completionTokens,
+        totalTokens: promptTokens + completionTokens,
+        exactness: 'counted'
+    };
+}
+function createDecoder(encoding) {
+    switch (encoding) {
+        case 'gzip':
+        case 'x-gzip':
+            return zlib.createGunzip({ flush: zlib.constants.Z_SYNC_FLUSH });
+        case 'deflate':
+            return zlib.createInflate({ flush: zlib.constants.Z_SYNC_FLUSH });
+        case 'br':
+            return zlib.createBrotliDecompress();
+        case 'zstd':
+            return zlib.createZstdDecompress();
+        default:
+            return undefined;
+    }
+}
+/** A backend that compresses although it was asked not to: the client gets the plain bytes. */
+function decoded(answer, decoder, meter) {
+    const tap = new Transform({
+        transform: (chunk, _encoding, done) => done(null, meter.pass(chunk)),
+        flush: done => done(null, meter.end())
+    });
+    // The words must not go through the decoder.
+    const { lastWords } = answer;
+    answer.lastWords = error => {
+        const words = lastWords?.(error);
+        if (words !== undefined)
+            tap.push(meter.breakOff() + words);
+        return '';
+    };
+    return pipeline(answer, decoder, tap, () => { });
+}
+export default fp(meteringPlugin, {
+    name: 'metering',
+    fastify: '5.x',
+    decorators: { fastify: ['answerHooks'] }
+});

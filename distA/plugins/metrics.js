@@ -1,0 +1,206 @@
+import client, { Counter, Gauge, Histogram, Registry } from '@prometheus-io/client';
+import fastifyMetricsModule from 'fastify-metrics';
+import fp from 'fastify-plugin';
+import { Type } from 'typebox';
+import { withExchanges } from '../exchange.js';
+import { checkOptions, NotBuilt, Section } from '../options.js';
+/**
+ * Prometheus metrics of the process, the routes and the gateway, in a registry of their own:
+ * `fastify.metricsRegistry`. Labels are route patterns and configured names, never what a client
+ * sends, so that their number is bounded.
+ *
+ * @example
+ * await fastify.register(metrics)
+ * fastify.get('/metrics', () => fastify.metricsRegistry.metrics())
+ */
+/** Where the gateway's other routes are. */
+const TAKEN = /^\/(v1|api|health|models|chat|completions|embeddings|tokenize|detokenize)(\/|$)/;
+const isAscending = (bounds) => Array.isArray(bounds) && bounds.every((bound, at) => at === 0 || bound > bounds[at - 1]);
+export const MetricsOptions = Section({
+    enabled: Type.Boolean({ default: true, description: 'Serves metrics' }),
+    path: Type.String({
+        pattern: '^/[\\w./-]+$',
+        check: (path) => !TAKEN.test(String(path)),
+        default: '/metrics',
+        expects: 'a path such as /metrics that no other route has',
+        description: 'Where'
+    }),
+    latency_buckets: Type.Array(Type.Number({ exclusiveMinimum: 0 }), {
+        minItems: 1,
+        check: isAscending,
+        expects: 'a list of growing numbers',
+        default: [0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600],
+        description: 'Upper bounds of the latency histogram, in seconds'
+    }),
+    custom_labels: NotBuilt('More labels')
+}, 'Prometheus metrics');
+// A CommonJS module whose types say `export default`: the plugin is its `default`.
+const fastifyMetrics = fastifyMetricsModule.default;
+/** GenAI conventions of OpenTelemetry, and on to what local models take. */
+const TTFT_BUCKETS = [
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 15, 20, 30, 45, 60, 120
+];
+const TPOT_BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5];
+const metricsPlugin = async function metrics(fastify, given) {
+    const options = checkOptions(MetricsOptions, given);
+    const registry = new Registry();
+    const registers = [registry];
+    fastify.decorate('metricsRegistry', registry);
+    if (!options.enabled)
+        return;
+    await fastify.register(fastifyMetrics, {
+        name: 'routeMetrics',
+        endpoint: null,
+        promClient: client,
+        defaultMetrics: { enabled: true, register: registry },
+        routeMetrics: {
+            enabled: { histogram: true, summary: false },
+            overrides: {
+                histogram: { registers, buckets: options.latency_buckets },
+                summary: { registers }
+            }
+        }
+    });
+    const requests = new Counter({
+        name: 'llmproxy_requests_total',
+        help: 'Requests, by the status the client got (499: it left before)',
+        labelNames: ['path', 'stream', 'backend', 'status'],
+        registers
+    });
+    const latency = new Histogram({
+        name: 'llmproxy_latency_ms',
+        help: 'Time from the beginning of a request to the end of its answer, in milliseconds',
+        labelNames: ['path', 'stream', 'backend'],
+        buckets: options.latency_buckets.map(seconds => seconds * 1000),
+        registers
+    });
+    const tokens = new Counter({
+        name: 'llmproxy_usage_tokens_total',
+        help: 'Tokens that were metered',
+        labelNames: ['type'],
+        registers
+    });
+    const ttft = new Histogram({
+        name: 'llmproxy_time_to_first_token_seconds',
+        help: 'Time from the beginning of a streaming request to its first token',
+        labelNames: ['path', 'backend'],
+        buckets: TTFT_BUCKETS,
+        registers
+    });
+    const tpot = new Histogram({
+        name: 'llmproxy_time_per_output_token_seconds',
+        help: 'Time per output token after the first, of answers that came to their end',
+        labelNames: ['path', 'backend'],
+        buckets: TPOT_BUCKETS,
+        registers
+    });
+    const outcomes = new Counter({
+        name: 'llmproxy_exchanges_total',
+        help: 'Exchanges, by how they ended',
+        labelNames: ['outcome'],
+        registers
+    });
+    const exchanges = withExchanges(fastify);
+    new Gauge({
+        name: 'llmproxy_requests_in_flight',
+        help: 'Requests whose answer has not ended',
+        registers,
+        collect() {
+            this.set(exchanges.open.filter(isCounted).length);
+        }
+    });
+    exchanges.onEnd('metrics', exchange => {
+        if (!isCounted(exchange))
+            return;
+        const path = exchange.endpoint?.url ?? 'other';
+        const stream = String(exchange.request.payload?.stream ?? false);
+        const backend = exchange.backend ?? 'none';
+        requests.inc({ path, stream, backend, status: exchange.statusCode });
+        latency.observe({ path, stream, backend }, exchange.durationMs);
+        outcomes.inc({ outcome: exchange.outcome });
+        const { usage, ttftMs } = exchange;
+        if (usage !== undefined) {
+            tokens.inc({ type: 'prompt' }, usage.promptTokens);
+            tokens.inc({ type: 'completion' }, usage.completionTokens);
+        }
+        if (ttftMs === undefined)
+            return;
+        ttft.observe({ path, backend }, ttftMs / 1000);
+        const after = (usage?.completionTokens ?? 0) - 1;
+        if (exchange.outcome === 'ok' && after > 0) {
+            tpot.observe({ path, backend }, (exchange.lastTokenAt - exchange.firstTokenAt) / 1000 / after);
+        }
+    });
+    if (fastify.hasDecorator('backends'))
+        backendMetrics(fastify.backends, registers);
+    if (fastify.hasDecorator('limits')) {
+        const refusals = new Counter({
+            name: 'llmproxy_limit_refusals_total',
+            help: 'Requests refused by a limit',
+            labelNames: ['scope', 'limit'],
+            registers
+        });
+        fastify.limits.refusals.push(({ scope, limit }) => refusals.inc({ scope, limit }));
+    }
+    if (fastify.hasDecorator('usage'))
+        usageMetrics(fastify.usage, registers);
+};
+function backendMetrics({ pool, onAttempt }, registers) {
+    new Gauge({
+        name: 'llmproxy_backend_up',
+        help: '1: the backend is given work',
+        labelNames: ['backend'],
+        // Of several workers: down as soon as one of them finds it so.
+        aggregator: 'min',
+        registers,
+        collect() {
+            this.reset();
+            for (const { name, available } of pool.backends)
+                this.set({ backend: name }, Number(available));
+        }
+    });
+    new Gauge({
+        name: 'llmproxy_backend_in_flight',
+        help: 'Attempts at this backend whose answer has not ended',
+        labelNames: ['backend'],
+        registers,
+        collect() {
+            this.reset();
+            for (const { name, live } of pool.all)
+                this.inc({ backend: name }, live.inFlight);
+        }
+    });
+    const attempts = new Counter({
+        name: 'llmproxy_attempts_total',
+        help: 'Attempts at a backend, by what came of them',
+        labelNames: ['backend', 'result'],
+        registers
+    });
+    onAttempt.push((backend, result) => attempts.inc({ backend, result }));
+}
+function usageMetrics(usage, registers) {
+    const successes = new Counter({
+        name: 'llmproxy_webhook_success_total',
+        help: 'Usage events delivered',
+        registers
+    });
+    const failures = new Counter({
+        name: 'llmproxy_webhook_failure_total',
+        help: 'Usage events given up',
+        registers
+    });
+    usage.onDelivery.push(result => (result === 'delivered' ? successes : failures).inc());
+    new Gauge({
+        name: 'llmproxy_webhook_queue',
+        help: 'Usage events not delivered yet',
+        registers,
+        collect() {
+            this.set(usage.reporters.reduce((sum, reporter) => sum + reporter.pending, 0));
+        }
+    });
+}
+/** Forwarded routes, and whatever was refused; not the health checks and scrapes of operators. */
+function isCounted(exchange) {
+    return exchange.endpoint !== undefined || exchange.outcome === 'rejected';
+}
+export default fp(metricsPlugin, { name: 'metrics', fastify: '5.x' });

@@ -1,0 +1,87 @@
+import { isUtf8 } from 'node:buffer';
+import fp from 'fastify-plugin';
+import { GatewayError } from '../errors.js';
+import { withExchanges } from '../exchange.js';
+import { findMembers } from '../metering/members.js';
+/** Members whose meaning must be the same for the gateway and for every backend's JSON parser. */
+const READ = ['model', 'stream', 'stream_options'];
+const payloadPlugin = async function payload(fastify) {
+    withExchanges(fastify);
+    if (!fastify.hasRequestDecorator('payload'))
+        fastify.decorateRequest('payload', undefined);
+    fastify.removeAllContentTypeParsers();
+    fastify.addContentTypeParser('*', { parseAs: 'buffer' }, (_request, body, done) => {
+        done(null, body);
+    });
+    fastify.addHook('preValidation', (request, _reply, done) => {
+        const { endpoint } = request.exchange;
+        if (endpoint?.body !== 'json')
+            return done();
+        if (request.headers['content-encoding'] !== undefined) {
+            throw new GatewayError('unsupported_encoding', 'Send the body without a content-encoding.');
+        }
+        request.payload = readPayload(request, endpoint);
+        request.exchange.payloadBytes = request.payload.bytes.length;
+        done();
+    });
+};
+function readPayload(request, endpoint) {
+    const bytes = request.body;
+    if (!Buffer.isBuffer(bytes) || bytes.length === 0) {
+        throw new GatewayError('invalid_json', 'The request body is empty; it must be a JSON object.');
+    }
+    const body = parseObject(bytes);
+    if (request.caller?.models !== undefined)
+        refuseAmbiguity(bytes);
+    const { model, stream, stream_options, previous_response_id } = body;
+    if (model !== undefined && model !== null && typeof model !== 'string') {
+        throw new GatewayError('invalid_request', 'model must be a string.');
+    }
+    if (stream !== undefined && stream !== null && typeof stream !== 'boolean') {
+        throw new GatewayError('invalid_request', 'stream must be true or false.');
+    }
+    return {
+        bytes,
+        model: model ?? undefined,
+        stream: stream ?? endpoint.streamsByDefault ?? false,
+        includeUsage: asksForUsage(stream_options),
+        previousResponseId: typeof previous_response_id === 'string' ? previous_response_id : undefined
+    };
+}
+function parseObject(bytes) {
+    let body;
+    try {
+        if (!isUtf8(bytes))
+            throw new SyntaxError('it is not valid UTF-8');
+        body = JSON.parse(bytes.toString());
+    }
+    catch (error) {
+        throw new GatewayError('invalid_json', `The request body is not valid JSON: ${jsonComplaint(error)}.`);
+    }
+    if (typeof body !== 'object' || body === null || Array.isArray(body)) {
+        throw new GatewayError('invalid_json', 'The request body must be a JSON object.');
+    }
+    return body;
+}
+/** The parser's complaint without the excerpt of the body that V8 puts into it. */
+function jsonComplaint(error) {
+    return error.message.split(/,? "|, \.\.\.|, '/)[0].replace(/\.$/, '');
+}
+/**
+ * Parsers disagree about `{"model": "a", "Model": "b"}`: Go's ignores case, others take the last of
+ * two equal names. A caller who is held to some models must not profit from that.
+ */
+function refuseAmbiguity(bytes) {
+    const names = findMembers(bytes).map(member => member.name);
+    for (const read of READ) {
+        if (names.filter(name => name.toLowerCase() === read).length > 1) {
+            throw new GatewayError('invalid_request', `${read} must be there only once.`);
+        }
+    }
+}
+function asksForUsage(options) {
+    return typeof options === 'object' && options !== null && 'include_usage' in options
+        ? options.include_usage === true
+        : false;
+}
+export default fp(payloadPlugin, { name: 'payload', fastify: '5.x' });

@@ -1,0 +1,236 @@
+import { ServerResponse } from 'node:http';
+import { Readable } from 'node:stream';
+/** Clients drop what they have not read yet when a connection breaks: they get a moment (ms) to read. */
+const LAST_WORDS_MS = 500;
+const READ_MS = 50;
+/**
+ * A backend's answer on its way to the client.
+ *
+ * It is a Readable for whoever wants one. Piped straight into an HTTP/1.1 response it writes the
+ * backend's chunks there itself: nothing is queued in between, the backend waits while the client
+ * does, and an answer that breaks can say so as its last words before the connection is cut.
+ */
+export class Answer extends Readable {
+    tap;
+    /** What to tell a client whose stream breaks: an event in the dialect of its route. */
+    lastWords;
+    /** What is to be said of a stream that ends as if it were complete, and is not. */
+    whenCutShort;
+    /** How long (ms) a client may let bytes wait; 0: for ever. */
+    stallTimeout = 0;
+    #controller;
+    /** Chunks that came before anybody listened. */
+    #early = [];
+    #offered = false;
+    #complete = false;
+    #flowing = false;
+    #over;
+    #response;
+    #stalled;
+    constructor(controller) {
+        super();
+        this.#controller = controller;
+        this.on('error', () => { });
+    }
+    /** A chunk from the backend. */
+    data(chunk) {
+        if (this.#over !== undefined)
+            return;
+        if (this.#flowing)
+            return void this.#forward(chunk);
+        this.#early.push(chunk);
+        if (this.#offered)
+            this.#controller.pause();
+    }
+    /** It has been handed on: until somebody listens the backend waits. `complete`: nothing more will come. */
+    offer(complete) {
+        this.#offered = true;
+        this.#complete = complete;
+    }
+    /**
+     * All bytes of an answer that was complete before it was handed on; undefined of any other. They are
+     * for this response, which gets them without a stream in between.
+     */
+    takeWhole(response) {
+        if (!this.#complete || this.#early.length === 0)
+            return undefined;
+        const chunks = [];
+        for (const chunk of this.#early) {
+            const out = this.tap === undefined ? chunk : this.tap.pass(chunk);
+            if (out !== undefined)
+                chunks.push(out);
+        }
+        this.#early = [];
+        const last = this.tap?.end();
+        if (last !== undefined)
+            chunks.push(last);
+        response.once('prefinish', () => this.#limitFlush(response));
+        return chunks.length === 1 ? chunks[0] : Buffer.concat(chunks);
+    }
+    /** The backend's answer is complete. */
+    end() {
+        if (this.#over !== undefined)
+            return;
+        this.#over = 'ended';
+        if (this.#flowing)
+            this.#finish();
+    }
+    /** The answer broke off, or must not go on. */
+    break(error) {
+        if (this.#over !== undefined)
+            return;
+        this.#over = error;
+        if (this.#flowing)
+            this.#finish();
+    }
+    pipe(to, options) {
+        if (!(to instanceof ServerResponse) || options?.end === false)
+            return super.pipe(to, options);
+        this.#response = to;
+        this.#flow();
+        return to;
+    }
+    _read() {
+        if (this.#flowing)
+            this.#controller.resume();
+        else
+            this.#flow();
+    }
+    _destroy(error, done) {
+        clearTimeout(this.#stalled);
+        if (this.#over === undefined)
+            this.#controller.abort(error ?? new Error('the client has left'));
+        done(error);
+    }
+    #flow() {
+        this.#flowing = true;
+        const early = this.#early;
+        this.#early = [];
+        let open = true;
+        for (const chunk of early)
+            open = this.#forward(chunk);
+        if (this.#over !== undefined)
+            this.#finish();
+        else if (open)
+            this.#controller.resume();
+    }
+    #forward(chunk) {
+        const out = this.tap === undefined ? chunk : this.tap.pass(chunk);
+        // An empty chunk would be the end of a chunked body; undici has one after a pause.
+        if (out === undefined || out.length === 0)
+            return true;
+        const response = this.#response;
+        if (response === undefined) {
+            const open = this.push(out);
+            if (!open)
+                this.#controller.pause();
+            return open;
+        }
+        const { socket } = response;
+        const to = socket !== null && isFramed(response, socket, out) ? socket : response;
+        const open = to.write(to === response ? out : frame(out));
+        if (!open)
+            this.#waitFor(to);
+        return open;
+    }
+    #waitFor(client) {
+        this.#controller.pause();
+        client.once('drain', () => this.#resume());
+        if (this.stallTimeout > 0)
+            this.#watchStall();
+    }
+    #resume() {
+        clearTimeout(this.#stalled);
+        this.#stalled = undefined;
+        if (this.#over === undefined)
+            this.#controller.resume();
+    }
+    #watchStall() {
+        this.#stalled ??= setTimeout(() => this.destroy(new Error('the client takes no data')), this.stallTimeout).unref();
+    }
+    #finish() {
+        if (this.#over === 'ended' && this.tap?.isCutShort())
+            this.#over = this.whenCutShort?.();
+        if (this.#over === 'ended') {
+            const last = this.tap?.end();
+            if (this.#response !== undefined)
+                this.#endResponse(this.#response, last);
+            else if (last !== undefined)
+                this.push(last);
+            this.push(null);
+            if (this.#response !== undefined)
+                this.resume();
+            return;
+        }
+        const error = this.#over;
+        if (this.#response !== undefined)
+            this.#sayLast(this.#response, error);
+        // Destroying drops what is still on its way through a decoder or a reader: it gets a moment.
+        else
+            setTimeout(() => this.#pushLast(error), READ_MS);
+    }
+    #endResponse(response, last) {
+        response.end(last);
+        this.#limitFlush(response);
+    }
+    #words(error) {
+        const before = this.tap?.breakOff() ?? '';
+        const words = this.lastWords?.(error);
+        return words === undefined ? undefined : before + words;
+    }
+    #sayLast(response, error) {
+        const words = this.#words(error);
+        if (words === undefined)
+            return void this.destroy(error);
+        response.write(words, () => {
+            const cut = setTimeout(() => this.destroy(error), LAST_WORDS_MS);
+            response.once('close', () => clearTimeout(cut));
+        });
+        this.#limitFlush(response);
+    }
+    #pushLast(error) {
+        const words = this.#words(error);
+        if (words !== undefined)
+            this.push(words);
+        setImmediate(() => this.destroy(error));
+    }
+    /** The end of an answer, too, must be taken within the stall timeout. */
+    #limitFlush(response) {
+        clearTimeout(this.#stalled);
+        if (response.writableLength === 0 || this.stallTimeout === 0)
+            return;
+        const stalled = setTimeout(() => response.destroy(), this.stallTimeout).unref();
+        response.once('close', () => clearTimeout(stalled));
+    }
+}
+const MAX_FRAMED = 16 * 1024;
+/** Can a chunk be written to the connection in its framing? Its head must be out, and nothing waiting. */
+function isFramed(response, socket, chunk) {
+    return (response.chunkedEncoding &&
+        response.headersSent &&
+        response.writableLength === socket.writableLength &&
+        chunk.length <= MAX_FRAMED);
+}
+const CR = 0x0d;
+const LF = 0x0a;
+const HEX = Buffer.from('0123456789abcdef');
+/**
+ * A chunk of the chunked transfer coding (RFC 9112, section 7.1) in one piece. ServerResponse would
+ * write its size, its bytes and its end as three, which costs a third of a chunk's whole way.
+ */
+function frame(chunk) {
+    const { length } = chunk;
+    let digits = 1;
+    for (let rest = length >> 4; rest > 0; rest >>= 4)
+        digits++;
+    const framed = Buffer.allocUnsafe(digits + length + 4);
+    let size = length;
+    for (let at = digits - 1; at >= 0; at--, size >>= 4)
+        framed[at] = HEX[size & 15];
+    framed[digits] = CR;
+    framed[digits + 1] = LF;
+    framed.set(chunk, digits + 2);
+    framed[framed.length - 2] = CR;
+    framed[framed.length - 1] = LF;
+    return framed;
+}

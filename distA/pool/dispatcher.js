@@ -1,0 +1,241 @@
+import { Readable } from 'node:stream';
+import { GatewayError } from '../errors.js';
+import { parseRetryAfter } from '../http.js';
+import { Attempt } from './attempt.js';
+/** The exchange a request belongs to, as a property of its headers: reply-from hands it through. */
+export const EXCHANGE = Symbol('exchange');
+/** How long (ms) the rest of an error answer may take once it is certain that it is the client's. */
+const REFUSAL_TIMEOUT = 1_000;
+/**
+ * What @fastify/reply-from takes as its `undici` option: it sends a request to a backend of the
+ * pool, and to another one as long as the client has not had a byte of an answer, and calls back
+ * once, with the answer that is the client's.
+ */
+export function createDispatcher(pool, onAttempt, log) {
+    return {
+        request: (options, done) => new Delivery(pool, onAttempt, log, options, done).start(),
+        close: () => { },
+        destroy: () => { }
+    };
+}
+/** One request and all its attempts. */
+class Delivery {
+    #pool;
+    /** The configuration it began with. */
+    #lineup;
+    #onAttempt;
+    #log;
+    #options;
+    #done;
+    #exchange;
+    #tried = [];
+    #attempts = [];
+    /** Times before which backends asked not to be tried again. */
+    #notBefore;
+    #waits = 0;
+    #timer;
+    #hasRepeated = false;
+    #isWithdrawn = false;
+    /** The latest error answer of a backend; it is the client's when nothing better comes. */
+    #refusal;
+    #answer;
+    constructor(pool, onAttempt, log, options, done) {
+        this.#pool = pool;
+        this.#lineup = pool.enter();
+        this.#onAttempt = onAttempt;
+        this.#log = log;
+        this.#options = options;
+        this.#done = done;
+        this.#exchange = options.headers[EXCHANGE];
+    }
+    start() {
+        if (this.#exchange.closed)
+            return this.#pool.leave(this.#lineup);
+        this.#exchange.work = this;
+        this.#next();
+    }
+    stop() {
+        this.#cancel();
+        for (const attempt of this.#attempts)
+            attempt.letGo();
+        this.#pool.leave(this.#lineup);
+    }
+    interrupt(error) {
+        this.#cancel();
+        if (this.#answer === undefined)
+            this.#exchange.reply.send(error);
+        else
+            this.#answer.break(error);
+    }
+    get question() {
+        if (this.#isWithdrawn)
+            return 'withdrawn';
+        return this.#exchange.question?.asked ? 'asked' : undefined;
+    }
+    deliver(attempt, head, answer) {
+        for (const other of this.#attempts)
+            if (other !== attempt)
+                other.cancel();
+        this.#answer = answer;
+        this.#done(null, { ...head, body: answer });
+    }
+    refused(attempt, kind, refusal) {
+        const { statusCode, headers } = refusal.head;
+        this.#notBefore ??= new Map();
+        this.#notBefore.set(attempt.backend, performance.now() + parseRetryAfter(headers['retry-after']));
+        const wait = this.#plan(kind, true);
+        if (wait === undefined)
+            return false;
+        this.#logFailure(attempt, kind, `status ${statusCode}`);
+        this.#refusal = refusal;
+        this.#retry(wait);
+        return true;
+    }
+    failed(attempt, kind, error, progress) {
+        if (error instanceof GatewayError)
+            return this.#giveUp(error, 'rejected');
+        // A server may close an idle connection just as it is used again; that is nobody's fault.
+        if (progress.isReused &&
+            kind === 'connect_failure' &&
+            !this.#hasRepeated &&
+            this.#canResend()) {
+            this.#hasRepeated = true;
+            return this.#send(attempt.backend, true);
+        }
+        this.#logFailure(attempt, kind, reason(error));
+        const wait = isOurs(error) ? undefined : this.#plan(kind, progress.isSent);
+        if (wait !== undefined)
+            return this.#retry(wait);
+        this.#giveUp(toGatewayError(kind, error), kind === 'timeout' ? 'timed_out' : 'backend_failed');
+    }
+    broke(attempt, kind, error) {
+        this.#logFailure(attempt, kind, `${reason(error.cause)}, in the middle of an answer`);
+        this.#exchange.fail(kind === 'timeout' ? 'timed_out' : 'backend_failed', error);
+    }
+    again(attempt) {
+        this.#isWithdrawn = true;
+        this.#send(attempt.backend);
+    }
+    count(attempt, result) {
+        this.#onAttempt(attempt.backend.name, result);
+    }
+    /** Time in ms until another attempt may be made, or undefined if there is to be none. */
+    #plan(kind, isSent) {
+        if (this.#exchange.closed || !this.#canResend())
+            return undefined;
+        const { enabled, retryOn, maxRetries, maxWait, initialWait, multiplier } = this.#lineup.retry;
+        const candidates = this.#lineup.candidates(this.#exchange.pinned);
+        const another = candidates.some(each => !this.#tried.includes(each));
+        // A connection that was refused has cost nobody anything.
+        if (!isSent && another)
+            return 0;
+        const isAllowed = enabled && retryOn.includes(kind);
+        if (!isAllowed || this.#exchange.attempts > maxRetries)
+            return undefined;
+        if (another)
+            return 0;
+        const soonest = Math.min(...candidates.map(each => this.#askedWait(each)));
+        if (soonest > maxWait)
+            return undefined;
+        return Math.max(Math.min(initialWait * multiplier ** this.#waits, maxWait), soonest);
+    }
+    /** How long (ms) the backend still asks not to be tried again. */
+    #askedWait(backend) {
+        return Math.max(0, (this.#notBefore?.get(backend) ?? 0) - performance.now());
+    }
+    #retry(wait) {
+        if (wait === 0)
+            return this.#next();
+        this.#waits++;
+        this.#tried = [...(this.#notBefore?.keys() ?? [])].filter(each => this.#askedWait(each) > wait);
+        this.#timer = setTimeout(() => this.#next(), wait);
+    }
+    #next() {
+        const backend = this.#lineup.pick(this.#tried, this.#exchange.pinned);
+        if (backend !== undefined) {
+            this.#exchange.attempts++;
+            return this.#send(backend);
+        }
+        const error = new GatewayError('no_backend', 'No backend is available at the moment.', {
+            headers: { 'retry-after': '1' }
+        });
+        this.#giveUp(error, this.#exchange.attempts === 0 ? 'rejected' : 'backend_failed');
+    }
+    #send(backend, fresh = false) {
+        this.#tried.push(backend);
+        this.#exchange.backend = backend.name;
+        this.#exchange.backendUrl = backend.live.origin + backend.live.basePath;
+        const attempt = new Attempt(this, backend);
+        this.#attempts.push(attempt);
+        attempt.start(this.#request(backend), fresh);
+    }
+    #request(backend) {
+        const headers = {};
+        for (const name in this.#options.headers) {
+            const value = this.#options.headers[name];
+            if (value !== undefined && name !== 'host')
+                headers[name] = value;
+        }
+        for (const name in backend.config.headers)
+            headers[name] = backend.config.headers[name];
+        const { question } = this.#exchange;
+        if (question !== undefined)
+            question.asked = backend.live.takesUsageQuestion && !this.#isWithdrawn;
+        if (question?.asked !== true)
+            return { ...this.#options, headers };
+        headers['content-length'] = String(question.bytes.length);
+        return { ...this.#options, headers, body: question.bytes };
+    }
+    #cancel() {
+        clearTimeout(this.#timer);
+        for (const attempt of this.#attempts)
+            attempt.cancel();
+    }
+    #giveUp(error, outcome) {
+        if (this.#exchange.closed)
+            return;
+        const refusal = this.#refusal;
+        if (refusal === undefined) {
+            this.#exchange.fail(outcome, error);
+            // Not by the callback: reply-from would log it a second time, with its stack.
+            this.#exchange.reply.send(error);
+            return;
+        }
+        refusal.whenSettled(REFUSAL_TIMEOUT, isComplete => {
+            if (this.#exchange.closed)
+                return;
+            if (isComplete) {
+                this.#answer = refusal.toAnswer();
+                return this.#done(null, { ...refusal.head, body: this.#answer });
+            }
+            this.#refusal = undefined;
+            this.#giveUp(error, outcome);
+        });
+    }
+    /** A streamed body can be sent again only as long as nothing of it has been read. */
+    #canResend() {
+        const { body } = this.#options;
+        return !(body instanceof Readable) || !(body.readableDidRead || body.destroyed);
+    }
+    #logFailure({ backend }, kind, why) {
+        const { id } = this.#exchange;
+        this.#log.warn({ requestId: id, backend: backend.name, kind, reason: why }, 'attempt failed');
+    }
+}
+function toGatewayError(kind, error) {
+    if (isOurs(error)) {
+        return new GatewayError('invalid_request', 'The request cannot be forwarded as it is.', {
+            cause: error
+        });
+    }
+    return kind === 'timeout'
+        ? new GatewayError('backend_timeout', 'The backend did not answer in time.', { cause: error })
+        : new GatewayError('backend_unreachable', 'No backend could be reached.', { cause: error });
+}
+/** undici refused to send the request at all: no backend is to blame. */
+function isOurs(error) {
+    return error.code === 'UND_ERR_INVALID_ARG' || error.code === 'UND_ERR_NOT_SUPPORTED';
+}
+function reason(error) {
+    return error.code ?? error.message;
+}

@@ -1,0 +1,3 @@
+import type { FastifyPluginAsync } from 'fastify';
+declare const openaiRoutes: FastifyPluginAsync;
+export default openaiRoutes;
