@@ -134,6 +134,7 @@ const KEYS = {
   'not-yet': { starts_at: new Date(Date.now() + DAY).toISOString() },
   'local-net': { allowed_ips: ['127.0.0.0/8', '10.0.0.1'] },
   'other-net': { allowed_ips: ['10.0.0.0/8'] },
+  'any-net': { allowed_ips: [], denied_ips: [], models: [] },
   banned: { denied_ips: ['127.0.0.1'] },
   'banned-within': { allowed_ips: ['127.0.0.0/8'], denied_ips: ['127.0.0.1/32'] }
 }
@@ -153,6 +154,7 @@ const EXPECTED: Record<keyof typeof KEYS, [number, string | undefined]> = {
   'not-yet': [403, 'key_not_started'],
   'local-net': [200, undefined],
   'other-net': [403, 'ip_not_allowed'],
+  'any-net': [200, undefined],
   banned: [403, 'ip_not_allowed'],
   'banned-within': [403, 'ip_not_allowed']
 }
@@ -249,7 +251,13 @@ const WEBHOOK: [string, number, unknown, number, string | undefined][] = [
   ['quota left', 200, { total_quota: 10, used_quota: 9 }, 200, undefined],
   ['quota used', 200, { total_quota: 10, used_quota: 10 }, 429, 'insufficient_quota'],
   ['another address', 200, { allowed_ips: ['10.0.0.0/8'] }, 403, 'ip_not_allowed'],
-  ['other models', 200, { models: ['x'] }, 403, 'model_not_allowed']
+  ['one address as text', 200, { allowed_ips: '10.0.0.1' }, 403, 'ip_not_allowed'],
+  ['an unreadable address', 200, { allowed_ips: ['10.0.0.0/99'] }, 403, 'ip_not_allowed'],
+  ['an empty address', 200, { allowed_ips: [''] }, 403, 'ip_not_allowed'],
+  ['no addresses', 200, { allowed_ips: [], denied_ips: [] }, 200, undefined],
+  ['other models', 200, { models: ['x'] }, 403, 'model_not_allowed'],
+  ['models that are no texts', 200, { models: [null] }, 403, 'model_not_allowed'],
+  ['no models', 200, { models: [] }, 200, undefined]
 ]
 
 test('the webhook decides by its status and what it says', async t => {

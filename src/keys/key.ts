@@ -13,8 +13,9 @@ export interface KeyRecord {
   /** Unix milliseconds. */
   startsAt?: number | undefined
   expiresAt?: number | undefined
-  allowedIps?: string[] | undefined
-  deniedIps?: string[] | undefined
+  /** Absent: every address, and none. */
+  allowedIps?: BlockList | undefined
+  deniedIps?: BlockList | undefined
   models?: string[] | undefined
   /** What is left to spend, where the source says so; 0 or less refuses. */
   quotaLeft?: number | undefined
@@ -98,8 +99,9 @@ export function checkKey(
   if (record.startsAt !== undefined && now < record.startsAt) {
     return new GatewayError('key_not_started', 'This API key is not valid yet.')
   }
-  const denied = record.deniedIps !== undefined && contains(record.deniedIps, ip)
-  const allowed = record.allowedIps === undefined || contains(record.allowedIps, ip)
+  const family = isIP(ip) === 6 ? 'ipv6' : 'ipv4'
+  const denied = record.deniedIps?.check(ip, family) ?? false
+  const allowed = record.allowedIps?.check(ip, family) ?? true
   if (denied || !allowed) {
     return new GatewayError('ip_not_allowed', 'This API key may not be used from this address.')
   }
@@ -183,15 +185,20 @@ export function isNetwork(text: unknown): boolean {
   return /^\d{1,3}$/.test(prefix) && Number(prefix) <= (family === 4 ? 32 : 128)
 }
 
-function contains(networks: string[], ip: string): boolean {
+/**
+ * A list of addresses and networks, made once. An empty one says nothing, as in the original; of one
+ * that says something, what can't be read matches no address.
+ */
+export function toNetworks(texts: string[] | undefined): BlockList | undefined {
+  if (texts === undefined || texts.length === 0) return undefined
   const list = new BlockList()
-  for (const network of networks) {
+  for (const network of texts.filter(isNetwork)) {
     const [address, prefix] = network.split('/') as [string, string | undefined]
     const family = isIP(address) === 6 ? 'ipv6' : 'ipv4'
     if (prefix === undefined) list.addAddress(address, family)
     else list.addSubnet(address, Number(prefix), family)
   }
-  return list.check(ip, isIP(ip) === 6 ? 'ipv6' : 'ipv4')
+  return list
 }
 
 /** Does one of the patterns (`*` stands for any text) name this model? */

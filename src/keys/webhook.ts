@@ -3,13 +3,13 @@ import { request } from 'undici'
 import { GatewayError } from '../errors.ts'
 import { Duration, HeadersToSend, Url } from '../options.ts'
 import {
-  isNetwork,
   type KeyRecord,
   type KeySource,
   parseStatus,
   parseTime,
   type StatusCodes,
-  statusRefusal
+  statusRefusal,
+  toNetworks
 } from './key.ts'
 
 export const WebhookKeysOptions = Type.Object(
@@ -38,8 +38,9 @@ class WebhookError extends Error {
 /**
  * Asks a service about a key: `{"api_key": "...", "timestamp": 1767225600}`. It answers 2xx with a
  * JSON object (`status`, `user_id`, `name`, `starts_at`, `expires_at`, `allowed_ips`, `denied_ips`,
- * `models`, `total_quota` and `used_quota`, `balance`; all may be missing), or refuses: 401 and 404
- * unknown, 403 disabled, 402 and 429 quota used up. A `code` other than 0 or 200 refuses too.
+ * `models`, `total_quota` and `used_quota`, `balance`; all may be missing, an empty list counts as
+ * missing), or refuses: 401 and 404 unknown, 403 disabled, 402 and 429 quota used up. A `code` other
+ * than 0 or 200 refuses too.
  */
 export class WebhookKeys implements KeySource {
   readonly name: string
@@ -103,8 +104,8 @@ function toRecord(data: Record<string, unknown>, hash: string): KeyRecord | Gate
     status,
     startsAt,
     expiresAt,
-    allowedIps: networks(data.allowed_ips),
-    deniedIps: networks(data.denied_ips),
+    allowedIps: toNetworks(texts(data.allowed_ips)),
+    deniedIps: toNetworks(texts(data.denied_ips)),
     models: texts(data.models),
     quotaLeft: quotaLeft(data)
   }
@@ -149,11 +150,11 @@ function text(value: unknown): string | undefined {
   return typeof value === 'string' && value !== '' ? value : undefined
 }
 
+/**
+ * A list of texts, or one alone; an empty list says nothing. An item that is no text stays as one that
+ * matches nothing, so that a list of such items is not taken for an empty one.
+ */
 function texts(value: unknown): string[] | undefined {
-  return Array.isArray(value) ? value.filter(each => typeof each === 'string') : undefined
-}
-
-/** A list of networks; one that can't be read counts as "no address at all" rather than as absent. */
-function networks(value: unknown): string[] | undefined {
-  return texts(value)?.filter(isNetwork)
+  const items = optional(value, given => (Array.isArray(given) ? given : [given])) ?? []
+  return items.length === 0 ? undefined : items.map(item => text(item) ?? '')
 }
