@@ -389,6 +389,14 @@ const WRONG = [
   ['auth: {keys: [{key: a, name: n}, {key: b, name: n}]}', 'auth.keys[1]: has the same name as'],
   ['auth: {keys: [{key: a, expires_at: 2099}]}', 'auth.keys[0].expires_at: must be a time'],
   [
+    'auth: {keys: [{key: a, expires_at: 2026-02-31}]}',
+    'config.yaml:3:24 auth.keys[0].expires_at: must be a time'
+  ],
+  [
+    'auth: {keys: [{key: a, starts_at: expires 2030}]}',
+    'config.yaml:3:24 auth.keys[0].starts_at: must be a time'
+  ],
+  [
     'auth: {status_codes: {active: {allwo: false}}}',
     'auth.status_codes.active.allwo: is not known'
   ],

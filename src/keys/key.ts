@@ -159,20 +159,38 @@ export function parseStatus(status: unknown): KeyStatus | undefined {
   }
 }
 
-/** 2001-09-09 in Unix seconds. */
+/**
+ * Unix seconds reach from 2001-09-09 to the year 5138, and milliseconds as far. 2099 is a year that was
+ * meant, not half an hour after the beginning of 1970.
+ */
 const LEAST_SECONDS = 1e9
+const LEAST_MILLISECONDS = 1e11
+const MOST_MILLISECONDS = 1e14
+
+const ISO = /^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d(?::\d\d(?:\.\d+)?)?)(Z|[+-]\d\d:?\d\d)?)?$/i
 
 /**
- * A point in time as Unix milliseconds, from ISO 8601 text or Unix seconds (number or digits).
+ * A point in time as Unix milliseconds, from ISO 8601 text (UTC where it names no zone) or Unix seconds
+ * or milliseconds (number or digits).
  *
  * @returns NaN for anything else
+ * @example
+ * parseTime('2026-12-31') // 1798675200000
  */
 export function parseTime(time: unknown): number {
-  if (time instanceof Date) return time.getTime()
-  if (typeof time === 'string' && !/^\d+$/.test(time)) return Date.parse(time)
-  const seconds = typeof time === 'object' || typeof time === 'boolean' ? Number.NaN : Number(time)
-  // 2099 is a year that was meant, not half an hour after the beginning of 1970.
-  return seconds < LEAST_SECONDS ? Number.NaN : seconds * 1000
+  if (typeof time === 'string' && !/^\d+$/.test(time)) return parseIso(time)
+  const number = typeof time === 'string' || typeof time === 'number' ? Number(time) : Number.NaN
+  if (number >= LEAST_MILLISECONDS) return number < MOST_MILLISECONDS ? number : Number.NaN
+  return number >= LEAST_SECONDS ? number * 1000 : Number.NaN
+}
+
+function parseIso(text: string): number {
+  const [, date, clock = '00:00', zone = 'Z'] = ISO.exec(text) ?? []
+  const midnight = Date.parse(`${date}T00:00:00Z`)
+  // Date.parse takes 31 February for 3 March.
+  if (Number.isNaN(midnight) || !new Date(midnight).toISOString().startsWith(date!))
+    return Number.NaN
+  return Date.parse(`${date}T${clock}${zone.toUpperCase().replace(/^(...)(\d\d)$/, '$1:$2')}`)
 }
 
 /** Is this an address or a network (`10.0.0.0/8`, `2001:db8::/32`)? */

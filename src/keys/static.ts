@@ -25,7 +25,7 @@ const Time = (description: string) =>
     type: ['string', 'number'],
     check: (value: unknown) => !Number.isNaN(parseTime(value)),
     description,
-    expects: 'a time such as 2026-12-31T00:00:00Z, or Unix seconds'
+    expects: 'a time such as 2026-12-31T00:00:00Z, or Unix seconds or milliseconds'
   })
 
 const HASHED = 'sha256:'
@@ -60,8 +60,8 @@ export const StaticKey = Type.Object(
         expects: 'one of active, disabled, expired, quota_exceeded'
       })
     ),
-    starts_at: Type.Optional(Time('Not valid before')),
-    expires_at: Type.Optional(Time('Not valid from then on')),
+    starts_at: Type.Optional(Time('Not valid before; UTC where no zone is named')),
+    expires_at: Type.Optional(Time('Not valid from then on; UTC where no zone is named')),
     allowed_ips: Type.Optional(Networks('Addresses it may be used from; none: all')),
     denied_ips: Type.Optional(Networks('Addresses it may not be used from')),
     models: Type.Optional(

@@ -1,3 +1,4 @@
+import type { FastifyBaseLogger } from 'fastify'
 import { type Static, Type } from 'typebox'
 import { request } from 'undici'
 import { GatewayError } from '../errors.ts'
@@ -46,11 +47,18 @@ export class WebhookKeys implements KeySource {
   readonly name: string
   readonly #options: WebhookKeysOptions
   readonly #codes: StatusCodes
+  readonly #log: FastifyBaseLogger
 
-  constructor(name: string, options: WebhookKeysOptions, codes: StatusCodes) {
+  constructor(
+    name: string,
+    options: WebhookKeysOptions,
+    codes: StatusCodes,
+    log: FastifyBaseLogger
+  ) {
     this.name = name
     this.#options = options
     this.#codes = codes
+    this.#log = log
   }
 
   async lookup(key: string, hash: string): Promise<KeyRecord | GatewayError | undefined> {
@@ -70,7 +78,17 @@ export class WebhookKeys implements KeySource {
     if (typeof data !== 'object' || data === null || Array.isArray(data)) {
       throw new WebhookError('no JSON object')
     }
-    return toRecord(data as Record<string, unknown>, hash)
+    const record = toRecord(data as Record<string, unknown>, hash)
+    for (const member of ['startsAt', 'expiresAt'] as const) {
+      if (record instanceof GatewayError || !Number.isNaN(record[member])) continue
+      // Not what it was: that may be anything. The id is the service's own, or begins the key's hash.
+      this.#log.warn(
+        { source: this.name, keyId: record.id, member },
+        'a time of a key is unreadable'
+      )
+      return refused(undefined)
+    }
+    return record
   }
 
   #refusal(statusCode: number): GatewayError | undefined {
@@ -91,19 +109,16 @@ export class WebhookKeys implements KeySource {
 
 function toRecord(data: Record<string, unknown>, hash: string): KeyRecord | GatewayError {
   const status = data.status === undefined ? 'active' : parseStatus(data.status)
-  const startsAt = optional(data.starts_at, parseTime)
-  const expiresAt = optional(data.expires_at, parseTime)
   const accepted = data.code === undefined || data.code === 0 || data.code === 200
   if (!accepted || status === undefined) return refused(data.message)
-  if (Number.isNaN(startsAt) || Number.isNaN(expiresAt)) return refused(undefined)
   const id = text(data.api_key_id) ?? text(data.id) ?? `key_${hash.slice(0, 12)}`
   return {
     id,
     name: text(data.name),
     userId: text(data.user_id),
     status,
-    startsAt,
-    expiresAt,
+    startsAt: optional(data.starts_at, parseTime),
+    expiresAt: optional(data.expires_at, parseTime),
     allowedIps: toNetworks(texts(data.allowed_ips)),
     deniedIps: toNetworks(texts(data.denied_ips)),
     models: texts(data.models),
