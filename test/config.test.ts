@@ -172,6 +172,12 @@ test('what is not built yet may be there when it is switched off', () => {
   }
 })
 
+test('an unknown type is the only complaint about its item', () => {
+  assert.deepEqual(complaint(`${BACKEND}auth: {pipeline: [{type: sttic}]}\n`), [
+    'config.yaml:3:20 auth.pipeline[0].type: must be static or webhook (file, builtin, redis, database, lua: not supported by this version yet) (got "sttic"); did you mean "static"?'
+  ])
+})
+
 test('old names are refused with the new one', () => {
   const names: [string, string][] = [
     ['listen: ":1"', 'server.listen'],
