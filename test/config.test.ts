@@ -178,6 +178,21 @@ test('an unknown type is the only complaint about its item', () => {
   ])
 })
 
+test('nothing is suggested that is too far from what was there', () => {
+  for (const section of [
+    'auth: {mode: any}',
+    'foo: 1',
+    'auth: {pipeline: [{type: webhook, webhook: {url: "http://h", method: GET}}]}'
+  ]) {
+    const [line] = complaint(`${BACKEND}${section}\n`)
+    assert.doesNotMatch(line!, /did you mean/)
+  }
+  for (const section of ['lgo: {}', 'metrcs: {}', 'log: {level: wran}']) {
+    const [line] = complaint(`${BACKEND}${section}\n`)
+    assert.match(line!, /did you mean/)
+  }
+})
+
 test('old names are refused with the new one', () => {
   const names: [string, string][] = [
     ['listen: ":1"', 'server.listen'],
