@@ -117,12 +117,7 @@ function unknownMember(
     return { path: whole, message: `is an old name; use ${MOVED[name]}` }
   }
   if (UNSUPPORTED.has(name)) return { path: whole, message: 'is not supported; remove it' }
-  const best = known.length === 0 ? '' : closest(member, known)
-  const near = best !== '' && distance(member, best) <= Math.max(2, member.length / 3)
-  return {
-    path: whole,
-    message: near ? `is not known; did you mean "${best}"?` : 'is not known'
-  }
+  return { path: whole, message: `is not known${didYouMean(member, known)}` }
 }
 
 interface Described {
@@ -198,10 +193,22 @@ function got(schema: Described, value: unknown, isSecret: boolean): string {
 /** The allowed value that was probably meant. */
 function suggestion(schema: Described, value: unknown): string {
   const texts = (schema.enum ?? []).filter(each => typeof each === 'string')
-  if (texts.length === 0 || typeof value !== 'string') return ''
-  const best = closest(value, texts)
-  const near = distance(value, best) <= 2 || best.startsWith(value)
+  return typeof value === 'string' ? didYouMean(value, texts) : ''
+}
+
+/** Says what was probably meant: the same letters, the beginning, or all but a third of the text. */
+function didYouMean(text: string, known: string[]): string {
+  if (text === '' || known.length === 0) return ''
+  const best = closest(text, known)
+  const near =
+    distance(text, best) <= text.length / 3 ||
+    best.startsWith(text) ||
+    sorted(best) === sorted(text)
   return near ? `; did you mean "${best}"?` : ''
+}
+
+function sorted(text: string): string {
+  return [...text].sort().join('')
 }
 
 function duplicate(path: Issue['path'], { distinct }: Described, items: unknown[]): Issue {

@@ -11,6 +11,7 @@ export function isSwitchedOn(value: unknown): boolean {
 
 export interface SchemaNode {
   notBuilt?: true
+  enum?: unknown[]
   later?: readonly string[]
   items?: SchemaNode
   properties?: Record<string, SchemaNode>

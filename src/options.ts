@@ -181,9 +181,10 @@ const keywords: FuncKeywordDefinition[] = [
   {
     keyword: 'partOfType',
     errors: false,
-    validate: (_: true, value: { type?: string }) =>
-      typeof value.type !== 'string' ||
-      typeof (value as Record<string, unknown>)[value.type] === 'object'
+    // Of a type that isn't known its part can't be missing.
+    validate: (_: true, value: Record<string, unknown>, schema?: unknown) =>
+      !(schema as SchemaNode).properties!.type!.enum!.includes(value.type) ||
+      typeof value[String(value.type)] === 'object'
   },
   {
     keyword: 'hashed',

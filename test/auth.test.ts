@@ -134,6 +134,7 @@ const KEYS = {
   'not-yet': { starts_at: new Date(Date.now() + DAY).toISOString() },
   'local-net': { allowed_ips: ['127.0.0.0/8', '10.0.0.1'] },
   'other-net': { allowed_ips: ['10.0.0.0/8'] },
+  'any-net': { allowed_ips: [], denied_ips: [], models: [] },
   banned: { denied_ips: ['127.0.0.1'] },
   'banned-within': { allowed_ips: ['127.0.0.0/8'], denied_ips: ['127.0.0.1/32'] }
 }
@@ -153,6 +154,7 @@ const EXPECTED: Record<keyof typeof KEYS, [number, string | undefined]> = {
   'not-yet': [403, 'key_not_started'],
   'local-net': [200, undefined],
   'other-net': [403, 'ip_not_allowed'],
+  'any-net': [200, undefined],
   banned: [403, 'ip_not_allowed'],
   'banned-within': [403, 'ip_not_allowed']
 }
@@ -245,11 +247,20 @@ const WEBHOOK: [string, number, unknown, number, string | undefined][] = [
   ['a past time', 200, { expires_at: 1577836800 }, 403, 'key_expired'],
   ['a year as a time', 200, { expires_at: 2099 }, 403, 'key_refused'],
   ['an odd time', 200, { expires_at: 'soon' }, 403, 'key_refused'],
+  ['a time in words', 200, { expires_at: 'expires 2099' }, 403, 'key_refused'],
+  ['milliseconds', 200, { expires_at: 4070908800000 }, 200, undefined],
+  ['past milliseconds', 200, { expires_at: '1577836800000' }, 403, 'key_expired'],
   ['no balance', 200, { balance: 0 }, 429, 'insufficient_quota'],
   ['quota left', 200, { total_quota: 10, used_quota: 9 }, 200, undefined],
   ['quota used', 200, { total_quota: 10, used_quota: 10 }, 429, 'insufficient_quota'],
   ['another address', 200, { allowed_ips: ['10.0.0.0/8'] }, 403, 'ip_not_allowed'],
-  ['other models', 200, { models: ['x'] }, 403, 'model_not_allowed']
+  ['one address as text', 200, { allowed_ips: '10.0.0.1' }, 403, 'ip_not_allowed'],
+  ['an unreadable address', 200, { allowed_ips: ['10.0.0.0/99'] }, 403, 'ip_not_allowed'],
+  ['an empty address', 200, { allowed_ips: [''] }, 403, 'ip_not_allowed'],
+  ['no addresses', 200, { allowed_ips: [], denied_ips: [] }, 200, undefined],
+  ['other models', 200, { models: ['x'] }, 403, 'model_not_allowed'],
+  ['models that are no texts', 200, { models: [null] }, 403, 'model_not_allowed'],
+  ['no models', 200, { models: [] }, 200, undefined]
 ]
 
 test('the webhook decides by its status and what it says', async t => {
@@ -269,6 +280,11 @@ test('the webhook decides by its status and what it says', async t => {
     const got = await bearer('sk-1')
     assert.deepEqual([got.status, got.code], [expected, code], name)
   }
+  const unreadable = gateway.lines.filter(({ msg }) => msg === 'a time of a key is unreadable')
+  assert.deepEqual(
+    unreadable.map(({ member }) => member),
+    ['expiresAt', 'expiresAt', 'expiresAt']
+  )
   const [request] = hook.requests
   assert.equal(request!.method, 'POST')
   assert.equal(request!.url, '/check?a=b')
@@ -340,7 +356,28 @@ test('statuses, times, networks and patterns are read as documented', () => {
   assert.equal(parseStatus(null), undefined)
   assert.equal(parseTime('1767225600'), 1767225600000)
   assert.equal(parseTime('2026-01-01T00:00:00Z'), 1767225600000)
-  assert.ok(Number.isNaN(parseTime('soon')))
+  assert.equal(parseTime(1767225600000), 1767225600000)
+  assert.equal(parseTime('2026-01-01'), 1767225600000)
+  assert.equal(parseTime('2026-01-01 00:00'), 1767225600000, 'UTC wherever the gateway runs')
+  assert.equal(parseTime('2026-01-01T02:00:00.5+0200'), 1767225600500)
+  for (const odd of [
+    'soon',
+    'expires 2030',
+    '12/31/2026',
+    '2026-02-31',
+    '2026-02-31T00:00:00Z',
+    '2026-1-1',
+    '2026-13-01',
+    '2026-01-01T25:00:00Z',
+    '2026',
+    2026,
+    -1,
+    1e18,
+    true,
+    ['2026-01-01']
+  ]) {
+    assert.ok(Number.isNaN(parseTime(odd)), String(odd))
+  }
   assert.ok(isNetwork('2001:db8::/32') && isNetwork('::1') && isNetwork('10.0.0.0/8'))
   assert.ok(!isNetwork('10.0.0.0/33') && !isNetwork('10.0.0') && !isNetwork('10.0.0.0/8/8'))
   assert.ok(

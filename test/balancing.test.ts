@@ -2,7 +2,17 @@ import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
 import { Backend } from '../src/pool/backend.ts'
 import { strategies } from '../src/pool/strategies.ts'
-import { CHAT, chunk, DONE, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
+import {
+  answerChat,
+  CHAT,
+  chunk,
+  DONE,
+  fakeBackend,
+  post,
+  rawClient,
+  rawPost,
+  startGateway
+} from './helper.ts'
 
 function backends(t: TestContext, ...weights: number[]): Backend[] {
   return weights.map((weight, index) => {
@@ -244,4 +254,11 @@ test('latency_based is not drawn to a backend that refuses fast', async t => {
   })
   for (let call = 0; call < 20; call++) await post(`${gateway.url}/v1/embeddings`, CHAT)
   assert.ok(picky.requests.length <= 2, String(picky.requests.length))
+})
+
+test('max_idle_conns of the original’s reference file only warns', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const gateway = await startGateway(t, { backends: [{ url: backend.url, max_idle_conns: 100 }] })
+  assert.equal((await post(`${gateway.url}/v1/chat/completions`, CHAT)).status, 200)
+  assert.ok(gateway.lines.some(({ msg }) => /max_idle_conns has no effect/.test(String(msg))))
 })

@@ -172,6 +172,27 @@ test('what is not built yet may be there when it is switched off', () => {
   }
 })
 
+test('an unknown type is the only complaint about its item', () => {
+  assert.deepEqual(complaint(`${BACKEND}auth: {pipeline: [{type: sttic}]}\n`), [
+    'config.yaml:3:20 auth.pipeline[0].type: must be static or webhook (file, builtin, redis, database, lua: not supported by this version yet) (got "sttic"); did you mean "static"?'
+  ])
+})
+
+test('nothing is suggested that is too far from what was there', () => {
+  for (const section of [
+    'auth: {mode: any}',
+    'foo: 1',
+    'auth: {pipeline: [{type: webhook, webhook: {url: "http://h", method: GET}}]}'
+  ]) {
+    const [line] = complaint(`${BACKEND}${section}\n`)
+    assert.doesNotMatch(line!, /did you mean/)
+  }
+  for (const section of ['lgo: {}', 'metrcs: {}', 'log: {level: wran}']) {
+    const [line] = complaint(`${BACKEND}${section}\n`)
+    assert.match(line!, /did you mean/)
+  }
+})
+
 test('old names are refused with the new one', () => {
   const names: [string, string][] = [
     ['listen: ":1"', 'server.listen'],
@@ -388,6 +409,14 @@ const WRONG = [
   ['auth: {keys: [a, a]}', 'auth.keys[1]: has the same key as auth.keys[0]'],
   ['auth: {keys: [{key: a, name: n}, {key: b, name: n}]}', 'auth.keys[1]: has the same name as'],
   ['auth: {keys: [{key: a, expires_at: 2099}]}', 'auth.keys[0].expires_at: must be a time'],
+  [
+    'auth: {keys: [{key: a, expires_at: 2026-02-31}]}',
+    'config.yaml:3:24 auth.keys[0].expires_at: must be a time'
+  ],
+  [
+    'auth: {keys: [{key: a, starts_at: expires 2030}]}',
+    'config.yaml:3:24 auth.keys[0].starts_at: must be a time'
+  ],
   [
     'auth: {status_codes: {active: {allwo: false}}}',
     'auth.status_codes.active.allwo: is not known'

@@ -13,8 +13,9 @@ export interface KeyRecord {
   /** Unix milliseconds. */
   startsAt?: number | undefined
   expiresAt?: number | undefined
-  allowedIps?: string[] | undefined
-  deniedIps?: string[] | undefined
+  /** Absent: every address, and none. */
+  allowedIps?: BlockList | undefined
+  deniedIps?: BlockList | undefined
   models?: string[] | undefined
   /** What is left to spend, where the source says so; 0 or less refuses. */
   quotaLeft?: number | undefined
@@ -98,8 +99,9 @@ export function checkKey(
   if (record.startsAt !== undefined && now < record.startsAt) {
     return new GatewayError('key_not_started', 'This API key is not valid yet.')
   }
-  const denied = record.deniedIps !== undefined && contains(record.deniedIps, ip)
-  const allowed = record.allowedIps === undefined || contains(record.allowedIps, ip)
+  const family = isIP(ip) === 6 ? 'ipv6' : 'ipv4'
+  const denied = record.deniedIps?.check(ip, family) ?? false
+  const allowed = record.allowedIps?.check(ip, family) ?? true
   if (denied || !allowed) {
     return new GatewayError('ip_not_allowed', 'This API key may not be used from this address.')
   }
@@ -157,20 +159,38 @@ export function parseStatus(status: unknown): KeyStatus | undefined {
   }
 }
 
-/** 2001-09-09 in Unix seconds. */
+/**
+ * Unix seconds reach from 2001-09-09 to the year 5138, and milliseconds as far. 2099 is a year that was
+ * meant, not half an hour after the beginning of 1970.
+ */
 const LEAST_SECONDS = 1e9
+const LEAST_MILLISECONDS = 1e11
+const MOST_MILLISECONDS = 1e14
+
+const ISO = /^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d(?::\d\d(?:\.\d+)?)?)(Z|[+-]\d\d:?\d\d)?)?$/i
 
 /**
- * A point in time as Unix milliseconds, from ISO 8601 text or Unix seconds (number or digits).
+ * A point in time as Unix milliseconds, from ISO 8601 text (UTC where it names no zone) or Unix seconds
+ * or milliseconds (number or digits).
  *
  * @returns NaN for anything else
+ * @example
+ * parseTime('2026-12-31') // 1798675200000
  */
 export function parseTime(time: unknown): number {
-  if (time instanceof Date) return time.getTime()
-  if (typeof time === 'string' && !/^\d+$/.test(time)) return Date.parse(time)
-  const seconds = typeof time === 'object' || typeof time === 'boolean' ? Number.NaN : Number(time)
-  // 2099 is a year that was meant, not half an hour after the beginning of 1970.
-  return seconds < LEAST_SECONDS ? Number.NaN : seconds * 1000
+  if (typeof time === 'string' && !/^\d+$/.test(time)) return parseIso(time)
+  const number = typeof time === 'string' || typeof time === 'number' ? Number(time) : Number.NaN
+  if (number >= LEAST_MILLISECONDS) return number < MOST_MILLISECONDS ? number : Number.NaN
+  return number >= LEAST_SECONDS ? number * 1000 : Number.NaN
+}
+
+function parseIso(text: string): number {
+  const [, date, clock = '00:00', zone = 'Z'] = ISO.exec(text) ?? []
+  const midnight = Date.parse(`${date}T00:00:00Z`)
+  // Date.parse takes 31 February for 3 March.
+  if (Number.isNaN(midnight) || !new Date(midnight).toISOString().startsWith(date!))
+    return Number.NaN
+  return Date.parse(`${date}T${clock}${zone.toUpperCase().replace(/^(...)(\d\d)$/, '$1:$2')}`)
 }
 
 /** Is this an address or a network (`10.0.0.0/8`, `2001:db8::/32`)? */
@@ -183,15 +203,20 @@ export function isNetwork(text: unknown): boolean {
   return /^\d{1,3}$/.test(prefix) && Number(prefix) <= (family === 4 ? 32 : 128)
 }
 
-function contains(networks: string[], ip: string): boolean {
+/**
+ * A list of addresses and networks, made once. An empty one says nothing, as in the original; of one
+ * that says something, what can't be read matches no address.
+ */
+export function toNetworks(texts: string[] | undefined): BlockList | undefined {
+  if (texts === undefined || texts.length === 0) return undefined
   const list = new BlockList()
-  for (const network of networks) {
+  for (const network of texts.filter(isNetwork)) {
     const [address, prefix] = network.split('/') as [string, string | undefined]
     const family = isIP(address) === 6 ? 'ipv6' : 'ipv4'
     if (prefix === undefined) list.addAddress(address, family)
     else list.addSubnet(address, Number(prefix), family)
   }
-  return list.check(ip, isIP(ip) === 6 ? 'ipv6' : 'ipv4')
+  return list
 }
 
 /** Does one of the patterns (`*` stands for any text) name this model? */

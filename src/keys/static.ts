@@ -8,7 +8,8 @@ import {
   type KeyRecord,
   type KeySource,
   parseStatus,
-  parseTime
+  parseTime,
+  toNetworks
 } from './key.ts'
 
 const Networks = (description: string) =>
@@ -24,7 +25,7 @@ const Time = (description: string) =>
     type: ['string', 'number'],
     check: (value: unknown) => !Number.isNaN(parseTime(value)),
     description,
-    expects: 'a time such as 2026-12-31T00:00:00Z, or Unix seconds'
+    expects: 'a time such as 2026-12-31T00:00:00Z, or Unix seconds or milliseconds'
   })
 
 const HASHED = 'sha256:'
@@ -59,13 +60,13 @@ export const StaticKey = Type.Object(
         expects: 'one of active, disabled, expired, quota_exceeded'
       })
     ),
-    starts_at: Type.Optional(Time('Not valid before')),
-    expires_at: Type.Optional(Time('Not valid from then on')),
-    allowed_ips: Type.Optional(Networks('Addresses it may be used from')),
+    starts_at: Type.Optional(Time('Not valid before; UTC where no zone is named')),
+    expires_at: Type.Optional(Time('Not valid from then on; UTC where no zone is named')),
+    allowed_ips: Type.Optional(Networks('Addresses it may be used from; none: all')),
     denied_ips: Type.Optional(Networks('Addresses it may not be used from')),
     models: Type.Optional(
       Type.Array(Type.String({ minLength: 1 }), {
-        description: 'Models it may use; * as a wildcard'
+        description: 'Models it may use, * as a wildcard; none: all'
       })
     ),
     total_quota: NotBuilt('Tokens it may use'),
@@ -129,8 +130,8 @@ function toRecord(key: StaticKey, hash: string): KeyRecord {
     status: parseStatus(key.status ?? 'active')!,
     startsAt: key.starts_at === undefined ? undefined : parseTime(key.starts_at),
     expiresAt: key.expires_at === undefined ? undefined : parseTime(key.expires_at),
-    allowedIps: key.allowed_ips,
-    deniedIps: key.denied_ips,
-    models: key.models
+    allowedIps: toNetworks(key.allowed_ips),
+    deniedIps: toNetworks(key.denied_ips),
+    models: key.models?.length === 0 ? undefined : key.models
   }
 }

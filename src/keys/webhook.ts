@@ -1,15 +1,16 @@
+import type { FastifyBaseLogger } from 'fastify'
 import { type Static, Type } from 'typebox'
 import { request } from 'undici'
 import { GatewayError } from '../errors.ts'
 import { Duration, HeadersToSend, Url } from '../options.ts'
 import {
-  isNetwork,
   type KeyRecord,
   type KeySource,
   parseStatus,
   parseTime,
   type StatusCodes,
-  statusRefusal
+  statusRefusal,
+  toNetworks
 } from './key.ts'
 
 export const WebhookKeysOptions = Type.Object(
@@ -38,18 +39,26 @@ class WebhookError extends Error {
 /**
  * Asks a service about a key: `{"api_key": "...", "timestamp": 1767225600}`. It answers 2xx with a
  * JSON object (`status`, `user_id`, `name`, `starts_at`, `expires_at`, `allowed_ips`, `denied_ips`,
- * `models`, `total_quota` and `used_quota`, `balance`; all may be missing), or refuses: 401 and 404
- * unknown, 403 disabled, 402 and 429 quota used up. A `code` other than 0 or 200 refuses too.
+ * `models`, `total_quota` and `used_quota`, `balance`; all may be missing, an empty list counts as
+ * missing), or refuses: 401 and 404 unknown, 403 disabled, 402 and 429 quota used up. A `code` other
+ * than 0 or 200 refuses too.
  */
 export class WebhookKeys implements KeySource {
   readonly name: string
   readonly #options: WebhookKeysOptions
   readonly #codes: StatusCodes
+  readonly #log: FastifyBaseLogger
 
-  constructor(name: string, options: WebhookKeysOptions, codes: StatusCodes) {
+  constructor(
+    name: string,
+    options: WebhookKeysOptions,
+    codes: StatusCodes,
+    log: FastifyBaseLogger
+  ) {
     this.name = name
     this.#options = options
     this.#codes = codes
+    this.#log = log
   }
 
   async lookup(key: string, hash: string): Promise<KeyRecord | GatewayError | undefined> {
@@ -69,7 +78,17 @@ export class WebhookKeys implements KeySource {
     if (typeof data !== 'object' || data === null || Array.isArray(data)) {
       throw new WebhookError('no JSON object')
     }
-    return toRecord(data as Record<string, unknown>, hash)
+    const record = toRecord(data as Record<string, unknown>, hash)
+    for (const member of ['startsAt', 'expiresAt'] as const) {
+      if (record instanceof GatewayError || !Number.isNaN(record[member])) continue
+      // Not what it was: that may be anything. The id is the service's own, or begins the key's hash.
+      this.#log.warn(
+        { source: this.name, keyId: record.id, member },
+        'a time of a key is unreadable'
+      )
+      return refused(undefined)
+    }
+    return record
   }
 
   #refusal(statusCode: number): GatewayError | undefined {
@@ -90,21 +109,18 @@ export class WebhookKeys implements KeySource {
 
 function toRecord(data: Record<string, unknown>, hash: string): KeyRecord | GatewayError {
   const status = data.status === undefined ? 'active' : parseStatus(data.status)
-  const startsAt = optional(data.starts_at, parseTime)
-  const expiresAt = optional(data.expires_at, parseTime)
   const accepted = data.code === undefined || data.code === 0 || data.code === 200
   if (!accepted || status === undefined) return refused(data.message)
-  if (Number.isNaN(startsAt) || Number.isNaN(expiresAt)) return refused(undefined)
   const id = text(data.api_key_id) ?? text(data.id) ?? `key_${hash.slice(0, 12)}`
   return {
     id,
     name: text(data.name),
     userId: text(data.user_id),
     status,
-    startsAt,
-    expiresAt,
-    allowedIps: networks(data.allowed_ips),
-    deniedIps: networks(data.denied_ips),
+    startsAt: optional(data.starts_at, parseTime),
+    expiresAt: optional(data.expires_at, parseTime),
+    allowedIps: toNetworks(texts(data.allowed_ips)),
+    deniedIps: toNetworks(texts(data.denied_ips)),
     models: texts(data.models),
     quotaLeft: quotaLeft(data)
   }
@@ -149,11 +165,11 @@ function text(value: unknown): string | undefined {
   return typeof value === 'string' && value !== '' ? value : undefined
 }
 
+/**
+ * A list of texts, or one alone; an empty list says nothing. An item that is no text stays as one that
+ * matches nothing, so that a list of such items is not taken for an empty one.
+ */
 function texts(value: unknown): string[] | undefined {
-  return Array.isArray(value) ? value.filter(each => typeof each === 'string') : undefined
-}
-
-/** A list of networks; one that can't be read counts as "no address at all" rather than as absent. */
-function networks(value: unknown): string[] | undefined {
-  return texts(value)?.filter(isNetwork)
+  const items = optional(value, given => (Array.isArray(given) ? given : [given])) ?? []
+  return items.length === 0 ? undefined : items.map(item => text(item) ?? '')
 }

@@ -136,7 +136,7 @@ function toKeyring(options: AuthOptions, log: FastifyRequest['log']): Keyring {
   for (const { name, type, enabled, webhook, static: keys } of options.pipeline) {
     if (!enabled) continue
     if (type === 'webhook') {
-      sources.push(new WebhookKeys(name ?? type, webhook!, options.status_codes))
+      sources.push(new WebhookKeys(name ?? type, webhook!, options.status_codes, log))
     } else sources.push(new StaticKeys(name ?? type, keys?.keys ?? []))
   }
   if (options.enabled && sources.length === 0) {

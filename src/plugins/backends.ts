@@ -57,7 +57,9 @@ const BackendOptions = Type.Object(
     timeout: Type.Optional(Duration(undefined, 'routing.timeout for this backend', 0)),
     connect_timeout: Type.Optional(Duration(undefined, 'routing.connect_timeout for this backend')),
     idle_timeout: Type.Optional(Duration(undefined, 'routing.idle_timeout for this backend', 0)),
-    max_idle_conns: NotBuilt('Idle connections are closed after 4 s')
+    max_idle_conns: Type.Optional(
+      Type.Integer({ minimum: 0, description: 'No effect; idle connections are closed after 4 s' })
+    )
   },
   { additionalProperties: false, description: 'One inference server' }
 )
@@ -165,6 +167,10 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
   const checker = new HealthChecker(fastify.log)
   let demo: DemoBackend | undefined
   const withDemo = async (changed: BackendsOptions) => {
+    // The original's reference file has it, so it must not stop a start.
+    if (changed.backends.some(backend => backend.max_idle_conns !== undefined)) {
+      fastify.log.warn('backends[].max_idle_conns has no effect: idle connections close after 4 s')
+    }
     if (changed.backends.some(({ url }) => url === DEMO)) demo ??= await startDemo()
     return toPool(changed, demo?.url)
   }
