@@ -21,8 +21,8 @@ export type AttemptResult = FailureKind | '2xx' | '3xx' | '4xx' | 'cancelled'
 export interface Progress {
   /** The backend has had the request, or some of it. */
   isSent: boolean
-  /** It went over a connection that had served other requests before. */
-  isReused: boolean
+  /** It went over a connection that had served other requests before, and was closed at once. */
+  isStale: boolean
 }
 
 /** What an attempt tells the delivery it belongs to. */
@@ -42,6 +42,11 @@ export interface AttemptOwner {
   count(attempt: Attempt, result: AttemptResult): void
 }
 
+/**
+ * A connection that its server had closed while it was idle shows it within this time (ms) after a
+ * request is sent. Whatever fails later may have been worked on, and is not repeated of our own accord.
+ */
+const STALE_MS = 100
 /** A failed attempt counts as this slow (ms) when backends are compared by latency. */
 const FAILURE_LATENCY = 10_000
 /** A refusal to serve a request counts as at least this slow: it must not attract others. */
@@ -63,6 +68,7 @@ export class Attempt implements BackendHandler {
   readonly backend: Backend
   #owner: AttemptOwner
   readonly #startedAt = performance.now()
+  #sentAt = 0
   #controller: Dispatcher.DispatchController | undefined
   #head: Head | undefined
   #answer: Answer | undefined
@@ -107,6 +113,7 @@ export class Attempt implements BackendHandler {
 
   onRequestStart(controller: Dispatcher.DispatchController): void {
     this.#controller = controller
+    this.#sentAt = performance.now()
     if (this.#isCancelled) controller.abort(new Error('cancelled before it began'))
   }
 
@@ -161,13 +168,17 @@ export class Attempt implements BackendHandler {
     if (this.#isDelivered) return this.#answer!.break(this.#broke(error))
     if (this.#refusal !== undefined && !this.#isInDoubt) return this.#refusal.lose()
     const kind = isTimeout(error) ? 'timeout' : 'connect_failure'
+    const isStale =
+      kind === 'connect_failure' &&
+      this.socket === undefined &&
+      this.#head === undefined &&
+      performance.now() - this.#sentAt < STALE_MS
     // An error of our own making is about the request's body: the backend is not to blame.
-    const isReused = this.socket === undefined && this.#head === undefined
     if (!(error instanceof GatewayError)) {
       this.#owner.count(this, kind)
-      if (!isReused) this.#penalise()
+      if (!isStale) this.#penalise()
     }
-    this.#owner.failed(this, kind, error, { isSent: this.#controller !== undefined, isReused })
+    this.#owner.failed(this, kind, error, { isSent: this.#controller !== undefined, isStale })
   }
 
   #deliverOnce(): void {
