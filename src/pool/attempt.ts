@@ -1,8 +1,10 @@
 import type { Socket } from 'node:net'
+import { Readable } from 'node:stream'
 import type { Dispatcher } from 'undici'
 import { GatewayError } from '../errors.ts'
 import { Answer } from './answer.ts'
 import type { Backend, BackendHandler } from './backend.ts'
+import { Patience } from './patience.ts'
 import type { FailureKind } from './pool.ts'
 import { Refusal } from './refusal.ts'
 
@@ -69,9 +71,12 @@ export class Attempt implements BackendHandler {
   #owner: AttemptOwner
   readonly #startedAt = performance.now()
   #sentAt = 0
+  /** The request's body is, and may take its time; see {@link Backend.dispatch}. */
+  #isStreamed = false
   #controller: Dispatcher.DispatchController | undefined
   #head: Head | undefined
   #answer: Answer | undefined
+  readonly #patience = new Patience()
   #isDelivered = false
   #isOver = false
   #isCancelled = false
@@ -86,6 +91,7 @@ export class Attempt implements BackendHandler {
   }
 
   start(options: Dispatcher.DispatchOptions, fresh: boolean): void {
+    this.#isStreamed = options.body instanceof Readable
     this.backend.live.begin()
     this.backend.dispatch(options, this, fresh)
   }
@@ -113,8 +119,9 @@ export class Attempt implements BackendHandler {
 
   onRequestStart(controller: Dispatcher.DispatchController): void {
     this.#controller = controller
+    if (this.#isCancelled) return controller.abort(new Error('cancelled before it began'))
     this.#sentAt = performance.now()
-    if (this.#isCancelled) controller.abort(new Error('cancelled before it began'))
+    if (!this.#isStreamed) this.#patience.begin(controller, this.backend.config.timeout)
   }
 
   onResponseStart(
@@ -123,6 +130,7 @@ export class Attempt implements BackendHandler {
     headers: Headers
   ): void {
     if (statusCode < 200) return
+    this.#patience.begin(controller, this.backend.config.timeout)
     this.#head = { statusCode, headers }
     const { question } = this.#owner
     if (statusCode === 400 || statusCode === 422) {
@@ -146,6 +154,10 @@ export class Attempt implements BackendHandler {
   }
 
   onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {
+    this.#patience.heard = true
+    if (!this.#patience.isListening) {
+      this.#patience.listen(controller, this.backend.config.idleTimeout)
+    }
     if (this.#refusal === undefined) {
       this.#answer!.data(chunk)
       // What came in the same piece is on its way: an answer may be whole when it is delivered.
@@ -249,6 +261,7 @@ export class Attempt implements BackendHandler {
   #end(): void {
     if (this.#isOver) return
     this.#isOver = true
+    this.#patience.end()
     this.backend.live.end()
   }
 }
