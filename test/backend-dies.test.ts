@@ -1,6 +1,17 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { CHAT, chunk, events, fakeBackend, rawClient, rawPost, startGateway } from './helper.ts'
+import { setTimeout } from 'node:timers/promises'
+import {
+  CHAT,
+  chunk,
+  events,
+  fakeBackend,
+  post,
+  rawClient,
+  rawPost,
+  startGateway,
+  writable
+} from './helper.ts'
 
 /** A stream in each API that the backend cuts after its first event, and what the client must see. */
 const STREAMS = [
@@ -117,6 +128,89 @@ test('a backend that sends no head in time is a 504', async t => {
   assert.match(client.received, /^HTTP\/1.1 504 /)
   assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'timed_out')
   await (await backend.request()).closed
+})
+
+test('timeouts are kept to the tenth of a second', async t => {
+  const silent = await fakeBackend(t, () => {})
+  const stuck = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    for (const at of [0, 60, 120, 180]) globalThis.setTimeout(() => response.write(chunk('Hi')), at)
+  })
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  for (const [backend, least] of [
+    [silent, 100],
+    [stuck, 280]
+  ] as const) {
+    const gateway = await startGateway(t, {
+      backends: [{ url: backend.url }],
+      routing: { timeout: '100ms', idle_timeout: '100ms' }
+    })
+    const begin = performance.now()
+    const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+    await client.until(/"code":"backend_timeout"/)
+    const ms = performance.now() - begin
+    assert.ok(ms >= least && ms < least + 250, `${ms} ms`)
+  }
+})
+
+test('a slow client is no silence of the backend', async t => {
+  const big = 'x'.repeat(64 * 1024)
+  const backend = await fakeBackend(t, async (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    for (let at = 0; at < 300; at++) if (!response.write(chunk(big))) await writable(response)
+    response.end('data: [DONE]\n\n')
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    routing: { idle_timeout: '100ms' }
+  })
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  client.socket.pause()
+  await setTimeout(500)
+  client.socket.resume()
+  await client.until(/\[DONE\]/)
+})
+
+for (const head of [true, false]) {
+  test(`routing.timeout counts until the first byte of an answer ${head ? 'whose head came' : 'without a head'}`, async t => {
+    const backend = await fakeBackend(t, (_request, response) => {
+      response.writeHead(200, { 'content-type': 'text/event-stream' })
+      if (head) response.flushHeaders()
+      globalThis.setTimeout(() => response.end(`${chunk('Hi')}data: [DONE]\n\n`), 400)
+    })
+    const ask = async (timeout: string) => {
+      const gateway = await startGateway(t, {
+        backends: [{ url: backend.url }],
+        routing: { timeout, idle_timeout: '100ms' }
+      })
+      return post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+    }
+    assert.match(await (await ask('5s')).text(), /\[DONE\]/)
+    const late = await ask('200ms')
+    assert.equal(late.status, 504)
+    assert.equal((await late.json()).error.code, 'backend_timeout')
+  })
+}
+
+test('an upload may take longer than routing.timeout, its answer may not', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'application/json' })
+    response.flushHeaders()
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    routing: { timeout: '200ms' }
+  })
+  const head =
+    'POST /v1/audio/transcriptions HTTP/1.1\r\nhost: g\r\ncontent-type: audio/wav\r\ncontent-length: 8\r\n\r\n'
+  const client = await rawClient(t, gateway.port, `${head}1234`)
+  await setTimeout(600)
+  assert.equal(client.received, '')
+  const begin = performance.now()
+  client.socket.write('5678')
+  await client.until(/^HTTP\/1.1 504 /)
+  assert.ok(performance.now() - begin < 400)
 })
 
 test('a backend that does not speak HTTP is a 502', async t => {

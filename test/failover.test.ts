@@ -286,6 +286,19 @@ test('an idle connection that the backend closes as it is used again is replaced
     assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 200)
   }
   assert.equal((await gateway.logged({ msg: 'exchange' })).attempts, 1)
+  assert.equal(await gateway.metric('llmproxy_attempts_total', { result: '2xx' }), 4)
+  assert.equal(await gateway.metric('llmproxy_attempts_total', { result: 'connect_failure' }), 2)
+})
+
+test('a request that the backend drops after a while is not sent again, with retry off', async t => {
+  const backend = await fakeBackend(t, (_request, response, raw) => {
+    if (backend.requests.length > 1) return setTimeout(() => raw.socket.destroy(), 300)
+    return response.end('{}')
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 200)
+  assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 502)
+  assert.equal(backend.requests.length, 2)
 })
 
 test('a Retry-After is remembered while other backends are tried', async t => {

@@ -37,6 +37,54 @@ test('a window lets through exactly its limit in any minute, for limits of any s
   )
 })
 
+test('a window holds its limit and its count while reloads change the limit', () => {
+  const limit = fc.oneof(fc.integer({ min: 1, max: 512 }), fc.integer({ min: 513, max: 5000 }))
+  fc.assert(
+    fc.property(
+      limit,
+      fc.array(
+        fc.record({
+          limit,
+          calls: fc.integer({ min: 1, max: 1500 }),
+          gap: fc.double({ min: 0, max: 20, noNaN: true })
+        }),
+        { minLength: 2, maxLength: 8 }
+      ),
+      (first, steps) => {
+        const window = new SlidingWindow(first)
+        const taken: number[] = []
+        let now = 0
+        for (const { limit, calls, gap } of steps) {
+          window.limit = limit
+          for (let call = 0; call < calls; call++) {
+            now += gap
+            if (window.wait(now) > 0) continue
+            window.take(now)
+            taken.push(now)
+            const inWindow = taken.filter(time => time > now - 60_000).length
+            assert.ok(inWindow <= limit)
+          }
+          const within = (ms: number) => taken.filter(time => time > now - ms).length
+          // A place may come back a grain late.
+          assert.ok(window.remaining(now) <= Math.max(0, limit - within(60_000)))
+          assert.ok(window.remaining(now) >= Math.max(0, limit - within(60_000 + 60_000 / 512)))
+        }
+      }
+    ),
+    { numRuns: 60 }
+  )
+})
+
+test('a window that was full when its limit was raised counts on', () => {
+  const window = new SlidingWindow(500)
+  for (let at = 0; at < 500; at++) window.take(at)
+  window.limit = 5000
+  for (let at = 0; at < 4500; at++) window.take(1000 + at * 10)
+  assert.equal(window.remaining(46_000), 0)
+  assert.ok(window.wait(46_000) > 0)
+  assert.equal(window.remaining(200_000), 5000)
+})
+
 test('a window of up to 512 is exact to the millisecond, a larger one at most 1/512 late', () => {
   const small = new SlidingWindow(60)
   for (let at = 0; at < 60; at++) small.take(at * 10)

@@ -83,18 +83,23 @@ export class SlidingWindow {
     }
   }
 
+  /** Makes room for one more. What was noted one by one under a smaller limit shares its grains now. */
   #grow(): void {
     const length = Math.min(this.#times.length * 2, GRAINS + 2)
     const times = new Float64Array(length)
     const counts = new Float64Array(length)
+    let last = -1
     for (let at = 0; at < this.#size; at++) {
       const index = (this.#head + at) % this.#times.length
-      times[at] = this.#times[index]!
-      counts[at] = this.#counts[index]!
+      const time = this.#times[index]!
+      if (last < 0 || this.#grain(times[last]!) !== this.#grain(time)) last++
+      times[last] = time
+      counts[last]! += this.#counts[index]!
     }
     this.#times = times
     this.#counts = counts
     this.#head = 0
+    this.#size = last + 1
   }
 }
 

@@ -71,7 +71,7 @@ const RoutingOptions = Section(
       default: 'round_robin',
       description: 'How a backend is chosen; round_robin honours weights'
     }),
-    timeout: Duration('10m', 'Time to the head of the answer, for one attempt', 0),
+    timeout: Duration('10m', 'Time to the first byte of the answer, for one attempt', 0),
     connect_timeout: Duration('5s', 'Time to a connection'),
     idle_timeout: Duration('5m', 'Time between two chunks of an answer; 0: for ever', 0),
     retry: Section(

@@ -1,8 +1,10 @@
 import type { Socket } from 'node:net'
+import { Readable } from 'node:stream'
 import type { Dispatcher } from 'undici'
 import { GatewayError } from '../errors.ts'
 import { Answer } from './answer.ts'
 import type { Backend, BackendHandler } from './backend.ts'
+import { Patience } from './patience.ts'
 import type { FailureKind } from './pool.ts'
 import { Refusal } from './refusal.ts'
 
@@ -21,8 +23,8 @@ export type AttemptResult = FailureKind | '2xx' | '3xx' | '4xx' | 'cancelled'
 export interface Progress {
   /** The backend has had the request, or some of it. */
   isSent: boolean
-  /** It went over a connection that had served other requests before. */
-  isReused: boolean
+  /** It went over a connection that had served other requests before, and was closed at once. */
+  isStale: boolean
 }
 
 /** What an attempt tells the delivery it belongs to. */
@@ -42,6 +44,11 @@ export interface AttemptOwner {
   count(attempt: Attempt, result: AttemptResult): void
 }
 
+/**
+ * A connection that its server had closed while it was idle shows it within this time (ms) after a
+ * request is sent. Whatever fails later may have been worked on, and is not repeated of our own accord.
+ */
+const STALE_MS = 100
 /** A failed attempt counts as this slow (ms) when backends are compared by latency. */
 const FAILURE_LATENCY = 10_000
 /** A refusal to serve a request counts as at least this slow: it must not attract others. */
@@ -63,9 +70,13 @@ export class Attempt implements BackendHandler {
   readonly backend: Backend
   #owner: AttemptOwner
   readonly #startedAt = performance.now()
+  #sentAt = 0
+  /** The request's body is, and may take its time; see {@link Backend.dispatch}. */
+  #isStreamed = false
   #controller: Dispatcher.DispatchController | undefined
   #head: Head | undefined
   #answer: Answer | undefined
+  readonly #patience = new Patience()
   #isDelivered = false
   #isOver = false
   #isCancelled = false
@@ -80,6 +91,7 @@ export class Attempt implements BackendHandler {
   }
 
   start(options: Dispatcher.DispatchOptions, fresh: boolean): void {
+    this.#isStreamed = options.body instanceof Readable
     this.backend.live.begin()
     this.backend.dispatch(options, this, fresh)
   }
@@ -107,7 +119,9 @@ export class Attempt implements BackendHandler {
 
   onRequestStart(controller: Dispatcher.DispatchController): void {
     this.#controller = controller
-    if (this.#isCancelled) controller.abort(new Error('cancelled before it began'))
+    if (this.#isCancelled) return controller.abort(new Error('cancelled before it began'))
+    this.#sentAt = performance.now()
+    if (!this.#isStreamed) this.#patience.begin(controller, this.backend.config.timeout)
   }
 
   onResponseStart(
@@ -116,6 +130,7 @@ export class Attempt implements BackendHandler {
     headers: Headers
   ): void {
     if (statusCode < 200) return
+    this.#patience.begin(controller, this.backend.config.timeout)
     this.#head = { statusCode, headers }
     const { question } = this.#owner
     if (statusCode === 400 || statusCode === 422) {
@@ -139,6 +154,10 @@ export class Attempt implements BackendHandler {
   }
 
   onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {
+    this.#patience.heard = true
+    if (!this.#patience.isListening) {
+      this.#patience.listen(controller, this.backend.config.idleTimeout)
+    }
     if (this.#refusal === undefined) {
       this.#answer!.data(chunk)
       // What came in the same piece is on its way: an answer may be whole when it is delivered.
@@ -161,13 +180,17 @@ export class Attempt implements BackendHandler {
     if (this.#isDelivered) return this.#answer!.break(this.#broke(error))
     if (this.#refusal !== undefined && !this.#isInDoubt) return this.#refusal.lose()
     const kind = isTimeout(error) ? 'timeout' : 'connect_failure'
+    const isStale =
+      kind === 'connect_failure' &&
+      this.socket === undefined &&
+      this.#head === undefined &&
+      performance.now() - this.#sentAt < STALE_MS
     // An error of our own making is about the request's body: the backend is not to blame.
-    const isReused = this.socket === undefined && this.#head === undefined
     if (!(error instanceof GatewayError)) {
       this.#owner.count(this, kind)
-      if (!isReused) this.#penalise()
+      if (!isStale) this.#penalise()
     }
-    this.#owner.failed(this, kind, error, { isSent: this.#controller !== undefined, isReused })
+    this.#owner.failed(this, kind, error, { isSent: this.#controller !== undefined, isStale })
   }
 
   #deliverOnce(): void {
@@ -238,6 +261,7 @@ export class Attempt implements BackendHandler {
   #end(): void {
     if (this.#isOver) return
     this.#isOver = true
+    this.#patience.end()
     this.backend.live.end()
   }
 }

@@ -10,7 +10,7 @@ export interface BackendConfig {
   weight: number
   /** Sent with every request, over the client's own. */
   headers: Record<string, string>
-  /** Time to the head of the answer, to a connection, and between two chunks. */
+  /** Time to the first byte of the answer's body, to a connection, and between two chunks. */
   timeout: number
   connectTimeout: number
   idleTimeout: number
@@ -52,12 +52,12 @@ export class Backend {
 
   /** Sends a request, over a connection of its own if it must be `fresh`. */
   dispatch(options: Dispatcher.DispatchOptions, handler: BackendHandler, fresh = false): void {
-    const { timeout, idleTimeout } = this.config
     const limited = {
       ...options,
       path: this.live.basePath + options.path,
-      headersTimeout: timeout,
-      bodyTimeout: idleTimeout
+      // The attempt has timers of its own; but only undici sees when a streamed body has been sent.
+      headersTimeout: options.body instanceof Readable ? this.config.timeout : 0,
+      bodyTimeout: 0
     }
     this.live.dispatch(limited, handler, fresh)
   }

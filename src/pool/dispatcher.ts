@@ -126,12 +126,7 @@ class Delivery implements AttemptOwner, Work {
   failed(attempt: Attempt, kind: FailureKind, error: Error, progress: Progress): void {
     if (error instanceof GatewayError) return this.#giveUp(error, 'rejected')
     // A server may close an idle connection just as it is used again; that is nobody's fault.
-    if (
-      progress.isReused &&
-      kind === 'connect_failure' &&
-      !this.#hasRepeated &&
-      this.#canResend()
-    ) {
+    if (progress.isStale && !this.#hasRepeated && this.#canResend()) {
       this.#hasRepeated = true
       return this.#send(attempt.backend, true)
     }

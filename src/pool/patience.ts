@@ -1,0 +1,45 @@
+import { type Dispatcher, errors } from 'undici'
+
+/** A backend's silence is noticed at most this much (ms), and at most an eighth, later than asked for. */
+const LATEST_MS = 1_000
+const LEAST_STEPS = 8
+
+/**
+ * How long a backend is waited for: for the first byte of its answer, and then between two chunks.
+ * undici's own timeouts have a clock that ticks twice a second; and a server that sends its head before
+ * it queues the request has not begun to answer, so a head alone ends no waiting.
+ */
+export class Patience {
+  /** Set by every chunk: a store costs less than a look at the clock or a timer that begins anew. */
+  heard = false
+  isListening = false
+  #timer: NodeJS.Timeout | undefined
+
+  /** Waits for the first byte; 0: for ever. */
+  begin(controller: Dispatcher.DispatchController, ms: number): void {
+    if (ms === 0 || this.#timer !== undefined) return
+    this.#timer = setTimeout(() => controller.abort(new errors.HeadersTimeoutError()), ms).unref()
+  }
+
+  /** The first byte is here: from now on a silence of `ms` is too long; 0: none is. */
+  listen(controller: Dispatcher.DispatchController, ms: number): void {
+    this.end()
+    this.isListening = true
+    if (ms === 0) return
+    const steps = Math.max(LEAST_STEPS, Math.ceil(ms / LATEST_MS))
+    let silent = 0
+    this.#timer = setInterval(
+      () => {
+        // A backend that must wait for a slow client is not silent.
+        silent = this.heard || controller.paused ? 0 : silent + 1
+        this.heard = false
+        if (silent === steps) controller.abort(new errors.BodyTimeoutError())
+      },
+      Math.ceil(ms / steps)
+    ).unref()
+  }
+
+  end(): void {
+    clearTimeout(this.#timer)
+  }
+}
