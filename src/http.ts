@@ -20,3 +20,13 @@ export function parseRetryAfter(value: string | string[] | undefined): number {
   const ms = /^\d+(\.\d+)?$/.test(value) ? Number(value) * 1000 : Date.parse(value) - Date.now()
   return Number.isNaN(ms) ? 0 : Math.max(0, ms)
 }
+
+/**
+ * The media type that a `content-type` names (RFC 9110, section 8.3.1), without its parameters.
+ *
+ * @example
+ * mediaType('Text/Event-Stream; charset=utf-8') // 'text/event-stream'
+ */
+export function mediaType(contentType: unknown): string {
+  return String(contentType).split(';', 1)[0]!.trim().toLowerCase()
+}

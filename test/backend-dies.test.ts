@@ -213,14 +213,33 @@ test('an upload may take longer than routing.timeout, its answer may not', async
   assert.ok(performance.now() - begin < 400)
 })
 
-test('a backend that does not speak HTTP is a 502', async t => {
-  const backend = await fakeBackend(t, (_request, _response, raw) => {
-    raw.socket.end('SSH-2.0-OpenSSH_9.9\r\n')
+const NOT_HTTP = {
+  'another protocol': 'SSH-2.0-OpenSSH_9.9\r\n',
+  'a status that does not exist': 'HTTP/1.1 600 What\r\ncontent-length: 2\r\n\r\n{}',
+  'a head above 64 KB': `HTTP/1.1 200 OK\r\nx-large: ${'x'.repeat(70_000)}\r\ncontent-length: 2\r\n\r\n{}`
+}
+
+for (const [name, sent] of Object.entries(NOT_HTTP)) {
+  test(`a backend that answers with ${name} is a 502 that says so`, async t => {
+    const backend = await fakeBackend(t, (_request, _response, raw) => raw.socket.end(sent))
+    const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+    const answer = await post(`${gateway.url}/v1/embeddings`, CHAT)
+    assert.equal(answer.status, 502)
+    const { error } = (await answer.json()) as { error: { code: string; message: string } }
+    assert.equal(error.code, 'backend_failed')
+    assert.match(error.message, /not valid HTTP/)
+  })
+}
+
+test('a large head of an answer passes', async t => {
+  const large = 'x'.repeat(20_000)
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'x-large': large }).end('{}')
   })
   const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
   const client = await rawClient(t, gateway.port, rawPost('/v1/embeddings', JSON.stringify(CHAT)))
-  await client.until(/backend_unreachable/)
-  assert.match(client.received, /^HTTP\/1.1 502 /)
+  await client.until(/\r\n\r\n\{\}/)
+  assert.ok(client.received.includes(large))
 })
 
 const HALVES = [

@@ -62,6 +62,18 @@ test('a compressed body is a 415', async t => {
   assert.equal(response.status, 415)
 })
 
+test('identity is no encoding, and an empty content-type is none', async t => {
+  const backend = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  for (const header of ['content-encoding: identity', 'content-type:']) {
+    const body = JSON.stringify(CHAT)
+    const text = rawPost('/v1/embeddings', body, [header])
+    const plain = header === 'content-type:' ? text.replace(/content-type: .*\r\n/i, '') : text
+    const client = await rawClient(t, gateway.port, plain)
+    assert.match(await client.until(/\{\}/), /^HTTP\/1.1 200 /)
+  }
+})
+
 test('a body over max_body_size is a 413 before it has been sent', async t => {
   const gateway = await unreached(t, { server: { max_body_size: '1KB' } })
   for (const path of ['/v1/chat/completions', '/v1/audio/transcriptions']) {

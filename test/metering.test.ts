@@ -624,3 +624,34 @@ test('/api/generate streams by default too, and time per token is in seconds', a
   const seconds = await gateway.metric('llmproxy_time_per_output_token_seconds_sum')
   assert.ok(seconds >= 0.025 && seconds < 5, String(seconds))
 })
+
+test('a media type is read whatever its case', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'Text/Event-Stream; Charset=UTF-8' })
+    response.end(chunk('Hi') + USAGE_CHUNK + DONE)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const answer = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+  assert.equal(await answer.text(), chunk('Hi') + DONE)
+  const line = await gateway.logged({ msg: 'exchange' })
+  assert.deepEqual([line.promptTokens, line.exactness], [12, 'exact'])
+})
+
+test('events that are alike are counted, and read when they only seem to be', () => {
+  const event = (text: string, more = '') =>
+    `data: {"id":"c","choices":[{"index":0,"delta":{"content":"${text}"},"finish_reason":null}]${more}}\n\n`
+  const usage = ',"usage":{"prompt_tokens":5,"completion_tokens":9}'
+  const fragment = fc.constantFrom('a', '\\"', '\\\\', ' ', '"', '\\', '{"usage":', '\n', '\r', 'é')
+  fc.assert(
+    fc.property(fc.array(fc.array(fragment, { maxLength: 6 }), { maxLength: 12 }), texts => {
+      const pieces = [...texts.map(text => event(text.join(''))), event('x', usage), DONE]
+      const one = new Meter({ framing: 'sse', dialect: openai, takeOut: false })
+      for (const piece of pieces) one.pass(Buffer.from(piece))
+      const other = new Meter({ framing: 'sse', dialect: openai, takeOut: false })
+      for (const byte of Buffer.from(pieces.join(''))) other.pass(Buffer.from([byte]))
+      assert.deepEqual([one.deltas, one.usage], [other.deltas, other.usage])
+      assert.equal(one.finished, other.finished)
+    }),
+    { numRuns: 1000 }
+  )
+})

@@ -5,6 +5,7 @@ import fp from 'fastify-plugin'
 import type { Dialect } from '../dialects/dialect.ts'
 import { openai } from '../dialects/openai.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
+import { mediaType } from '../http.ts'
 import { type Framing, Meter } from '../metering/meter.ts'
 import { askForUsage } from '../metering/question.ts'
 import { MemberNames } from '../metering/watcher.ts'
@@ -39,7 +40,7 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     const { reply, request } = exchange
     if (exchange.endpoint?.body === 'none' || request.method !== 'POST') return undefined
     if (reply.statusCode < 200 || reply.statusCode > 299) return undefined
-    const framing = framingOf(String(reply.getHeader('content-type')))
+    const framing = FRAMINGS[mediaType(reply.getHeader('content-type'))]
     if (framing === undefined) return undefined
     const dialect = exchange.endpoint?.dialect ?? openai
     const meter = new Meter({
@@ -96,10 +97,10 @@ function saysItsEnd(endpoint: Endpoint | undefined): boolean {
   return endpoint.dialect.name !== 'openai' || endpoint.asksForUsage === true
 }
 
-function framingOf(contentType: string): Framing | undefined {
-  if (contentType.startsWith('text/event-stream')) return 'sse'
-  if (contentType.startsWith('application/x-ndjson')) return 'ndjson'
-  return contentType.startsWith('application/json') ? 'json' : undefined
+const FRAMINGS: Record<string, Framing | undefined> = {
+  'text/event-stream': 'sse',
+  'application/x-ndjson': 'ndjson',
+  'application/json': 'json'
 }
 
 /** English prose and code come to about four bytes a token; a rough guide where nothing was said. */

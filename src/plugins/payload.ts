@@ -33,10 +33,15 @@ const payloadPlugin: FastifyPluginAsync = async function payload(fastify) {
     done(null, body)
   })
 
+  // Fastify refuses an empty type, though it takes none at all.
+  fastify.addHook('onRequest', ({ headers }, _reply, done) => {
+    if (headers['content-type'] === '') delete headers['content-type']
+    done()
+  })
   fastify.addHook('preValidation', (request, _reply, done) => {
     const { endpoint } = request.exchange
     if (endpoint?.body !== 'json') return done()
-    if (request.headers['content-encoding'] !== undefined) {
+    if ((request.headers['content-encoding'] ?? 'identity') !== 'identity') {
       throw new GatewayError('unsupported_encoding', 'Send the body without a content-encoding.')
     }
     request.payload = readPayload(request, endpoint)

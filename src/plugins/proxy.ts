@@ -4,7 +4,7 @@ import fp from 'fastify-plugin'
 import type { Static } from 'typebox'
 import { openai } from '../dialects/openai.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
-import { pathBelow } from '../http.ts'
+import { mediaType, pathBelow } from '../http.ts'
 import { checkOptions, Duration, type Given, Section } from '../options.ts'
 import type { Answer } from '../pool/answer.ts'
 import { createDispatcher, EXCHANGE } from '../pool/dispatcher.ts'
@@ -185,7 +185,7 @@ function toClient(headers: Headers, exchange: Exchange) {
   }
   kept['x-request-id'] ??= exchange.id
   kept[exchange.endpoint?.dialect.idHeader ?? 'x-request-id'] ??= exchange.id
-  if (String(kept['content-type']).startsWith('text/event-stream')) {
+  if (mediaType(kept['content-type']) === 'text/event-stream') {
     // nginx in front would collect the events otherwise.
     kept['x-accel-buffering'] ??= 'no'
   }
@@ -201,8 +201,8 @@ function connectionListed(header: string | string[] | undefined): string[] {
 }
 
 function isStream(reply: { getHeader(name: string): unknown }): boolean {
-  const type = String(reply.getHeader('content-type'))
-  return type.startsWith('text/event-stream') || type.startsWith('application/x-ndjson')
+  const type = mediaType(reply.getHeader('content-type'))
+  return type === 'text/event-stream' || type === 'application/x-ndjson'
 }
 
 export default fp(proxyPlugin, {

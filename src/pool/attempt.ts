@@ -1,6 +1,6 @@
 import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
-import type { Dispatcher } from 'undici'
+import { type Dispatcher, errors } from 'undici'
 import { GatewayError } from '../errors.ts'
 import { Answer } from './answer.ts'
 import type { Backend, BackendHandler } from './backend.ts'
@@ -130,6 +130,8 @@ export class Attempt implements BackendHandler {
     headers: Headers
   ): void {
     if (statusCode < 200) return
+    if (statusCode > 599)
+      return controller.abort(new errors.HTTPParserError(`status ${statusCode}`))
     this.#patience.begin(controller, this.backend.config.timeout)
     this.#head = { statusCode, headers }
     const { question } = this.#owner

@@ -27,6 +27,9 @@ const ALPHA = 0.3
 /** A server that refused a field is asked again after a while: it may have been upgraded. */
 const REMEMBER_REFUSAL_MS = 10 * 60_000
 
+/** Largest head of an answer, in bytes. */
+const MAX_HEAD = 64 * 1024
+
 /** From so many connections on they are let go of when none is in use. */
 const MANY_CONNECTIONS = 256
 
@@ -74,7 +77,7 @@ export class Live {
   currentWeight = 0
   readonly origin: string
   readonly basePath: string
-  readonly #settings: { allowH2: false; connect: buildConnector.connector }
+  readonly #settings: { allowH2: false; maxHeaderSize: number; connect: buildConnector.connector }
   #sockets: Sockets
   /** Most requests at once over these connections. */
   #peak = 0
@@ -95,6 +98,7 @@ export class Live {
     // No cap on connections: admission is the limits' work, and undici's own queue can't be seen.
     this.#settings = {
       allowH2: false,
+      maxHeaderSize: MAX_HEAD,
       connect: (options, done) => {
         const socket = connect(options, done)
         const handler = this.#opening ?? this.#openingLater.shift()

@@ -1,6 +1,6 @@
 import { Readable } from 'node:stream'
 import type { FastifyBaseLogger } from 'fastify'
-import type { Dispatcher } from 'undici'
+import { type Dispatcher, errors } from 'undici'
 import { GatewayError } from '../errors.ts'
 import type { Exchange, Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
@@ -257,6 +257,10 @@ function toGatewayError(kind: FailureKind, error: Error): GatewayError {
       cause: error
     })
   }
+  if (isInvalid(error)) {
+    const message = 'The backend gave an answer that is not valid HTTP, or has too large a head.'
+    return new GatewayError('backend_failed', message, { cause: error })
+  }
   return kind === 'timeout'
     ? new GatewayError('backend_timeout', 'The backend did not answer in time.', { cause: error })
     : new GatewayError('backend_unreachable', 'No backend could be reached.', { cause: error })
@@ -265,6 +269,10 @@ function toGatewayError(kind: FailureKind, error: Error): GatewayError {
 /** undici refused to send the request at all: no backend is to blame. */
 function isOurs(error: Error & { code?: string }): boolean {
   return error.code === 'UND_ERR_INVALID_ARG' || error.code === 'UND_ERR_NOT_SUPPORTED'
+}
+
+function isInvalid(error: Error): boolean {
+  return error instanceof errors.HTTPParserError || error instanceof errors.HeadersOverflowError
 }
 
 function reason(error: Error & { code?: string }): string {
