@@ -167,7 +167,9 @@ test('calls about a stored response go to the backend that made it, for its call
     }
     await post(`${gateway.url}/v1/responses/${id}/cancel`, '', key)
     await post(`${gateway.url}/v1/responses`, { ...CHAT, previous_response_id: id }, key)
-    assert.equal(own.requests.length, before + 5)
+    await post(`${gateway.url}/v1/responses/${id}/later`, {}, key)
+    await fetch(`${gateway.url}/v1/responses/${id}`, { method: 'DELETE', headers: key })
+    assert.equal(own.requests.length, before + 7)
     const stranger = { authorization: 'Bearer two' }
     const refused = await fetch(`${gateway.url}/v1/responses/${id}`, { headers: stranger })
     assert.equal(refused.status, 404)

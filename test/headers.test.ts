@@ -147,6 +147,8 @@ test('every declared route reaches the backend', async t => {
     '/v1/embeddings',
     '/v1/responses',
     '/v1/responses/r1/cancel',
+    '/v1/responses/r1/later',
+    '/v1/responses/compact',
     '/v1/messages',
     '/v1/messages/count_tokens',
     '/v1/rerank',
@@ -167,6 +169,7 @@ test('every declared route reaches the backend', async t => {
     '/v1/models/m',
     '/v1/responses/r1',
     '/v1/responses/r1/input_items',
+    '/v1/responses/r1/input_items/deep',
     '/api/tags',
     '/api/ps',
     '/api/version'

@@ -655,3 +655,25 @@ test('events that are alike are counted, and read when they only seem to be', ()
     { numRuns: 1000 }
   )
 })
+
+for (const [name, members] of Object.entries({
+  'null choices': '"choices":null,',
+  'no choices': ''
+})) {
+  test(`a usage chunk with ${name} is taken out too`, () => {
+    const usage = `data: {"id":"c",${members}"usage":{"prompt_tokens":5,"completion_tokens":9}}\n\n`
+    const meter = new Meter({ framing: 'sse', dialect: openai, takeOut: true })
+    assert.equal(String(meter.pass(Buffer.from(chunk('Hi') + usage + DONE))), chunk('Hi') + DONE)
+    assert.equal(meter.usage?.totalTokens, 14)
+  })
+}
+
+test('a last event without its blank line is read', () => {
+  const text = chunk('Hi') + USAGE_CHUNK.trimEnd()
+  for (const takeOut of [true, false]) {
+    const meter = new Meter({ framing: 'sse', dialect: openai, takeOut })
+    const out = [meter.pass(Buffer.from(text)), meter.end()].filter(each => each !== undefined)
+    assert.equal(Buffer.concat(out).toString(), takeOut ? chunk('Hi') : text)
+    assert.equal(meter.usage?.totalTokens, 15)
+  }
+})

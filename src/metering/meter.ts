@@ -111,6 +111,11 @@ export class Meter {
   /** The answer is over; returns what was held of an event that never ended. */
   end(): Buffer | undefined {
     if (this.framing !== 'sse') this.#harvest()
+    // The last event may lack its blank line.
+    else if (this.#hasData) {
+      if (this.#isOurs()) this.#held = undefined
+      this.#endEvent()
+    }
     const held = this.#held
     this.#held = undefined
     return held
@@ -279,8 +284,7 @@ export class Meter {
 
   /** Is the event that just ended the usage chunk that only the gateway asked for? */
   #isOurs(): boolean {
-    const { noChoices, usage } = this.#watcher.seen
-    return this.#takeOut && !this.#tooLong && noChoices && usage !== undefined
+    return this.#takeOut && !this.#tooLong && this.#isUsageChunk()
   }
 
   #endEvent(): void {
@@ -296,7 +300,7 @@ export class Meter {
     if (seen.delta) this.deltas++
     if (seen.usage !== undefined) {
       addCounts(this.#counts, seen.usage)
-      if (seen.noChoices) this.hasFinalUsage = true
+      if (this.#isUsageChunk()) this.hasFinalUsage = true
     }
     if (seen.promptEvalCount) this.#counts.input_tokens = seen.promptEvalCount
     if (seen.evalCount) this.#counts.output_tokens = seen.evalCount
@@ -307,6 +311,12 @@ export class Meter {
       this.onId?.(seen.id)
     }
     this.#watcher.reset()
+  }
+
+  /** The one chunk of a stream that has usage and nothing else: `choices` is empty, null or left out. */
+  #isUsageChunk(): boolean {
+    const { hasChoices, usage, type } = this.#watcher.seen
+    return usage !== undefined && !hasChoices && type === undefined
   }
 
   #saysEnd(): boolean {

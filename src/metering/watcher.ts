@@ -4,7 +4,7 @@
  *
  * Members are told apart by name and depth: `usage` at the top or inside a top-level `message` or
  * `response`; Ollama's counts, `id`, `type`, `done` and `error` at the top; `choices` when it is
- * empty; and whether one of the delta members, anywhere, has text.
+ * not empty; and whether one of the delta members, anywhere, has text.
  */
 
 /** What was seen in one JSON text. */
@@ -21,8 +21,8 @@ export interface Seen {
   texts: number
   textBegin: number
   textEnd: number
-  /** `choices` was there and empty. */
-  noChoices: boolean
+  /** There was a `choices` that was not empty. */
+  hasChoices: boolean
   /** A `finish_reason` was given, anywhere. */
   finishReason: boolean
   /** `done` was true. */
@@ -221,10 +221,11 @@ export class JsonWatcher {
         this.#open(OBJECT, NAME)
         return false
       case 0x5b:
+        if (this.#isTop(NAMES.choices)) this.seen.hasChoices = true
         this.#open(ARRAY, VALUE)
         return false
       case 0x5d:
-        if (this.#depth === 2 && this.#members[1] === NAMES.choices) this.seen.noChoices = true
+        if (this.#depth === 2 && this.#members[1] === NAMES.choices) this.seen.hasChoices = false
         this.#close()
         return false
       default:
@@ -384,7 +385,7 @@ function nothing(): Seen {
     texts: 0,
     textBegin: 0,
     textEnd: 0,
-    noChoices: false,
+    hasChoices: false,
     finishReason: false,
     done: false,
     error: false

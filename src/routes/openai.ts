@@ -31,9 +31,13 @@ const ENDPOINTS: Endpoint[] = [
   post('/detokenize'),
   post('/v1/responses', { dialect: responses, makesResponses: true }),
   post('/v1/responses/input_tokens', { dialect: responses }),
+  post('/v1/responses/compact', { dialect: responses, makesResponses: true }),
   post('/v1/responses/:id/cancel', { dialect: responses, body: 'none' }),
+  // Whatever else is under it is about one stored response.
+  post('/v1/responses/:id/*', { dialect: responses }),
   { method: 'GET', url: '/v1/responses/:id', dialect: responses, body: 'none' },
-  { method: 'GET', url: '/v1/responses/:id/input_items', dialect: responses, body: 'none' }
+  { method: 'GET', url: '/v1/responses/:id/*', dialect: responses, body: 'none' },
+  { method: 'DELETE', url: '/v1/responses/:id', dialect: responses, body: 'none' }
 ]
 
 const MAX_RESPONSES = 10_000
