@@ -1,9 +1,0 @@
-/** Ollama's native API: one JSON object a line, usage on the last, errors as `{"error": "text"}`. */
-export const ollama = {
-    name: 'ollama',
-    idHeader: 'x-request-id',
-    error: error => ({ error: error.message }),
-    errorEvent: error => `${JSON.stringify({ error: error.message })}\n`,
-    deltaMembers: ['content', 'response', 'thinking', 'arguments'],
-    endTypes: []
-};

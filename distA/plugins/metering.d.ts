@@ -1,3 +1,0 @@
-import type { FastifyPluginAsync } from 'fastify';
-declare const _default: FastifyPluginAsync;
-export default _default;

@@ -1,3 +1,0 @@
-import type { FastifyPluginAsync } from 'fastify';
-declare const openaiRoutes: FastifyPluginAsync;
-export default openaiRoutes;

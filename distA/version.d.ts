@@ -1,2 +1,0 @@
-/** The gateway's version, as in package.json. */
-export declare const VERSION: string;
