@@ -108,6 +108,10 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   if (ownsNotFound || (prefix ?? '') !== '') fastify.setNotFoundHandler(answerNotFound)
   fastify.addHook('onRequest', (request, reply, done) => {
     refuseOddPath(request.raw.url ?? '')
+    // Node would answer in its own way; a server that leaves it to us gets ours (RFC 9112, section 3.2).
+    if (request.headers.host === undefined && request.raw.httpVersion === '1.1') {
+      throw new GatewayError('invalid_request', 'The Host header is missing.')
+    }
     if (lifecycle.isDraining && request.exchange.endpoint !== undefined) {
       reply.header('connection', 'close')
       throw new GatewayError('shutting_down', 'This server is shutting down.')

@@ -1,4 +1,5 @@
-import { existsSync } from 'node:fs'
+import { createPrivateKey, X509Certificate } from 'node:crypto'
+import { existsSync, readFileSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { basename } from 'node:path'
 import { type Static, Type } from 'typebox'
@@ -22,7 +23,7 @@ const MAX_WORKERS = 128
 const ServerOptions = Section(
   {
     listen: Type.String({
-      pattern: '^(\\[[0-9a-fA-F:.]+\\]|[^\\[\\]:/]*):\\d{1,5}$',
+      pattern: '^(\\[[0-9a-fA-F:.]+\\]|[^\\[\\]:/*]*):\\d{1,5}$',
       check: (address: unknown) => Number(/\d+$/.exec(String(address))?.[0] ?? 0) <= 65535,
       default: ':8000',
       expects: 'an address such as :8000 or 127.0.0.1:8000',
@@ -206,10 +207,23 @@ function incomplete({ server, rate_limit: limits }: Config): Issue[] {
     }
     for (const name of ['cert_file', 'key_file', 'client_ca_file'] as const) {
       const path = tls[name]
-      if (path && !existsSync(path)) missing(name, `must be a file that is there (got "${path}")`)
+      if (!path) continue
+      if (!existsSync(path)) missing(name, `must be a file that is there (got "${path}")`)
+      else if (!isPem(name, path)) missing(name, `must be a file in PEM format (got "${path}")`)
     }
   }
   return issues
+}
+
+function isPem(name: 'cert_file' | 'key_file' | 'client_ca_file', path: string): boolean {
+  try {
+    const text = readFileSync(path)
+    if (name === 'key_file') createPrivateKey(text)
+    else new X509Certificate(text)
+    return true
+  } catch {
+    return false
+  }
 }
 
 interface RootMapping {

@@ -19,6 +19,7 @@ const STATUS = {
   request_timeout: 408,
   body_too_large: 413,
   unsupported_encoding: 415,
+  unknown_expectation: 417,
   rate_limit_exceeded: 429,
   insufficient_quota: 429,
   headers_too_large: 431,

@@ -195,6 +195,8 @@ export class Exchanges {
   readonly open: Exchange[] = []
   /** How many of forwarded routes have begun since the start. */
   forwarded = 0
+  /** What is told of requests that were refused before they could become an exchange. */
+  readonly onStillborn: ((error: GatewayError) => void)[] = []
   readonly #finishers = new Map<Stage, ((exchange: Exchange) => void)[]>()
   readonly #log: FastifyBaseLogger
   #ordered: ((exchange: Exchange) => void)[] = []
@@ -218,6 +220,18 @@ export class Exchanges {
     if (exchange.endpoint !== undefined) this.forwarded++
     reply.raw.once('close', () => this.#end(exchange))
     return exchange
+  }
+
+  /**
+   * A request that cannot even be routed is refused: it is logged and counted as others are.
+   * Returns its id, for the answer.
+   */
+  stillborn(error: GatewayError): string {
+    const requestId = newRequestId()
+    const { statusCode: status, code } = error
+    this.#log.info({ requestId, status, outcome: 'rejected', error: code }, 'exchange')
+    for (const listener of this.onStillborn) listener(error)
+    return requestId
   }
 
   /** Resolves when no exchange is open. */

@@ -65,6 +65,13 @@ export function Url(description: string) {
 /** Names that undici and HTTP itself take care of. */
 const FRAMING = new Set(['host', 'content-length', 'transfer-encoding', 'connection', 'expect'])
 
+/** The name of a request header that a client may send. */
+export const HeaderName = Type.String({
+  check: isHeaderName,
+  expects: 'the name of a header such as X-API-Key',
+  description: 'Header'
+})
+
 /** Headers that are sent along. Their values may be secret. */
 export const HeadersToSend = Type.Record(Type.String(), Type.String(), {
   default: {},
@@ -74,12 +81,20 @@ export const HeadersToSend = Type.Record(Type.String(), Type.String(), {
   description: 'Headers to send'
 })
 
+function isHeaderName(name: unknown): boolean {
+  try {
+    validateHeaderName(String(name))
+    return !FRAMING.has(String(name).toLowerCase())
+  } catch {
+    return false
+  }
+}
+
 function areHeaders(headers: unknown): boolean {
   try {
     for (const [name, text] of Object.entries(headers as Record<string, string>)) {
-      validateHeaderName(name)
       validateHeaderValue(name, text)
-      if (FRAMING.has(name.toLowerCase())) return false
+      if (!isHeaderName(name)) return false
     }
     return true
   } catch {

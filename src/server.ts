@@ -1,4 +1,5 @@
 import { mkdirSync, readFileSync, unwatchFile, watchFile } from 'node:fs'
+import { STATUS_CODES } from 'node:http'
 import type { Server as TlsServer } from 'node:https'
 import type { AddressInfo, Socket } from 'node:net'
 import { dirname, resolve } from 'node:path'
@@ -6,13 +7,19 @@ import { isDeepStrictEqual } from 'node:util'
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import cors from '@fastify/cors'
-import Fastify, { type FastifyBaseLogger, type FastifyInstance, LogController } from 'fastify'
+import Fastify, {
+  type FastifyBaseLogger,
+  type FastifyInstance,
+  type FastifyReply,
+  type FastifyRequest,
+  LogController
+} from 'fastify'
 import { pino } from 'pino'
 import pretty from 'pino-pretty'
 import gateway, { answerError, type Gateway } from './app.ts'
 import { type Config, loadConfig } from './config.ts'
 import { openaiError } from './dialects/openai.ts'
-import { GatewayError } from './errors.ts'
+import { GatewayError, toGatewayError } from './errors.ts'
 import type { Exchanges } from './exchange.ts'
 import type { Peers } from './peers.ts'
 import { VERSION } from './version.ts'
@@ -141,13 +148,17 @@ function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
 /** The gateway in a Fastify server of its own, as the configuration has it, not listening yet. */
 export async function createApp(config: Config, log: FastifyBaseLogger, peers?: Peers) {
   const { server } = config
+  const http = {
+    maxHeaderSize: server.max_header_bytes,
+    headersTimeout: server.header_timeout,
+    connectionsCheckingInterval: 500,
+    requireHostHeader: false
+  }
+  let control!: Gateway
+  /** A request that no hook sees. */
+  const refuseEarly = (error: GatewayError) => ({ error, id: control.exchanges.stillborn(error) })
   const fastify = Fastify({
-    ...(server.tls.enabled ? { https: readTls(server.tls) } : {}),
-    http: {
-      maxHeaderSize: server.max_header_bytes,
-      headersTimeout: server.header_timeout,
-      connectionsCheckingInterval: 500
-    },
+    ...(server.tls.enabled ? { https: { ...http, ...readTls(server.tls) } } : { http }),
     // 0: the time for the body is limited, the time an answer takes is not.
     connectionTimeout: 0,
     requestTimeout: server.read_timeout,
@@ -160,15 +171,31 @@ export async function createApp(config: Config, log: FastifyBaseLogger, peers?: 
     loggerInstance: log,
     childLoggerFactory: (logger: FastifyBaseLogger) => logger,
     logController: new QuietLog({ disableRequestLogging: true }),
-    clientErrorHandler: answerClientError,
-    frameworkErrors: answerError,
+    clientErrorHandler: (error: NodeJS.ErrnoException, socket: Socket) => {
+      if (isAnswerable(error, socket)) answerRaw(socket, refuseEarly(toClientError(error)))
+      else socket.destroy()
+    },
+    frameworkErrors: (error: unknown, _request: FastifyRequest, reply: FastifyReply) => {
+      const refused = refuseEarly(toGatewayError(error))
+      reply
+        .code(refused.error.statusCode)
+        .headers(idHeaders(refused.id))
+        .type(JSON_TYPE)
+        .send(JSON.stringify(openaiError(refused.error)))
+    },
     routerOptions: { maxParamLength: 500 },
     exposeHeadRoutes: true
   } as never) as unknown as FastifyInstance
   fastify.setErrorHandler(answerError)
   if (server.cors.enabled) await fastify.register(cors, corsOptions(server.cors))
 
-  let control!: Gateway
+  fastify.server.on('checkExpectation', (_request, response) => {
+    const { error, id } = refuseEarly(new GatewayError('unknown_expectation', UNKNOWN_EXPECTATION))
+    response
+      .writeHead(error.statusCode, { ...idHeaders(id), 'content-type': JSON_TYPE })
+      .end(JSON.stringify(openaiError(error)))
+  })
+
   await fastify.register(gateway, {
     ...sections(config),
     proxy: { write_timeout: server.write_timeout },
@@ -283,33 +310,40 @@ function sayDemo(log: FastifyBaseLogger, { demoUrl }: Gateway, url: string): voi
   )
 }
 
-/**
- * What is not even HTTP gets a short answer, in OpenAI's shape, and the connection is closed. Where
- * an answer is on its way already nothing may be written into it.
- */
-function answerClientError(error: NodeJS.ErrnoException, socket: Socket): void {
-  const running = (socket as Socket & { _httpMessage?: { headersSent: boolean } })._httpMessage
-  if (error.code === 'ECONNRESET' || !socket.writable || running?.headersSent) {
-    socket.destroy()
-    return
-  }
-  const answer =
-    error.code === 'HPE_HEADER_OVERFLOW'
-      ? new GatewayError('headers_too_large', 'The headers of this request are too large.')
-      : error.code === 'ERR_HTTP_REQUEST_TIMEOUT'
-        ? new GatewayError('request_timeout', 'The request did not arrive in time.')
-        : new GatewayError('invalid_request', 'This is not a valid HTTP request.')
-  const body = JSON.stringify(openaiError(answer))
-  socket.write(
-    `HTTP/1.1 ${answer.statusCode} ${REASONS[answer.statusCode]}\r\n` +
-      'content-type: application/json; charset=utf-8\r\n' +
-      `content-length: ${Buffer.byteLength(body)}\r\nconnection: close\r\n\r\n${body}`
-  )
-  socket.destroySoon()
+const JSON_TYPE = 'application/json; charset=utf-8'
+const UNKNOWN_EXPECTATION = 'Only 100-continue can be expected.'
+
+function idHeaders(id: string) {
+  return { 'x-llmproxy-request-id': id, 'x-request-id': id }
 }
 
-const REASONS: Record<number, string> = {
-  400: 'Bad Request',
-  408: 'Request Timeout',
-  431: 'Request Header Fields Too Large'
+/** Where an answer is on its way already nothing may be written into it. */
+function isAnswerable(error: NodeJS.ErrnoException, socket: Socket): boolean {
+  const running = (socket as Socket & { _httpMessage?: { headersSent: boolean } })._httpMessage
+  return error.code !== 'ECONNRESET' && socket.writable && !running?.headersSent
+}
+
+function toClientError({ code }: NodeJS.ErrnoException): GatewayError {
+  if (code === 'HPE_HEADER_OVERFLOW') {
+    return new GatewayError('headers_too_large', 'The headers of this request are too large.')
+  }
+  return code === 'ERR_HTTP_REQUEST_TIMEOUT'
+    ? new GatewayError('request_timeout', 'The request did not arrive in time.')
+    : new GatewayError('invalid_request', 'This is not a valid HTTP request.')
+}
+
+/** What is not even HTTP gets a short answer, in OpenAI's shape, and the connection is closed. */
+function answerRaw(socket: Socket, { error, id }: { error: GatewayError; id: string }): void {
+  const body = JSON.stringify(openaiError(error))
+  const headers = {
+    ...idHeaders(id),
+    'content-type': JSON_TYPE,
+    'content-length': Buffer.byteLength(body),
+    connection: 'close'
+  }
+  const lines = Object.entries(headers).map(([name, value]) => `${name}: ${value}\r\n`)
+  socket.write(
+    `HTTP/1.1 ${error.statusCode} ${STATUS_CODES[error.statusCode]}\r\n${lines.join('')}\r\n${body}`
+  )
+  socket.destroySoon()
 }

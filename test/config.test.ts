@@ -1,5 +1,7 @@
 import assert from 'node:assert/strict'
-import { readFileSync } from 'node:fs'
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { test } from 'node:test'
 import fc from 'fast-check'
 import { ConfigError, parseConfig } from '../src/config.ts'
@@ -508,4 +510,27 @@ test('the dialect’s other parts may stay in a file where they are switched off
     config.auth.pipeline.map(({ type }) => type),
     ['static']
   )
+})
+
+test('what could not work is refused before the start', t => {
+  const folder = mkdtempSync(join(tmpdir(), 'llmproxy-'))
+  t.after(() => rmSync(folder, { recursive: true }))
+  const noPem = join(folder, 'cert.pem')
+  writeFileSync(noPem, 'not a certificate')
+  const tls = { enabled: true, cert_file: noPem, key_file: noPem }
+  const cases: [object, RegExp][] = [
+    [{ server: { tls } }, /tls\.cert_file: must be a file in PEM format/],
+    [{ server: { tls } }, /tls\.key_file: must be a file in PEM format/],
+    [{ server: { listen: '*:8000' } }, /server\.listen: must be an address/],
+    [{ auth: { header_names: ['X Y'] } }, /auth\.header_names\[0\]: must be the name of a header/],
+    [{ auth: { header_names: ['Host'] } }, /auth\.header_names\[0\]/],
+    [{ auth: { header_names: [] } }, /auth\.header_names/],
+    [{ auth: { skip_paths: ['/health/*'] } }, /auth\.skip_paths\[0\]: must be a path/],
+    [{ auth: { skip_paths: ['/'] } }, /auth\.skip_paths\[0\]/],
+    [{ metrics: { path: '/..' } }, /metrics\.path: must be a path/]
+  ]
+  for (const [part, complaint] of cases) {
+    const yaml = JSON.stringify({ backends: [{ url: 'http://b' }], ...part })
+    assert.throws(() => parseConfig(yaml, 'config.yaml', {}), { message: complaint })
+  }
 })

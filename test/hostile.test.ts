@@ -304,3 +304,26 @@ test('a stranger’s endless body is not read', async t => {
   assert.match(await client.until(/\}\}/), / 401 [\s\S]*connection: close/i)
   await client.closed
 })
+
+test('what no hook sees is answered in JSON too, with an id, a log line and a count', async t => {
+  const gateway = await unreached(t, { server: { max_header_bytes: '8KB' } })
+  const body = JSON.stringify(CHAT)
+  const cases = [
+    { text: 'GET /v1/models/%zz HTTP/1.1\r\nhost: g\r\n\r\n', status: 400 },
+    { text: rawPost('/v1/embeddings', body).replace('host: gateway\r\n', ''), status: 400 },
+    { text: rawPost('/v1/embeddings', body, ['expect: something']), status: 417 },
+    { text: rawPost('/v1/embeddings', body, [`x-large: ${'x'.repeat(9000)}`]), status: 431 },
+    { text: 'NONSENSE\r\n\r\n', status: 400 }
+  ]
+  for (const { text, status } of cases) {
+    const client = await rawClient(t, gateway.port, text)
+    await client.until(/\}\}/)
+    assert.match(client.received, new RegExp(`^HTTP/1.1 ${status} `))
+    const id = /^x-llmproxy-request-id: (req_[0-9a-f]{32})\r$/im.exec(client.received)![1]
+    assert.match(client.received, new RegExp(`^x-request-id: ${id}\r$`, 'im'))
+    const line = await gateway.logged({ requestId: id })
+    assert.deepEqual([line.status, line.outcome], [status, 'rejected'])
+  }
+  const metrics = await (await fetch(`${gateway.url}/metrics`)).text()
+  assert.match(metrics, /llmproxy_exchanges_total\{outcome="rejected"\} 5\n/)
+})

@@ -40,7 +40,6 @@ test('the original’s five names and labels, and ours', async t => {
   sample('llmproxy_limit_refusals_total{scope="global",limit="requests_per_minute"} 1')
   sample('llmproxy_exchanges_total{outcome="ok"} 2')
   sample('llmproxy_exchanges_total{outcome="rejected"} 1')
-  sample('http_request_duration_seconds_bucket')
   sample('process_resident_memory_bytes')
 })
 

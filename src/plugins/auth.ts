@@ -8,7 +8,7 @@ import { type KeySource, matchesModel, StatusCodes } from '../keys/key.ts'
 import { Keyring } from '../keys/keyring.ts'
 import { type StaticKey, StaticKeyList, StaticKeys } from '../keys/static.ts'
 import { WebhookKeys, WebhookKeysOptions } from '../keys/webhook.ts'
-import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
+import { checkOptions, type Given, HeaderName, NotBuilt, Section } from '../options.ts'
 
 /**
  * Checks API keys: a request with a good key gets `request.caller`, any other is answered 401, 403,
@@ -53,14 +53,18 @@ export const AuthOptions = Section(
       description:
         'first_match: the first source that knows a key decides; all: every one must admit'
     }),
-    header_names: Type.Array(Type.String({ minLength: 1 }), {
+    header_names: Type.Array(HeaderName, {
+      minItems: 1,
       default: ['Authorization', 'X-API-Key', 'api-key'],
       description: 'Headers a key may stand in; Authorization as "Bearer KEY"'
     }),
-    skip_paths: Type.Array(Type.String({ pattern: '^/', expects: 'a path such as /health' }), {
-      default: ['/health'],
-      description: 'Paths that need no key, with all below them'
-    }),
+    skip_paths: Type.Array(
+      Type.String({ pattern: '^/[^*?#]+$', expects: 'a path such as /health' }),
+      {
+        default: ['/health'],
+        description: 'Paths that need no key, with all below them'
+      }
+    ),
     status_codes: StatusCodes,
     keys: StaticKeyList('Keys, in short'),
     pipeline: Type.Array(Provider, { default: [], description: 'Sources of keys, in order' })

@@ -19,6 +19,8 @@ import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
 /** Where the gateway's other routes are. */
 const TAKEN = /^\/(v1|api|health|models|chat|completions|embeddings|tokenize|detokenize)(\/|$)/
 
+const ODD = /\/\.{1,2}(\/|$)|\/\//
+
 const isAscending = (bounds: unknown) =>
   Array.isArray(bounds) && bounds.every((bound, at) => at === 0 || bound > bounds[at - 1])
 
@@ -27,7 +29,7 @@ export const MetricsOptions = Section(
     enabled: Type.Boolean({ default: true, description: 'Serves metrics' }),
     path: Type.String({
       pattern: '^/[\\w./-]+$',
-      check: (path: unknown) => !TAKEN.test(String(path)),
+      check: (path: unknown) => !TAKEN.test(String(path)) && !ODD.test(String(path)),
       default: '/metrics',
       expects: 'a path such as /metrics that no other route has',
       description: 'Where'
@@ -152,6 +154,11 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     if (exchange.outcome === 'ok' && after > 0) {
       tpot.observe({ path, backend }, (exchange.lastTokenAt - exchange.firstTokenAt) / 1000 / after)
     }
+  })
+
+  exchanges.onStillborn.push(({ statusCode }) => {
+    requests.inc({ path: 'other', stream: 'false', backend: 'none', status: statusCode })
+    outcomes.inc({ outcome: 'rejected' })
   })
 
   if (fastify.hasDecorator('backends')) backendMetrics(fastify.backends, registers)
