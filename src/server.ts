@@ -7,6 +7,7 @@ import { isDeepStrictEqual } from 'node:util'
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import cors from '@fastify/cors'
+
 import Fastify, {
   type FastifyBaseLogger,
   type FastifyInstance,
@@ -14,14 +15,16 @@ import Fastify, {
   type FastifyRequest,
   LogController
 } from 'fastify'
-import { pino } from 'pino'
-import pretty from 'pino-pretty'
+import { type Logger, pino } from 'pino'
+import { prettyFactory } from 'pino-pretty'
+
 import gateway, { answerError, type Gateway } from './app.ts'
 import { type Config, loadConfig } from './config.ts'
 import { openaiError } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import type { Exchanges } from './exchange.ts'
 import type { Peers } from './peers.ts'
+import { LogSink } from './sink.ts'
 import { VERSION } from './version.ts'
 
 /** What serves: this process, or workers that it looks after. */
@@ -86,6 +89,7 @@ export async function startServer(
       log[level]('shutting down')
       await fastify.close()
       log[level]('stopped')
+      await flushLog(log)
     }
   }
 }
@@ -264,26 +268,34 @@ function corsOptions(options: Config['server']['cors']) {
   }
 }
 
-export function createLog(options: Config['log'], dataDir: string): FastifyBaseLogger {
+export function createLog(options: Config['log'], dataDir: string): Logger {
   const settings = { level: options.level, base: null }
   if (options.output === 'file') {
     const path = resolve(dataDir, options.file.path)
     mkdirSync(dirname(path), { recursive: true })
-    return pino(settings, pino.destination({ ...LOG_QUEUE, dest: path }))
+    return pino(settings, new LogSink(path))
   }
-  const fd = options.output === 'stdout' ? 1 : 2
-  const isTerminal = options.output === 'stdout' ? process.stdout.isTTY : process.stderr.isTTY
-  if (options.format === 'text' || (options.format === 'auto' && isTerminal)) {
-    return pino(
-      settings,
-      pretty({ destination: fd, sync: true, singleLine: true, translateTime: 'SYS:HH:MM:ss.l' })
-    )
+  // Asking for the stream also makes a pipe one that never blocks.
+  const { isTTY } = options.output === 'stdout' ? process.stdout : process.stderr
+  const sink = new LogSink(options.output === 'stdout' ? 1 : 2)
+  const isText = options.format === 'text' || (options.format === 'auto' && isTTY)
+  if (!isText) return pino(settings, sink)
+  const format = prettyFactory({
+    colorize: isTTY,
+    singleLine: true,
+    translateTime: 'SYS:HH:MM:ss.l'
+  })
+  const lines = {
+    write: (line: string) => sink.write(format(line)),
+    flush: (done: () => void) => sink.flush(done)
   }
-  return pino(settings, pino.destination({ ...LOG_QUEUE, dest: fd }))
+  return pino(settings, lines)
 }
 
-/** Lines are written beside the work, some at a time; when nobody reads them they are dropped at last. */
-const LOG_QUEUE = { sync: false, minLength: 4096, periodicFlush: 100, maxLength: 8 * 1024 * 1024 }
+/** Resolves when the last lines are written, or when nobody takes them. */
+export function flushLog(log: Logger): Promise<void> {
+  return new Promise(resolve => log.flush(() => resolve()))
+}
 
 async function listen(fastify: FastifyInstance, address: string): Promise<string> {
   const colon = address.lastIndexOf(':')

@@ -5,7 +5,14 @@ import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
 import type { Config } from './config.ts'
 import type { News, Peers } from './peers.ts'
-import { collectGarbage, createLog, LISTENING, type Server, startServer } from './server.ts'
+import {
+  collectGarbage,
+  createLog,
+  flushLog,
+  LISTENING,
+  type Server,
+  startServer
+} from './server.ts'
 import { VERSION } from './version.ts'
 
 /**
@@ -131,6 +138,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
         })
       )
       log.info('stopped')
+      await flushLog(log)
     }
   }
 }

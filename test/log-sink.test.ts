@@ -1,0 +1,88 @@
+import assert from 'node:assert/strict'
+import { execFileSync, type StdioOptions, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { constants, openSync } from 'node:fs'
+import { join } from 'node:path'
+import { type TestContext, test } from 'node:test'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { CHAT, closedPort, fakeBackend, post, rawClient, rawPost } from './helper.ts'
+import { CLI, folder, writeConfig } from './process.ts'
+
+/** A gateway whose log goes where the test says, and which therefore can't tell its port. */
+async function serve(t: TestContext, stdout: 'pipe' | number, log: object = {}, url = 'demo://') {
+  const port = await closedPort()
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    server: { listen: `127.0.0.1:${port}` },
+    log: { level: 'debug', ...log },
+    backends: [{ url }]
+  })
+  const stdio: StdioOptions = ['ignore', stdout, 'pipe']
+  const child = spawn(process.execPath, [CLI, '--config', file], { stdio })
+  t.after(() => child.kill('SIGKILL'))
+  let stderr = ''
+  child.stderr!.on('data', (data: Buffer) => {
+    stderr += data
+  })
+  const health = async () => (await fetch(`http://127.0.0.1:${port}/health`)).text()
+  while (!(await health().catch(() => ''))) await sleep(20)
+  return {
+    child,
+    port,
+    health,
+    stderr: () => stderr,
+    /** Sends a signal and resolves with the exit code. */
+    async stop(signal: NodeJS.Signals) {
+      const exit = once(child, 'exit')
+      child.kill(signal)
+      return (await exit)[0]
+    }
+  }
+}
+
+/** A descriptor of a pipe that nobody reads. */
+function stuckPipe(t: TestContext): number {
+  const path = join(folder(t), 'pipe')
+  execFileSync('mkfifo', [path])
+  return openSync(path, constants.O_RDWR | constants.O_NONBLOCK)
+}
+
+for (const [name, stdout, log, complaint] of [
+  ['a pipe whose reader has gone', 'pipe', {}, /EPIPE/],
+  ['a full disk', openSync('/dev/full', 'w'), {}, /ENOSPC/],
+  ['a full disk, as text', openSync('/dev/full', 'w'), { format: 'text' }, /ENOSPC/],
+  ['a file on a full disk', 'pipe', { output: 'file', file: { path: '/dev/full' } }, /ENOSPC/]
+] as const) {
+  test(`serving goes on without a log: ${name}`, { timeout: 20_000 }, async t => {
+    const gateway = await serve(t, stdout, log)
+    if (name.includes('reader')) gateway.child.stdout!.destroy()
+    while (!complaint.test(gateway.stderr())) {
+      await gateway.health()
+      await sleep(20)
+    }
+    for (let call = 0; call < 50; call++) assert.match(await gateway.health(), /"status":"ok"/)
+    assert.equal(await gateway.stop('SIGTERM'), 0)
+    assert.equal(gateway.stderr().split('\n').length, 2, 'it is said once')
+  })
+}
+
+test('serving goes on, and ends, when nobody reads the log', { timeout: 30_000 }, async t => {
+  const gateway = await serve(t, stuckPipe(t))
+  // More than a pipe holds (64 KB).
+  for (let call = 0; call < 600; call++) await gateway.health()
+  assert.equal(await gateway.stop('SIGTERM'), 0)
+  assert.equal(gateway.stderr(), '')
+})
+
+test('a second signal ends the process at once', { timeout: 30_000 }, async t => {
+  const backend = await fakeBackend(t, () => {})
+  const gateway = await serve(t, stuckPipe(t), {}, backend.url)
+  const body = JSON.stringify(CHAT)
+  await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await backend.request()
+  for (let call = 0; call < 600; call++) await gateway.health()
+  gateway.child.kill('SIGTERM')
+  // Draining: no more calls are taken, and idle connections are closed.
+  const late = () => post(`http://127.0.0.1:${gateway.port}/v1/embeddings`, CHAT)
+  while ((await late().catch(() => undefined))?.status !== 503) {}
+  assert.equal(await gateway.stop('SIGINT'), 1)
+})
