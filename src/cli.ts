@@ -71,12 +71,26 @@ async function serve(file: string): Promise<void> {
   const server = await start(config, DATA_DIR)
   const followed = followFile(file, config, server)
   process.on('SIGHUP', () => void followed.reload())
+  stopWithNpm()
   // The gateway's own drain timeout ends a close; a second signal ends the process at once.
   closeWithGrace({ delay: false, logger: server.log, skip: ['SIGHUP'] }, async ({ err }) => {
     if (err) server.log.fatal({ err }, 'unexpected error')
     followed.stop()
     await server.close()
   })
+}
+
+const PARENT_INTERVAL = 500
+
+/** npm dies of a SIGHUP, as when its terminal is closed, without passing it on: nobody must stay behind. */
+function stopWithNpm(): void {
+  const { ppid } = process
+  if (process.env.npm_lifecycle_event === undefined) return
+  const watch = setInterval(() => {
+    if (process.ppid === ppid) return
+    clearInterval(watch)
+    process.kill(process.pid, 'SIGTERM')
+  }, PARENT_INTERVAL).unref()
 }
 
 function defaultConfig(): string {

@@ -170,18 +170,20 @@ test('the shipped file serves the demo backend, and the curl line of the log wor
   assert.equal(exactness, 'exact')
 })
 
-test('npm start passes signals on to the serving process', async t => {
-  const file = writeConfig(join(folder(t), 'config.yaml'), {
-    ...LISTEN,
-    backends: [{ url: 'demo://' }]
+for (const signal of ['SIGTERM', 'SIGHUP'] as const) {
+  test(`npm start: ${signal} to npm ends the serving process in order`, async t => {
+    const file = writeConfig(join(folder(t), 'config.yaml'), {
+      ...LISTEN,
+      backends: [{ url: 'demo://' }]
+    })
+    const gateway = await start(t, ['start', '--', '--config', file], {}, 'npm')
+    assert.equal((await fetch(`${gateway.url}/health`)).status, 200)
+    gateway.child.kill(signal)
+    await gateway.logged('stopped')
+    await gateway.exit
+    await assert.rejects(fetch(`${gateway.url}/health`))
   })
-  const gateway = await start(t, ['start', '--', '--config', file], {}, 'npm')
-  assert.equal((await fetch(`${gateway.url}/health`)).status, 200)
-  gateway.child.kill('SIGTERM')
-  await gateway.logged('stopped')
-  await gateway.exit
-  await assert.rejects(fetch(`${gateway.url}/health`))
-})
+}
 
 test('log.output: file writes below the data directory', async t => {
   const data = folder(t)
