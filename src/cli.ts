@@ -26,6 +26,8 @@ Configuration file, the first of
 Whatever the gateway writes goes below LLMPROXY_DATA_DIR (default: ./data).
 `
 
+/** How often (ms) npm is looked for, when it has started this process. */
+const PARENT_INTERVAL = 500
 const DATA_DIR = process.env.LLMPROXY_DATA_DIR ?? './data'
 const CONTAINER_CONFIG = '/home/llmproxy/config.yaml'
 const DEFAULT_CONFIG = fileURLToPath(new URL('../config/llmproxy.yaml', import.meta.url))
@@ -79,8 +81,6 @@ async function serve(file: string): Promise<void> {
     await server.close()
   })
 }
-
-const PARENT_INTERVAL = 500
 
 /** npm dies of a SIGHUP, as when its terminal is closed, without passing it on: nobody must stay behind. */
 function stopWithNpm(): void {
