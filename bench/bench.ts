@@ -14,7 +14,7 @@ import {
 import { type Helper, launch, machine } from './helpers.ts'
 import type { Job, RequestsResult, Spread, StreamsResult } from './load.ts'
 import { cpuTime, memory } from './process.ts'
-import { type Figures, insert, median, toMarkdown, toSvg } from './report.ts'
+import { type Figures, insert, median, toMarkdown, toSvg, toTargets } from './report.ts'
 
 /**
  * Measures the gateway beside its peers: the same backend, the same load, in turns.
@@ -322,6 +322,7 @@ function report({ participants }: Stage): void {
   writeFileSync(here('../docs/bench.json'), `${JSON.stringify(results, null, 2)}\n`)
   writeFileSync(here('../docs/bench.svg'), toSvg(results))
   insert('../docs/performance.md', 'bench', markdown)
+  insert('../docs/performance.md', 'targets', toTargets(results))
   insert('../README.md', 'bench', toMarkdown(results, 'main'))
 }
 

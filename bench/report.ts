@@ -61,6 +61,34 @@ export function toMarkdown(
   return `${table}\nMedians of ${rounds} rounds on ${date}, ${machine}; \`${command}\`\n\n${list}\n`
 }
 
+/** What the gateway must reach, and should; a ratio is to nginx in the same round. */
+const TARGETS = [
+  { figure: 'cpu µs/chunk', isRatio: true, must: 2.6, aim: 1.9 },
+  { figure: 'cpu µs/request 2 KB', isRatio: true, must: 8, aim: 5.5 },
+  { figure: 'added ttft p50 ms', must: 0.5, aim: 0.25 },
+  { figure: 'added ttft p99 ms', must: 2, aim: 1 },
+  { figure: 'KB per held stream', must: 40, aim: 25 },
+  { figure: 'idle private MB', must: 50, aim: 40 },
+  { figure: '60 s later / idle', must: 2.5, aim: 1.5 },
+  { figure: 'latest chunk beside a 1 MB prompt p50 ms', must: 5, aim: 2 }
+]
+
+/** How far the gateway is from its targets. */
+export function toTargets({ entrants }: Results): string {
+  const of = (name: string) => entrants.find(each => each.name === name)?.figures ?? {}
+  let table = '| figure | measured | must | aim | |\n| --- | ---: | ---: | ---: | --- |\n'
+  for (const { figure, isRatio, must, aim } of TARGETS) {
+    const own = of(OWN)[figure]
+    const base = isRatio ? of('nginx')[figure] : undefined
+    if (own === undefined || (isRatio && base === undefined)) continue
+    const value = base === undefined ? median(own) : ratio(own, base)
+    const verdict = value <= aim ? 'reached' : value <= must ? 'within' : 'not reached'
+    const name = isRatio ? `${figure} / nginx` : figure
+    table += `| ${name} | ${short(value)} | ${must} | ${aim} | ${verdict} |\n`
+  }
+  return table
+}
+
 function cell(values: number[] | undefined): string {
   return values === undefined ? '' : short(median(values))
 }

@@ -287,6 +287,20 @@ test('a stream with a content-length that breaks off is no clean end either', as
   await assert.rejects(response.text())
 })
 
+test('a compressed stream that ends without saying so is no clean end', async t => {
+  const { gzipSync } = await import('node:zlib')
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream', 'content-encoding': 'gzip' })
+    response.end(gzipSync(chunk('Hi')))
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+  await client.closed
+  assert.match(client.received, /"content":"Hi"[\s\S]*"code":"backend_failed"/)
+  assert.doesNotMatch(client.received, /\r\n0\r\n/)
+})
+
 test('a compressed stream that breaks off says so in plain', async t => {
   const { createGzip } = await import('node:zlib')
   const backend = await fakeBackend(t, (_request, response, raw) => {

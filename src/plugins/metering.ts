@@ -4,12 +4,13 @@ import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Dialect } from '../dialects/dialect.ts'
 import { openai } from '../dialects/openai.ts'
+import type { GatewayError } from '../errors.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
 import { mediaType } from '../http.ts'
 import { type Framing, Meter } from '../metering/meter.ts'
 import { askForUsage } from '../metering/question.ts'
 import { MemberNames } from '../metering/watcher.ts'
-import type { Answer } from '../pool/answer.ts'
+import { type Answer, READ_MS } from '../pool/answer.ts'
 
 /**
  * Reads from every answer how many tokens it took: `request.exchange.usage`, complete when the
@@ -140,15 +141,24 @@ function createDecoder(encoding: string): Transform | undefined {
 
 /** A backend that compresses although it was asked not to: the client gets the plain bytes. */
 function decoded(answer: Answer, decoder: Transform, meter: Meter): Transform {
-  const tap = new Transform({
-    transform: (chunk, _encoding, done) => done(null, meter.pass(chunk)),
-    flush: done => done(null, meter.end())
-  })
-  // The words must not go through the decoder.
   const { lastWords } = answer
-  answer.lastWords = error => {
+  const sayLast = (error: GatewayError) => {
     const words = lastWords?.(error)
     if (words !== undefined) tap.push(meter.breakOff() + words)
+  }
+  const tap = new Transform({
+    transform: (chunk, _encoding, done) => done(null, meter.pass(chunk)),
+    flush: done => {
+      const error = meter.isCutShort() ? answer.whenCutShort?.() : undefined
+      if (error === undefined) return done(null, meter.end())
+      sayLast(error)
+      // The client gets a moment to read them before the connection breaks.
+      setTimeout(() => done(error), READ_MS)
+    }
+  })
+  // The words must not go through the decoder.
+  answer.lastWords = error => {
+    sayLast(error)
     return ''
   }
   return pipeline(answer, decoder, tap, () => {})

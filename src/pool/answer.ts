@@ -17,7 +17,7 @@ export interface Tap {
 
 /** Clients drop what they have not read yet when a connection breaks: they get a moment (ms) to read. */
 const LAST_WORDS_MS = 500
-const READ_MS = 50
+export const READ_MS = 50
 
 /**
  * A backend's answer on its way to the client.
