@@ -19,7 +19,8 @@ const NOTHING = Buffer.alloc(0)
  * whose reader has gone or is stuck costs lines, never a request, and never keeps the process from its end.
  *
  * @example
- * const log = pino({}, new LogSink(1))
+ * const sink = new LogSink(1)
+ * sink.write('{"level":30,"msg":"hello"}\n')
  */
 export class LogSink {
   readonly #fd: number
