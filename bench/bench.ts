@@ -326,13 +326,16 @@ function report({ participants }: Stage): void {
   insert('../README.md', 'bench', toMarkdown(results, 'main'))
 }
 
-/** Gross regressions, as ratios to a bare reply-from app in the same run. */
+/**
+ * Gross regressions, as ratios to a bare reply-from app in the same run: about twice what they are,
+ * since a short run on a busy machine scatters.
+ */
 function check(participants: Participant[]): void {
   const of = (name: string) => participants.find(each => each.entrant.name === name)!.figures
   let isFine = true
   for (const [figure, most] of [
-    ['cpu µs/chunk', 1.5],
-    ['cpu µs/request 2 KB', 2.5]
+    ['cpu µs/chunk', 2.5],
+    ['cpu µs/request 2 KB', 6]
   ] as const) {
     const ratio = median(of('llmproxy')[figure]!) / median(of('reply-from')[figure]!)
     const verdict = ratio <= most ? 'ok' : 'TOO SLOW'
