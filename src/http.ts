@@ -30,3 +30,8 @@ export function parseRetryAfter(value: string | string[] | undefined): number {
 export function mediaType(contentType: unknown): string {
   return String(contentType).split(';', 1)[0]!.trim().toLowerCase()
 }
+
+/** Is it a media type whose answers come bit by bit: server-sent events, or JSON lines? */
+export function isStream(type: string): boolean {
+  return type === 'text/event-stream' || type === 'application/x-ndjson'
+}

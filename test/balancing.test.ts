@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { Backend } from '../src/pool/backend.ts'
 import { strategies } from '../src/pool/strategies.ts'
 import {
@@ -263,4 +264,27 @@ test('max_idle_conns of the original’s reference file only warns', async t => 
   const gateway = await startGateway(t, { backends: [{ url: backend.url, max_idle_conns: 100 }] })
   assert.equal((await post(`${gateway.url}/v1/chat/completions`, CHAT)).status, 200)
   assert.ok(gateway.lines.some(({ msg }) => /max_idle_conns has no effect/.test(String(msg))))
+})
+
+test('latency_based compares streams with streams, not with whole answers', async t => {
+  const backend = (delay: number) =>
+    fakeBackend(t, async (request, response) => {
+      const isStream = request.body.includes('"stream":true')
+      await sleep(isStream ? delay : 300)
+      if (!isStream) return response.end('{}')
+      response.writeHead(200, { 'content-type': 'text/event-stream' })
+      return response.end(chunk('Hi') + DONE)
+    })
+  const [fast, slow] = [await backend(0), await backend(60)]
+  const gateway = await startGateway(t, {
+    backends: [{ url: fast.url }, { url: slow.url }],
+    routing: { load_balance: 'latency_based' }
+  })
+  const ask = async (path: string, stream: boolean) =>
+    (await post(`${gateway.url}${path}`, { ...CHAT, stream })).text()
+  for (let call = 0; call < 4; call++) await ask('/v1/chat/completions', true)
+  await Promise.all(Array.from({ length: 4 }, () => ask('/v1/embeddings', false)))
+  const before = fast.requests.length
+  for (let call = 0; call < 10; call++) await ask('/v1/chat/completions', true)
+  assert.ok(fast.requests.length - before >= 9)
 })

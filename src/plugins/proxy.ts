@@ -4,7 +4,7 @@ import fp from 'fastify-plugin'
 import type { Static } from 'typebox'
 import { openai } from '../dialects/openai.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
-import { mediaType, pathBelow } from '../http.ts'
+import { isStream, mediaType, pathBelow } from '../http.ts'
 import { checkOptions, Duration, type Given, Section } from '../options.ts'
 import type { Answer } from '../pool/answer.ts'
 import { createDispatcher, EXCHANGE } from '../pool/dispatcher.ts'
@@ -73,7 +73,7 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
     { stream: answer }: { stream: Answer }
   ) => {
     answer.stallTimeout = options.write_timeout
-    const streams = isStream(reply)
+    const streams = isStream(mediaType(reply.getHeader('content-type')))
     if (streams) {
       const dialect = exchange.endpoint?.dialect ?? openai
       answer.lastWords = error => dialect.errorEvent(error, exchange.id)
@@ -198,11 +198,6 @@ function connectionListed(header: string | string[] | undefined): string[] {
     .toLowerCase()
     .split(',')
     .map(name => name.trim())
-}
-
-function isStream(reply: { getHeader(name: string): unknown }): boolean {
-  const type = mediaType(reply.getHeader('content-type'))
-  return type === 'text/event-stream' || type === 'application/x-ndjson'
 }
 
 export default fp(proxyPlugin, {

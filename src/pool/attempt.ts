@@ -2,6 +2,7 @@ import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { type Dispatcher, errors } from 'undici'
 import { GatewayError } from '../errors.ts'
+import { isStream, mediaType } from '../http.ts'
 import { Answer } from './answer.ts'
 import type { Backend, BackendHandler } from './backend.ts'
 import { Patience } from './patience.ts'
@@ -53,6 +54,9 @@ const STALE_MS = 100
 const FAILURE_LATENCY = 10_000
 /** A refusal to serve a request counts as at least this slow: it must not attract others. */
 const REFUSAL_LATENCY = 1_000
+
+/** A backend that has streamed within this time (ms) is compared by its streams alone. */
+const STREAMS_MS = 60_000
 
 const NOBODY: AttemptOwner = {
   deliver() {},
@@ -218,6 +222,9 @@ export class Attempt implements BackendHandler {
     if (statusCode === 401 || statusCode === 403) return this.#penalise()
     const now = performance.now()
     const ms = now - this.#startedAt
+    // A whole answer comes when it is complete: beside streams its first byte says nothing of the queue.
+    if (isStream(mediaType(this.#head!.headers['content-type']))) this.backend.live.streamedAt = now
+    else if (now - this.backend.live.streamedAt < STREAMS_MS) return
     const least = statusCode < 400 ? 0 : (this.backend.live.latency(now) ?? REFUSAL_LATENCY)
     this.backend.live.observeLatency(Math.max(ms, least), now)
   }

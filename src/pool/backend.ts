@@ -71,6 +71,8 @@ export class Live {
   /** Exchanges whose answer has not ended; see {@link begin}. */
   inFlight = 0
   healthy = true
+  /** When it last began to stream an answer (monotonic, ms). */
+  streamedAt = Number.NEGATIVE_INFINITY
   /** An active check has been made. */
   isProbed = false
   /** Smooth weighted round robin keeps its place here. */
