@@ -120,6 +120,35 @@ export function followFile(file: string, running: Config, server: Server) {
 export function collectGarbage(): void {
   setFlagsFromString('--expose-gc')
   runInNewContext('gc')({ type: 'major', execution: 'sync', flavor: 'last-resort' })
+  trimMalloc()
+}
+
+/** What is used here of https://nodejs.org/api/ffi.html (Node 26). */
+interface Ffi {
+  dlopen(
+    library: string,
+    functions: Record<string, { arguments: string[]; return: string }>
+  ): { lib: { close(): void }; functions: Record<string, (...given: bigint[]) => number> }
+}
+
+/**
+ * What lay beside V8's heap, sockets and parsers above all, is free after a rush and in pieces: glibc keeps
+ * such memory until it is asked. Where there is no glibc, or Node is too old to ask it, it stays.
+ */
+function trimMalloc(): void {
+  const { emitWarning } = process
+  // That node:ffi is experimental is known here and of no use to whoever reads the log.
+  process.emitWarning = () => {}
+  try {
+    const ffi = process.getBuiltinModule('node:ffi') as Ffi | undefined
+    const trim = { arguments: ['uint64'], return: 'int32' }
+    const libc = ffi?.dlopen('libc.so.6', { malloc_trim: trim })
+    libc?.functions.malloc_trim!(0n)
+    libc?.lib.close()
+  } catch {
+  } finally {
+    process.emitWarning = emitWarning
+  }
 }
 
 /** How long (ms) nothing may have been forwarded: after the start, and after work. */
