@@ -30,5 +30,6 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=5s --retries=3 \
   CMD ["node", "-e", "fetch('http://127.0.0.1:8000/health').then(answer => process.exit(answer.ok ? 0 : 1), () => process.exit(1))"]
 
 # The exec form: node is process 1 and gets SIGTERM and SIGHUP itself.
-ENTRYPOINT ["node", "/opt/llmproxy/dist/cli.js"]
+# V8 would let the youngest objects have 64 MB under load, and be no faster for it.
+ENTRYPOINT ["node", "--max-semi-space-size=8", "/opt/llmproxy/dist/cli.js"]
 CMD ["serve"]

@@ -79,6 +79,12 @@ const direct: Entrant = {
 
 const CLI = here('../dist/cli.js')
 
+/** Node's flags, as `npm start` has them: exec node FLAGS dist/cli.js. */
+function nodeFlags(): string[] {
+  const { scripts } = JSON.parse(readFileSync(here('../package.json'), 'utf8'))
+  return scripts.start.split(' ').slice(2, -1)
+}
+
 const llmproxy: Entrant = {
   name: 'llmproxy',
   describe: () =>
@@ -90,7 +96,7 @@ const llmproxy: Entrant = {
     const file = write(surroundings, 'llmproxy.yaml', JSON.stringify(config))
     // For example --cpu-prof: a profile of the whole run.
     const flags = (process.env.BENCH_NODE_FLAGS ?? '').split(' ').filter(flag => flag !== '')
-    return [process.execPath, ...flags, CLI, '--config', file]
+    return [process.execPath, ...nodeFlags(), ...flags, CLI, '--config', file]
   },
   headers: () => ({ authorization: `Bearer ${KEY}` }),
   reports: true
@@ -102,7 +108,13 @@ export const llmproxyWithWorkers: Entrant = {
   command: (port, surroundings) => {
     const { server, rate_limit: _, ...config } = llmproxyConfig(surroundings, port)
     const text = JSON.stringify({ ...config, server: { ...server, workers: 2 } })
-    return [process.execPath, CLI, '--config', write(surroundings, 'workers.yaml', text)]
+    return [
+      process.execPath,
+      ...nodeFlags(),
+      CLI,
+      '--config',
+      write(surroundings, 'workers.yaml', text)
+    ]
   }
 }
 

@@ -33,10 +33,10 @@ export interface Usage {
 export interface Caller {
   /** Stable and safe to show: never the key. Limits and bills hang on it. */
   id: string
-  name?: string
-  userId?: string
+  name?: string | undefined
+  userId?: string | undefined
   /** Model names (`*` stands for any text) this caller may use; absent: all. */
-  models?: string[]
+  models?: string[] | undefined
 }
 
 /** One route that is forwarded to the backends. */

@@ -116,12 +116,7 @@ function statusAt(record: KeyRecord, now: number): KeyStatus {
 
 export function toCaller(record: KeyRecord): Caller {
   const { id, name, userId, models } = record
-  return {
-    id,
-    ...(name === undefined ? {} : { name }),
-    ...(userId === undefined ? {} : { userId }),
-    ...(models === undefined ? {} : { models })
-  }
+  return { id, name, userId, models }
 }
 
 /** SHA-256 of a key as lower-case hexadecimal digits: the only form in which keys are kept. */

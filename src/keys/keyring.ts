@@ -104,5 +104,6 @@ function merge(first: Caller, next: Caller): Caller {
           ...first.models.filter(model => matchesModel(next.models!, model)),
           ...next.models.filter(model => matchesModel(first.models!, model))
         ]
-  return { ...next, ...first, ...(models === undefined ? {} : { models }) }
+  const { id, name = next.name, userId = next.userId } = first
+  return { id, name, userId, models }
 }

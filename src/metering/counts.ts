@@ -11,12 +11,12 @@ export function addCounts(counts: Counts, json: string): void {
   } catch {
     return
   }
-  for (const [name, value] of Object.entries(usage)) {
+  for (const name in usage) {
+    const value = usage[name]
     if (isCount(name, value)) counts[name] = value
     else if (typeof value === 'object' && value !== null) {
-      for (const [inner, count] of Object.entries(value)) {
-        if (isCount(inner, count)) counts[inner] = count
-      }
+      const inner = value as Record<string, unknown>
+      for (const name in inner) if (isCount(name, inner[name])) counts[name] = inner[name]
     }
   }
 }

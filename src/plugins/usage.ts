@@ -131,18 +131,18 @@ const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usag
 
 function toEvent(exchange: Exchange, prefix: string): UsageEvent {
   const { request, usage } = exchange
-  const tokens = {
-    prompt_tokens: usage?.promptTokens ?? 0,
-    completion_tokens: usage?.completionTokens ?? 0,
-    total_tokens: usage?.totalTokens ?? 0
-  }
+  const prompt_tokens = usage?.promptTokens ?? 0
+  const completion_tokens = usage?.completionTokens ?? 0
+  const total_tokens = usage?.totalTokens ?? 0
   return {
     request_id: exchange.id,
     timestamp: new Date().toISOString(),
     user_id: request.caller?.userId ?? null,
     api_key_id: request.caller?.id ?? null,
     model: request.payload?.model ?? null,
-    ...tokens,
+    prompt_tokens,
+    completion_tokens,
+    total_tokens,
     is_stream: request.payload?.stream ?? false,
     exactness: usage?.exactness ?? null,
     endpoint: exchange.endpoint?.url ?? request.routeOptions.url ?? '',
@@ -154,7 +154,7 @@ function toEvent(exchange: Exchange, prefix: string): UsageEvent {
     outcome: exchange.outcome,
     status_code: exchange.statusCode,
     latency_ms: Math.round(exchange.durationMs),
-    ...(usage === undefined ? {} : { usage: tokens })
+    usage: usage && { prompt_tokens, completion_tokens, total_tokens }
   }
 }
 

@@ -200,18 +200,25 @@ class Delivery implements AttemptOwner, Work {
   }
 
   #request(backend: Backend): Dispatcher.DispatchOptions {
-    const headers: Record<string, string | string[]> = {}
-    for (const name in this.#options.headers) {
-      const value = this.#options.headers[name]
-      if (value !== undefined && name !== 'host') headers[name] = value
-    }
-    for (const name in backend.config.headers) headers[name] = backend.config.headers[name]!
+    const { headers: given, path, method } = this.#options
+    const { headers: own } = backend.config
+    let { body } = this.#options
     const { question } = this.#exchange
-    if (question !== undefined)
+    if (question !== undefined) {
       question.asked = backend.live.takesUsageQuestion && !this.#isWithdrawn
-    if (question?.asked !== true) return { ...this.#options, headers }
-    headers['content-length'] = String(question.bytes.length)
-    return { ...this.#options, headers, body: question.bytes }
+      if (question.asked) body = question.bytes
+    }
+    const headers: (string | string[])[] = []
+    for (const name in given) {
+      const value = given[name]
+      if (value === undefined || name === 'host' || own[name] !== undefined) continue
+      headers.push(
+        name,
+        name === 'content-length' && Buffer.isBuffer(body) ? String(body.length) : value
+      )
+    }
+    for (const name in own) headers.push(name, own[name]!)
+    return { path, method, body, headers } as Dispatcher.DispatchOptions
   }
 
   #cancel(): void {

@@ -25,7 +25,7 @@ export interface UsageEvent {
   outcome: string
   status_code: number
   latency_ms: number
-  usage?: { prompt_tokens: number; completion_tokens: number; total_tokens: number }
+  usage?: { prompt_tokens: number; completion_tokens: number; total_tokens: number } | undefined
 }
 
 /** The reporters of one configuration, and how many exchanges began under it and still run. */

@@ -43,15 +43,10 @@ export type Delivery = 'delivered' | 'failed'
 
 const CONCURRENCY = 8
 const MAX_EVENTS = 10_000
-const MAX_BYTES = 64 * 1024 * 1024
+const MAX_LENGTH = 64 * 1024 * 1024
 const FIRST_WAIT = 100
 const MAX_WAIT = 5_000
 const MAX_RETRY_AFTER = 60_000
-const [OPEN, COMMA, CLOSE] = ['[', ',', ']'].map(text => Buffer.from(text)) as [
-  Buffer,
-  Buffer,
-  Buffer
-]
 
 /**
  * Sends usage events to a service, each by itself or several together. Deliveries begin in order, a few run at a time, and what fails
@@ -65,9 +60,10 @@ export class Webhook implements Reporter {
   readonly #log: FastifyBaseLogger
   readonly #sockets: Pool
   readonly #target: Dispatcher.DispatchOptions
-  readonly #queue: Buffer[] = []
+  /** JSON texts. */
+  readonly #queue: string[] = []
   readonly #closing = new AbortController()
-  #bytes = 0
+  #length = 0
   /** Deliveries under way, and the events in them. */
   #sending = 0
   #sendingEvents = 0
@@ -102,8 +98,8 @@ export class Webhook implements Reporter {
   }
 
   report(event: UsageEvent, body: Buffer | undefined): void {
-    const payload = this.#options.include_request_body ? withBody(event, body) : encode(event)
-    if (this.#queue.length >= MAX_EVENTS || this.#bytes + payload.length > MAX_BYTES) {
+    const json = this.#options.include_request_body ? withBody(event, body) : JSON.stringify(event)
+    if (this.#queue.length >= MAX_EVENTS || this.#length + json.length > MAX_LENGTH) {
       if (!this.#hasWarned) {
         this.#log.error({ reporter: this.name }, 'usage events are lost: the queue is full')
       }
@@ -111,8 +107,8 @@ export class Webhook implements Reporter {
       this.#onDelivery('failed')
       return
     }
-    this.#bytes += payload.length
-    this.#queue.push(payload)
+    this.#length += json.length
+    this.#queue.push(json)
     this.#proceed()
   }
 
@@ -155,12 +151,13 @@ export class Webhook implements Reporter {
     do {
       const events = this.#queue.splice(0, this.#options.batch.max_events)
       this.#sendingEvents += events.length
-      const isDelivered = await this.#deliver(this.#join(events))
+      const isSingle = this.#options.batch.max_events === 1
+      const isDelivered = await this.#deliver(isSingle ? events[0]! : `[${events.join()}]`)
       if (this.#closing.signal.aborted) return
       this.#sendingEvents -= events.length
       this.#hasWarned &&= !isDelivered
       for (const { length } of events) {
-        this.#bytes -= length
+        this.#length -= length
         this.#onDelivery(isDelivered ? 'delivered' : 'failed')
       }
     } while (this.#isDue())
@@ -169,13 +166,7 @@ export class Webhook implements Reporter {
     this.#proceed()
   }
 
-  #join(events: Buffer[]): Buffer {
-    if (this.#options.batch.max_events === 1) return events[0]!
-    const parts = events.flatMap((event, at) => [at === 0 ? OPEN : COMMA, event])
-    return Buffer.concat([...parts, CLOSE])
-  }
-
-  async #deliver(payload: Buffer): Promise<boolean> {
+  async #deliver(payload: string): Promise<boolean> {
     let failure = ''
     for (let attempt = 0; attempt <= this.#options.retry; attempt++) {
       let wait = Math.min(FIRST_WAIT * 2 ** attempt, MAX_WAIT) * (0.75 + Math.random() / 2)
@@ -195,7 +186,7 @@ export class Webhook implements Reporter {
   }
 
   /** One delivery: its status, and how long (ms) the receiver asks to be left alone. */
-  #post(body: Buffer): Promise<{ statusCode: number; retryAfter: number }> {
+  #post(body: string): Promise<{ statusCode: number; retryAfter: number }> {
     return new Promise((resolve, reject) => {
       const response = { statusCode: 0, retryAfter: 0 }
       let controller: Dispatcher.DispatchController | undefined
@@ -235,13 +226,8 @@ export class Webhook implements Reporter {
   }
 }
 
-function encode(event: UsageEvent): Buffer {
-  return Buffer.from(JSON.stringify(event))
-}
-
 /** The body is JSON already and goes in as it is. */
-function withBody(event: UsageEvent, body: Buffer | undefined): Buffer {
-  if (body === undefined) return encode(event)
-  const open = JSON.stringify(event).slice(0, -1)
-  return Buffer.concat([Buffer.from(`${open},"request_body":`), body, Buffer.from('}')])
+function withBody(event: UsageEvent, body: Buffer | undefined): string {
+  const json = JSON.stringify(event)
+  return body === undefined ? json : `${json.slice(0, -1)},"request_body":${body}}`
 }
