@@ -64,7 +64,7 @@ export interface UsageQuestion {
   asked: boolean
 }
 
-/** The request body: the bytes as they came, and the few members the gateway reads. */
+/** The request body: the bytes as they came, until the answer begins, and the few members the gateway reads. */
 export interface Payload {
   bytes: Buffer
   model: string | undefined
@@ -81,6 +81,8 @@ export interface Work {
   /** Ends the answer before its time, honestly. */
   interrupt(error: GatewayError): void
 }
+
+const NOTHING = Buffer.alloc(0)
 
 export class Exchange {
   readonly id = newRequestId()
@@ -110,6 +112,8 @@ export class Exchange {
   meter: Meter | undefined
   reservation: Reservation | undefined
   audience: Audience | undefined
+  /** Somebody wants the request body when it is over. */
+  keepsBody = false
   /** Content deltas that passed, and the size of the request body in bytes. */
   deltas = 0
   payloadBytes = 0
@@ -158,6 +162,15 @@ export class Exchange {
   answeredWith(error: GatewayError): void {
     this.errorCode ??= error.code
     if (this.attempts === 0) this.outcome = 'rejected'
+  }
+
+  /** Lets a prompt go that will not be sent again. */
+  forgetBody(): void {
+    const { payload } = this.request
+    if (this.keepsBody || payload === undefined) return
+    this.request.body = undefined
+    payload.bytes = NOTHING
+    if (this.question !== undefined) this.question.bytes = NOTHING
   }
 
   /** The response is closed: stops what runs. Returns false when that was done before. */

@@ -256,7 +256,8 @@ test('laid out as in the image, the built program starts, is healthy and ends on
   const image = mkdtempSync(join(tmpdir(), 'llmproxy-image-'))
   t.after(() => rmSync(image, { recursive: true }))
   await layOut(image)
-  const [node, file] = JSON.parse(instruction('ENTRYPOINT'))
+  const [node, ...flags] = JSON.parse(instruction('ENTRYPOINT'))
+  const file = flags.pop()
   assert.equal(node, 'node')
   const bin = resolve('/opt/llmproxy', packageJson.bin.llmproxy)
   assert.equal(file, bin)
@@ -266,7 +267,7 @@ test('laid out as in the image, the built program starts, is healthy and ends on
   assert.equal(await run([program, 'check', join(opt, 'config/llmproxy.yaml')]), 0)
   const config = join(image, 'config.yaml')
   writeFileSync(config, 'server: {listen: "127.0.0.1:0"}\nbackends: [{url: demo://}]\n')
-  const child = spawn(process.execPath, [program, ...JSON.parse(instruction('CMD'))], {
+  const child = spawn(process.execPath, [...flags, program, ...JSON.parse(instruction('CMD'))], {
     env: { LLMPROXY_CONFIG: config, LLMPROXY_DATA_DIR: join(image, 'data') },
     stdio: ['ignore', 'pipe', 'inherit']
   })

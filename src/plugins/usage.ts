@@ -67,12 +67,12 @@ const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usag
   const delivered = (result: Delivery) => {
     for (const listener of onDelivery) listener(result)
   }
-  const create = (options: UsageOptions): Audience => ({
-    reporters: options.reporters
+  const create = (options: UsageOptions): Audience => {
+    const reporters = options.reporters
       .filter(({ enabled }) => options.enabled && enabled)
-      .map(({ name, webhook }) => new Webhook(name ?? 'webhook', webhook!, delivered, log)),
-    exchanges: 0
-  })
+      .map(({ name, webhook }) => new Webhook(name ?? 'webhook', webhook!, delivered, log))
+    return { reporters, wantsBody: reporters.some(each => each.wantsBody), exchanges: 0 }
+  }
   const warnIfNone = ({ enabled, reporters }: UsageOptions) => {
     if (enabled && reporters.length === 0) log.warn('usage is enabled but has no reporters')
   }
@@ -110,6 +110,7 @@ const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usag
   const exchanges = withExchanges(fastify)
   fastify.addHook('onRequest', ({ exchange }, _reply, done) => {
     exchange.audience = current
+    exchange.keepsBody = current.wantsBody
     current.exchanges++
     done()
   })

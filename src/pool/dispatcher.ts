@@ -48,8 +48,8 @@ class Delivery implements AttemptOwner, Work {
   readonly #lineup: Lineup
   readonly #onAttempt: OnAttempt
   readonly #log: FastifyBaseLogger
-  readonly #options: Options
-  readonly #done: Done
+  /** What is to be sent, and who gets the answer; until it is theirs. */
+  #call: { options: Options; done: Done } | undefined
   readonly #exchange: Exchange
   #tried: Backend[] = []
   readonly #attempts: Attempt[] = []
@@ -74,8 +74,7 @@ class Delivery implements AttemptOwner, Work {
     this.#lineup = pool.enter()
     this.#onAttempt = onAttempt
     this.#log = log
-    this.#options = options
-    this.#done = done
+    this.#call = { options, done }
     this.#exchange = options.headers[EXCHANGE]!
   }
 
@@ -105,7 +104,7 @@ class Delivery implements AttemptOwner, Work {
   deliver(attempt: Attempt, head: Head, answer: Answer): void {
     for (const other of this.#attempts) if (other !== attempt) other.cancel()
     this.#answer = answer
-    this.#done(null, { ...head, body: answer })
+    this.#handOver(head, answer)
   }
 
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean {
@@ -200,9 +199,9 @@ class Delivery implements AttemptOwner, Work {
   }
 
   #request(backend: Backend): Dispatcher.DispatchOptions {
-    const { headers: given, path, method } = this.#options
+    const { headers: given, path, method } = this.#call!.options
     const { headers: own } = backend.config
-    let { body } = this.#options
+    let { body } = this.#call!.options
     const { question } = this.#exchange
     if (question !== undefined) {
       question.asked = backend.live.takesUsageQuestion && !this.#isWithdrawn
@@ -219,6 +218,14 @@ class Delivery implements AttemptOwner, Work {
     }
     for (const name in own) headers.push(name, own[name]!)
     return { path, method, body, headers } as Dispatcher.DispatchOptions
+  }
+
+  /** Nothing will be sent again: what was needed for that is not kept beside a long answer. */
+  #handOver(head: Head, answer: Answer): void {
+    const { done } = this.#call!
+    this.#call = undefined
+    this.#exchange.forgetBody()
+    done(null, { ...head, body: answer })
   }
 
   #cancel(): void {
@@ -239,7 +246,7 @@ class Delivery implements AttemptOwner, Work {
       if (this.#exchange.closed) return
       if (isComplete) {
         this.#answer = refusal.toAnswer()
-        return this.#done(null, { ...refusal.head, body: this.#answer })
+        return this.#handOver(refusal.head, this.#answer)
       }
       this.#refusal = undefined
       this.#giveUp(error, outcome)
@@ -248,7 +255,7 @@ class Delivery implements AttemptOwner, Work {
 
   /** A streamed body can be sent again only as long as nothing of it has been read. */
   #canResend(): boolean {
-    const { body } = this.#options
+    const body = this.#call?.options.body
     return !(body instanceof Readable) || !(body.readableDidRead || body.destroyed)
   }
 

@@ -31,12 +31,15 @@ export interface UsageEvent {
 /** The reporters of one configuration, and how many exchanges began under it and still run. */
 export interface Audience {
   reporters: Reporter[]
+  wantsBody: boolean
   exchanges: number
 }
 
 /** Where usage events go. Nothing here is on the way of an answer. */
 export interface Reporter {
   readonly name: string
+  /** It sends request bodies, too. */
+  readonly wantsBody: boolean
   /** `body`: the request's JSON, for reporters that were asked to send it. */
   report(event: UsageEvent, body: Buffer | undefined): void
   /** Events not delivered yet. */

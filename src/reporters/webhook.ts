@@ -55,6 +55,7 @@ const MAX_RETRY_AFTER = 60_000
  */
 export class Webhook implements Reporter {
   readonly name: string
+  readonly wantsBody: boolean
   readonly #options: WebhookOptions
   readonly #onDelivery: (result: Delivery) => void
   readonly #log: FastifyBaseLogger
@@ -79,6 +80,7 @@ export class Webhook implements Reporter {
     log: FastifyBaseLogger
   ) {
     this.name = name
+    this.wantsBody = options.include_request_body
     this.#options = options
     this.#onDelivery = onDelivery
     this.#log = log
@@ -98,7 +100,7 @@ export class Webhook implements Reporter {
   }
 
   report(event: UsageEvent, body: Buffer | undefined): void {
-    const json = this.#options.include_request_body ? withBody(event, body) : JSON.stringify(event)
+    const json = this.wantsBody ? withBody(event, body) : JSON.stringify(event)
     if (this.#queue.length >= MAX_EVENTS || this.#length + json.length > MAX_LENGTH) {
       if (!this.#hasWarned) {
         this.#log.error({ reporter: this.name }, 'usage events are lost: the queue is full')

@@ -29,7 +29,8 @@ function declare(fastify: FastifyInstance, endpoint: Endpoint): void {
     url: endpoint.url,
     // fastify-metrics leaves them out: the gateway's own metrics say all of it, and more.
     config: { endpoint, disableMetrics: true },
-    handler: (_request, reply) => reply.forward()
+    // Not returned: Fastify would wait for the reply as for a promise.
+    handler: (_request, reply) => void reply.forward()
   })
 }
 
