@@ -150,7 +150,7 @@ const IDLE_MS = 45_000
 /** Fewer than this have not warmed anything up. */
 const FRESH_EXCHANGES = 10
 /** How often (ms) freed memory is given back at work: it takes a millisecond. */
-const TRIM_MS = 10_000
+const TRIM_MS = 5_000
 
 /**
  * V8 keeps the memory of the start, and of the busiest moment. When nothing has been forwarded for a

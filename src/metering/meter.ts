@@ -180,10 +180,10 @@ export class Meter {
     const { textBegin, textEnd } = seen
     const isPlain = seen.texts === 1 && seen.usage === undefined && !this.#saysEnd() && !seen.error
     if (!isPlain || chunk.length > MAX_SAMPLE) return
-    this.#sample = {
-      before: Buffer.from(chunk.subarray(0, textBegin)),
-      behind: Buffer.from(chunk.subarray(textEnd))
-    }
+    // Not from Node's pool, of which it would keep 8 KB for as long as the answer takes.
+    const kept = Buffer.allocUnsafeSlow(chunk.length)
+    chunk.copy(kept)
+    this.#sample = { before: kept.subarray(0, textBegin), behind: kept.subarray(textEnd) }
   }
 
   #events(chunk: Buffer): Buffer | undefined {
