@@ -1,6 +1,7 @@
 import { randomUUID } from 'node:crypto'
 import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import type { Dialect } from './dialects/dialect.ts'
+import { openai } from './dialects/openai.ts'
 import { type GatewayError, toGatewayError } from './errors.ts'
 import type { Reservation } from './limits/memory.ts'
 import type { Meter } from './metering/meter.ts'
@@ -140,6 +141,15 @@ export class Exchange {
   get statusCode(): number {
     if (this.reply.raw.headersSent) return this.reply.statusCode
     return this.outcome === 'client_gone' ? 499 : 503
+  }
+
+  get dialect(): Dialect {
+    return this.endpoint?.dialect ?? openai
+  }
+
+  /** The last event of a stream that breaks. */
+  lastWords(error: GatewayError): string {
+    return this.dialect.errorEvent(error, this.id)
   }
 
   get durationMs(): number {

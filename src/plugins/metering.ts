@@ -3,7 +3,6 @@ import * as zlib from 'node:zlib'
 import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Dialect } from '../dialects/dialect.ts'
-import { openai } from '../dialects/openai.ts'
 import type { GatewayError } from '../errors.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
 import { mediaType } from '../http.ts'
@@ -43,7 +42,7 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     if (reply.statusCode < 200 || reply.statusCode > 299) return undefined
     const framing = FRAMINGS[mediaType(reply.getHeader('content-type'))]
     if (framing === undefined) return undefined
-    const dialect = exchange.endpoint?.dialect ?? openai
+    const { dialect } = exchange
     const meter = new Meter({
       framing,
       dialect,
@@ -141,15 +140,15 @@ function createDecoder(encoding: string): Transform | undefined {
 
 /** A backend that compresses although it was asked not to: the client gets the plain bytes. */
 function decoded(answer: Answer, decoder: Transform, meter: Meter): Transform {
-  const { lastWords } = answer
+  const { speaker } = answer
   const sayLast = (error: GatewayError) => {
-    const words = lastWords?.(error)
+    const words = speaker?.lastWords(error)
     if (words !== undefined) tap.push(meter.breakOff() + words)
   }
   const tap = new Transform({
     transform: (chunk, _encoding, done) => done(null, meter.pass(chunk)),
     flush: done => {
-      const error = meter.isCutShort() ? answer.whenCutShort?.() : undefined
+      const error = meter.isCutShort() ? answer.source?.cutShort() : undefined
       if (error === undefined) return done(null, meter.end())
       sayLast(error)
       // The client gets a moment to read them before the connection breaks.
@@ -157,9 +156,11 @@ function decoded(answer: Answer, decoder: Transform, meter: Meter): Transform {
     }
   })
   // The words must not go through the decoder.
-  answer.lastWords = error => {
-    sayLast(error)
-    return ''
+  answer.speaker = {
+    lastWords(error) {
+      sayLast(error)
+      return ''
+    }
   }
   return pipeline(answer, decoder, tap, () => {})
 }

@@ -2,7 +2,6 @@ import replyFrom from '@fastify/reply-from'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Static } from 'typebox'
-import { openai } from '../dialects/openai.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
 import { isStream, mediaType, pathBelow } from '../http.ts'
 import { checkOptions, Duration, type Given, Section } from '../options.ts'
@@ -75,8 +74,7 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
     answer.stallTimeout = options.write_timeout
     const streams = isStream(mediaType(reply.getHeader('content-type')))
     if (streams) {
-      const dialect = exchange.endpoint?.dialect ?? openai
-      answer.lastWords = error => dialect.errorEvent(error, exchange.id)
+      answer.speaker = exchange
       // A length would turn the last words into a proper end.
       reply.removeHeader('content-length')
     }

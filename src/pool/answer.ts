@@ -15,6 +15,16 @@ export interface Tap {
   isCutShort(): boolean
 }
 
+/** Knows what to tell a client whose stream breaks: an event in the dialect of its route. */
+export interface Speaker {
+  lastWords(error: GatewayError): string | undefined
+}
+
+/** Says what is wrong with a stream that ended as if it were complete, and is not. */
+export interface Source {
+  cutShort(): GatewayError
+}
+
 /** Clients drop what they have not read yet when a connection breaks: they get a moment (ms) to read. */
 const LAST_WORDS_MS = 500
 export const READ_MS = 50
@@ -28,10 +38,9 @@ export const READ_MS = 50
  */
 export class Answer extends Readable {
   tap: Tap | undefined
-  /** What to tell a client whose stream breaks: an event in the dialect of its route. */
-  lastWords: ((error: GatewayError) => string | undefined) | undefined
-  /** What is to be said of a stream that ends as if it were complete, and is not. */
-  whenCutShort: (() => GatewayError) | undefined
+  /** Objects, not functions: V8 keeps a function that was made for one answer until its next full collection. */
+  speaker: Speaker | undefined
+  source: Source | undefined
   /** How long (ms) a client may let bytes wait; 0: for ever. */
   stallTimeout = 0
   readonly #controller: Dispatcher.DispatchController
@@ -161,7 +170,7 @@ export class Answer extends Readable {
   }
 
   #finish(): void {
-    if (this.#over === 'ended' && this.tap?.isCutShort()) this.#over = this.whenCutShort?.()
+    if (this.#over === 'ended' && this.tap?.isCutShort()) this.#over = this.source?.cutShort()
     if (this.#over === 'ended') {
       const last = this.tap?.end()
       if (this.#response !== undefined) this.#endResponse(this.#response, last)
@@ -183,7 +192,7 @@ export class Answer extends Readable {
 
   #words(error: GatewayError): string | undefined {
     const before = this.tap?.breakOff() ?? ''
-    const words = this.lastWords?.(error)
+    const words = this.speaker?.lastWords(error)
     return words === undefined ? undefined : before + words
   }
 

@@ -199,13 +199,17 @@ export class Attempt implements BackendHandler {
     this.#owner.failed(this, kind, error, { isSent: this.#controller !== undefined, isStale })
   }
 
+  cutShort(): GatewayError {
+    return this.#broke(new Error('the stream ended without its end'))
+  }
+
   #deliverOnce(): void {
     if (!this.#isDelivered && !this.#isOver) this.#deliver()
   }
 
   #deliver(complete = false): void {
     this.#isDelivered = true
-    this.#answer!.whenCutShort = () => this.#broke(new Error('the stream ended without its end'))
+    this.#answer!.source = this
     this.#answer!.offer(complete)
     const { statusCode } = this.#head!
     this.#owner.count(
