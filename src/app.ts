@@ -18,6 +18,7 @@ import metrics, { MetricsOptions } from './plugins/metrics.ts'
 import payload from './plugins/payload.ts'
 import proxy, { ProxyOptions } from './plugins/proxy.ts'
 import usage, { UsageOptions } from './plugins/usage.ts'
+import type { OnDelivery } from './reporters/courier.ts'
 import anthropicRoutes from './routes/anthropic.ts'
 import healthRoutes from './routes/health.ts'
 import metricsRoutes from './routes/metrics.ts'
@@ -50,6 +51,8 @@ export interface Gateway {
   readonly demoUrl: string | undefined
   readonly exchanges: Exchanges
   readonly metricsRegistry: Registry
+  /** Counts records that another process has delivered. */
+  countDelivery: OnDelivery
 }
 
 /** The gateway's options as they may be given in code. */
@@ -60,6 +63,8 @@ export type GivenOptions = Given<Omit<GatewayOptions, 'auth'>> & {
   ownsNotFound?: boolean
   /** Where several processes serve together. */
   peers?: Peers
+  /** Where usage records are kept until they are delivered; without it, in memory. */
+  dataDir?: string
 }
 
 interface Lifecycle {
@@ -88,7 +93,7 @@ const MAX_SWALLOWED = 256 * 1024
  * await fastify.register(gateway, { prefix: '/llm', backends: [{ url: 'http://127.0.0.1:8001' }] })
  */
 const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify, given) {
-  const { onGateway, ownsNotFound, peers, prefix, logLevel, logSerializers, ...sections } =
+  const { onGateway, ownsNotFound, peers, dataDir, prefix, logLevel, logSerializers, ...sections } =
     given as GivenOptions & RegisterOptions
   const options = checkOptions(GatewayOptions, sections, 'llmproxy')
   if (/[:*]/.test(fastify.prefix)) {
@@ -100,6 +105,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   const lifecycle: Lifecycle = { isDraining: false }
   fastify.decorate('lifecycle', lifecycle)
   fastify.decorate('peers', peers)
+  fastify.decorate('dataDir', dataDir)
 
   // A request passes the plugins from top to bottom. First it becomes an exchange, so that whatever
   // happens to it is counted and logged; then what no route should see is turned away.
@@ -164,6 +170,9 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   onGateway?.({
     exchanges,
     metricsRegistry: fastify.metricsRegistry,
+    countDelivery(result, records) {
+      for (const listener of fastify.usage.onDelivery) listener(result, records)
+    },
     get demoUrl() {
       return fastify.backends.demoUrl
     },
@@ -172,7 +181,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       await fastify.backends.update({ backends, routing, health_check })
       fastify.keys.update(changed.auth)
       fastify.limits.update(changed.rate_limit)
-      fastify.usage.update(changed.usage)
+      await fastify.usage.update(changed.usage)
     }
   })
 }

@@ -5,7 +5,6 @@ import { openai } from './dialects/openai.ts'
 import { type GatewayError, toGatewayError } from './errors.ts'
 import type { Reservation } from './limits/memory.ts'
 import type { Meter } from './metering/meter.ts'
-import type { Audience } from './reporters/reporter.ts'
 
 /**
  * A request and its answer. It begins in `onRequest` and ends exactly once, when the response
@@ -14,9 +13,14 @@ import type { Audience } from './reporters/reporter.ts'
  * `onError`, which do not run when a client leaves.
  */
 
-/** What the finishers do, in this order, when an exchange ends. */
-const STAGES = ['metering', 'record', 'settle', 'slot', 'metrics', 'log'] as const
-export type Stage = (typeof STAGES)[number]
+/**
+ * What the finishers do, in this order: when the backend has said all, or the exchange ends before; and
+ * when it ends.
+ */
+const CONCLUDING = ['metering', 'record'] as const
+const ENDING = ['settle', 'slot', 'metrics', 'log'] as const
+export type Stage = (typeof CONCLUDING)[number] | (typeof ENDING)[number]
+type Finisher = (exchange: Exchange) => void
 
 export type Outcome = 'ok' | 'client_gone' | 'backend_failed' | 'timed_out' | 'rejected'
 
@@ -112,19 +116,25 @@ export class Exchange {
   /** What the plugins hold for it until it ends. */
   meter: Meter | undefined
   reservation: Reservation | undefined
-  audience: Audience | undefined
   /** Somebody wants the request body when it is over. */
   keepsBody = false
   /** Content deltas that passed, and the size of the request body in bytes. */
   deltas = 0
   payloadBytes = 0
+  /** What it has spent is known, and given to the reporters. */
+  concluded = false
+  /** Resolves when that is safe, where the end of the answer must wait for it. */
+  recorded: Promise<void> | undefined
   closed = false
   /** Where it stands among the open ones. */
   place = 0
   /** What is under way for it. */
   work: Work | undefined
 
-  constructor(request: FastifyRequest, reply: FastifyReply) {
+  readonly #exchanges: Exchanges
+
+  constructor(request: FastifyRequest, reply: FastifyReply, exchanges: Exchanges) {
+    this.#exchanges = exchanges
     this.request = request
     this.reply = reply
     this.endpoint = request.routeOptions.config.endpoint
@@ -137,9 +147,9 @@ export class Exchange {
     else this.work.interrupt(error)
   }
 
-  /** The status the client got; 499 when it left before there was one (nginx's number), 503 when it was cut. */
+  /** The status the client gets; 499 when it left before there was one (nginx's number), 503 when it was cut. */
   get statusCode(): number {
-    if (this.reply.raw.headersSent) return this.reply.statusCode
+    if (this.reply.raw.headersSent || !this.closed) return this.reply.statusCode
     return this.outcome === 'client_gone' ? 499 : 503
   }
 
@@ -163,7 +173,7 @@ export class Exchange {
 
   /** Writes down that the exchange failed; the first reason stays. */
   fail(outcome: Outcome, error: GatewayError): void {
-    if (this.outcome !== 'ok') return
+    if (this.outcome !== 'ok' || this.concluded) return
     this.outcome = outcome
     this.errorCode = error.code
   }
@@ -183,15 +193,28 @@ export class Exchange {
     if (this.question !== undefined) this.question.bytes = NOTHING
   }
 
+  /**
+   * All that a backend will say has been said, or nothing more will be heard: what was spent is written
+   * down. Returns what the last bytes of the answer must wait for.
+   */
+  conclude(): Promise<void> | undefined {
+    if (!this.concluded) {
+      this.concluded = true
+      if (this.outcome === 'ok') {
+        if (this.closed && !this.reply.raw.writableEnded) this.outcome = 'client_gone'
+        else if (this.attempts > 0 && this.statusCode >= 500) this.outcome = 'backend_failed'
+      }
+      this.#exchanges.write(this)
+    }
+    return this.recorded
+  }
+
   /** The response is closed: stops what runs. Returns false when that was done before. */
   close(): boolean {
     if (this.closed) return false
     this.closed = true
     this.endedAt = performance.now()
-    if (this.outcome === 'ok') {
-      if (!this.reply.raw.writableEnded) this.outcome = 'client_gone'
-      else if (this.attempts > 0 && this.statusCode >= 500) this.outcome = 'backend_failed'
-    }
+    this.conclude()
     this.work?.stop()
     return true
   }
@@ -220,9 +243,10 @@ export class Exchanges {
   forwarded = 0
   /** What is told of requests that were refused before they could become an exchange. */
   readonly onStillborn: ((error: GatewayError) => void)[] = []
-  readonly #finishers = new Map<Stage, ((exchange: Exchange) => void)[]>()
+  readonly #finishers = new Map<Stage, Finisher[]>()
   readonly #log: FastifyBaseLogger
-  #ordered: ((exchange: Exchange) => void)[] = []
+  #concluding: Finisher[] = []
+  #ending: Finisher[] = []
   #whenEmpty: (() => void) | undefined
 
   constructor(log: FastifyBaseLogger) {
@@ -230,15 +254,16 @@ export class Exchanges {
   }
 
   /** Adds a finisher. It runs once for every exchange and must not throw or wait. */
-  onEnd(stage: Stage, finisher: (exchange: Exchange) => void): void {
+  onEnd(stage: Stage, finisher: Finisher): void {
     const ofStage = this.#finishers.get(stage) ?? []
     ofStage.push(finisher)
     this.#finishers.set(stage, ofStage)
-    this.#ordered = STAGES.flatMap(each => this.#finishers.get(each) ?? [])
+    this.#concluding = CONCLUDING.flatMap(each => this.#finishers.get(each) ?? [])
+    this.#ending = ENDING.flatMap(each => this.#finishers.get(each) ?? [])
   }
 
   begin(request: FastifyRequest, reply: FastifyReply): Exchange {
-    const exchange = new Exchange(request, reply)
+    const exchange = new Exchange(request, reply, this)
     exchange.place = this.open.push(exchange) - 1
     if (exchange.endpoint !== undefined) this.forwarded++
     reply.raw.once('close', () => this.#end(exchange))
@@ -265,15 +290,24 @@ export class Exchanges {
     })
   }
 
-  #end(exchange: Exchange): void {
-    if (!exchange.close()) return
-    for (const finish of this.#ordered) {
+  /** Writes down what an exchange has spent; see {@link Exchange.conclude}. */
+  write(exchange: Exchange): void {
+    this.#run(this.#concluding, exchange)
+  }
+
+  #run(finishers: readonly Finisher[], exchange: Exchange): void {
+    for (const finish of finishers) {
       try {
         finish(exchange)
       } catch (error) {
         this.#log.error({ err: error, requestId: exchange.id }, 'a finisher failed')
       }
     }
+  }
+
+  #end(exchange: Exchange): void {
+    if (!exchange.close()) return
+    this.#run(this.#ending, exchange)
     const last = this.open.pop()!
     if (last !== exchange) {
       this.open[exchange.place] = last

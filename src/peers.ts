@@ -1,9 +1,13 @@
+import type { Sink } from './reporters/outbox.ts'
+
 /** The other processes that serve the same port (`server.workers`). */
 export interface Peers {
   /** The metrics of all together, in Prometheus' text format. */
   metrics(): Promise<string>
   /** Tells the others something that goes through JSON. */
   tell(news: News): void
+  /** Where usage records go: one process writes them down for all. */
+  readonly usage: Sink
   onNews(listener: (news: News) => void): void
 }
 

@@ -3,8 +3,12 @@ import { once } from 'node:events'
 import { availableParallelism } from 'node:os'
 import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
+import type { Gateway } from './app.ts'
 import type { Config } from './config.ts'
 import type { News, Peers } from './peers.ts'
+import { toKeeping, toReporters, usageFile } from './plugins/usage.ts'
+import type { Delivery } from './reporters/courier.ts'
+import { Outbox, type Sink } from './reporters/outbox.ts'
 import {
   collectGarbage,
   createLog,
@@ -27,9 +31,12 @@ type Order =
   | { kind: 'close' }
   | { kind: 'metrics'; id: number; text?: string; error?: string }
   | { kind: 'news'; news: News }
+  | { kind: 'recorded'; posts: number }
+  | { kind: 'delivered'; result: Delivery; records: number }
 
 /** What a worker says to the primary. */
 type Message =
+  | { kind: 'records'; entries: string[] }
   | { kind: 'serves'; url: string }
   | { kind: 'failed'; message: string; code: string | undefined }
   | { kind: 'reloaded'; error?: string }
@@ -41,6 +48,7 @@ const FIRST_WAIT = 100
 const MAX_WAIT = 30_000
 const STABLE_AFTER = 10_000
 const RELOAD_TIMEOUT = 10_000
+const FLUSH_TIMEOUT = 5_000
 /** The primary has little to do once its workers serve (ms). */
 const TIDY_AFTER = 2_000
 
@@ -56,6 +64,13 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   let wait = FIRST_WAIT
   const log = createLog(config.log, dataDir)
   const all = new AggregatorRegistry()
+  const outbox = new Outbox(
+    usageFile(dataDir),
+    toReporters(config.usage),
+    toKeeping(config.usage),
+    log,
+    countDelivery
+  )
   cluster.setupPrimary({ args: [] })
 
   const urls = await Promise.all(Array.from({ length: workerCount(config) }, start)).catch(
@@ -80,6 +95,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
           reject(Object.assign(new Error(message.message), { code: message.code }))
         } else if (message.kind === 'news') tellOthers(worker, message.news)
         else if (message.kind === 'scraped') void answerScrape(worker, message.id)
+        else if (message.kind === 'records') void record(worker, message.entries)
       })
       worker.once('exit', (code, signal) => {
         reject(new Error('a worker has stopped while it was starting'))
@@ -106,6 +122,18 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     for (const worker of workers()) if (worker !== teller) send(worker, { kind: 'news', news })
   }
 
+  /** One process writes all records down: what it has written it says to the worker, in order. */
+  async function record(worker: Worker, entries: string[]): Promise<void> {
+    await Promise.all(entries.map(each => outbox.append(each)))
+    send(worker, { kind: 'recorded', posts: 1 })
+  }
+
+  /** The primary has no metrics of its own; one worker counts for it. */
+  function countDelivery(result: Delivery, records: number): void {
+    const [worker] = workers()
+    if (worker !== undefined) send(worker, { kind: 'delivered', result, records })
+  }
+
   async function answerScrape(worker: Worker, id: number): Promise<void> {
     try {
       send(worker, { kind: 'metrics', id, text: await all.clusterMetrics() })
@@ -120,6 +148,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     async reload(changed) {
       config = changed
       log.level = changed.log.level
+      await outbox.update(toReporters(config.usage), toKeeping(config.usage))
       await Promise.all(
         workers().map(async worker => {
           send(worker, { kind: 'reload', config })
@@ -137,6 +166,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
           await once(worker, 'exit')
         })
       )
+      await outbox.close(AbortSignal.timeout(FLUSH_TIMEOUT))
       log.info('stopped')
       await flushLog(log)
     }
@@ -175,8 +205,9 @@ function reloaded(worker: Worker): Promise<string | undefined> {
 export function runWorker(dataDir: string): void {
   const scrapes = new Map<number, (order: Order & { kind: 'metrics' }) => void>()
   const newsListeners: ((news: News) => void)[] = []
+  const usage = new Relay(entries => tell({ kind: 'records', entries }))
   let lastScrape = 0
-  let server: Server | undefined
+  let server: (Server & { gateway: Gateway }) | undefined
   const peers: Peers = {
     async metrics() {
       const id = ++lastScrape
@@ -188,12 +219,15 @@ export function runWorker(dataDir: string): void {
       return text
     },
     tell: news => tell({ kind: 'news', news }),
+    usage,
     onNews: listener => newsListeners.push(listener)
   }
 
   process.on('message', async (order: Order) => {
     if (order.kind === 'serve') await serve(order.config)
     else if (order.kind === 'reload') await reload(order.config)
+    else if (order.kind === 'recorded') usage.settle()
+    else if (order.kind === 'delivered') server?.gateway.countDelivery(order.result, order.records)
     else if (order.kind === 'news') for (const listener of newsListeners) listener(order.news)
     else if (order.kind === 'metrics') {
       scrapes.get(order.id)?.(order)
@@ -230,6 +264,36 @@ export function runWorker(dataDir: string): void {
     } catch (error) {
       tell({ kind: 'reloaded', error: (error as Error).message })
     }
+  }
+}
+
+/** Passes usage records on to the process that writes them down, those of one turn together. */
+class Relay implements Sink {
+  readonly #send: (entries: string[]) => void
+  #gathering: { entries: string[]; settled: PromiseWithResolvers<void> } | undefined
+  readonly #sent: PromiseWithResolvers<void>[] = []
+
+  constructor(send: (entries: string[]) => void) {
+    this.#send = send
+  }
+
+  append(entry: string): Promise<void> {
+    if (this.#gathering === undefined) {
+      this.#gathering = { entries: [], settled: Promise.withResolvers() }
+      setImmediate(() => {
+        const { entries, settled } = this.#gathering!
+        this.#gathering = undefined
+        this.#sent.push(settled)
+        this.#send(entries)
+      })
+    }
+    this.#gathering.entries.push(entry)
+    return this.#gathering.settled.promise
+  }
+
+  /** The oldest records that were sent are safe. */
+  settle(): void {
+    this.#sent.shift()?.resolve()
   }
 }
 

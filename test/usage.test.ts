@@ -1,8 +1,6 @@
 import assert from 'node:assert/strict'
+import { createHmac } from 'node:crypto'
 import { type TestContext, test } from 'node:test'
-import { pino } from 'pino'
-import type { UsageEvent } from '../src/reporters/reporter.ts'
-import { Webhook } from '../src/reporters/webhook.ts'
 import {
   answerChat,
   CHAT,
@@ -27,10 +25,10 @@ async function receiver(t: TestContext, answers: (number | [number, object])[] =
   return { ...server, event: async (index = 0) => JSON.parse((await server.request(index)).body) }
 }
 
-const reporting = (url: string, more: object = {}) => ({
+const reporting = (url: string, webhook: object = {}, more: object = {}) => ({
   usage: {
     enabled: true,
-    reporters: [{ name: 'billing', type: 'webhook', webhook: { url, ...more } }]
+    reporters: [{ name: 'billing', type: 'webhook', webhook: { url, ...webhook }, ...more }]
   }
 })
 
@@ -49,17 +47,24 @@ test('each call that reached a backend is reported, in the fields of the page an
   )
   await response.text()
   const event = await hook.event()
-  const { timestamp, latency_ms, ...rest } = event
+  const { timestamp, id, latency_ms, duration_ms, ttft_ms, ...rest } = event
   assert.match(timestamp, /^\d{4}-\d\d-\d\dT[\d:.]+Z$/)
-  assert.ok(latency_ms >= 0)
+  assert.match(id, /^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/)
+  assert.equal(`req_${id.replaceAll('-', '')}`, rest.request_id)
+  assert.ok(latency_ms === duration_ms && duration_ms >= ttft_ms && ttft_ms >= 0)
   const tokens = { prompt_tokens: 12, completion_tokens: 3, total_tokens: 15 }
   assert.deepEqual(rest, {
     request_id: response.headers.get('x-llmproxy-request-id'),
     user_id: 'alice',
     api_key_id: 'laptop',
+    caller: 'laptop',
+    requested_model: 'm',
     model: 'm',
     ...tokens,
+    input_tokens: 12,
+    output_tokens: 3,
     is_stream: true,
+    stream: true,
     exactness: 'exact',
     endpoint: '/v1/chat/completions',
     method: 'POST',
@@ -155,17 +160,16 @@ test('Retry-After of the receiver is waited for', async t => {
   assert.ok(performance.now() - start > 900)
 })
 
-test('after retry deliveries more an event is given up, loudly', async t => {
+test('an event that is older than max_age is given up, loudly', async t => {
   const backend = await fakeBackend(t, answerChat)
   const hook = await receiver(t, [500, 500, 500])
   const gateway = await startGateway(t, {
     backends: [{ url: backend.url }],
-    ...reporting(hook.url, { retry: 1 })
+    ...reporting(hook.url, {}, { max_age: '50ms' })
   })
   await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
-  const line = await gateway.logged({ msg: 'a usage event could not be delivered' })
-  assert.equal(line.failure, 'status 500')
-  assert.equal(hook.requests.length, 2)
+  const line = await gateway.logged({ msg: 'usage records given up' })
+  assert.deepEqual([line.reporter, line.reason, line.records], ['billing', 'status 500', 1])
   assert.equal(await gateway.metric('llmproxy_webhook_failure_total'), 1)
 })
 
@@ -174,7 +178,7 @@ test('a silent receiver holds up no answer, and its deliveries time out', async 
   const silent = await fakeBackend(t, () => {})
   const gateway = await startGateway(t, {
     backends: [{ url: backend.url }],
-    ...reporting(silent.url, { timeout: '50ms', retry: 0 })
+    ...reporting(silent.url, { timeout: '50ms' }, { max_age: '10ms' })
   })
   for (let call = 0; call < 20; call++) {
     await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
@@ -237,7 +241,7 @@ test('several reporters, one of them dead', async t => {
     usage: {
       enabled: true,
       reporters: [
-        { name: 'dead', type: 'webhook', webhook: { url: dead, retry: 0 } },
+        { name: 'dead', type: 'webhook', max_age: '1ms', webhook: { url: dead } },
         { name: 'off', type: 'webhook', enabled: false, webhook: { url: hook.url } },
         { name: 'good', type: 'webhook', webhook: { url: hook.url } }
       ]
@@ -245,8 +249,8 @@ test('several reporters, one of them dead', async t => {
   })
   await (await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })).text()
   assert.equal((await hook.event()).exactness, 'counted')
-  const line = await gateway.logged({ msg: 'a usage event could not be delivered' })
-  assert.deepEqual([line.reporter, line.failure], ['dead', 'ECONNREFUSED'])
+  const line = await gateway.logged({ msg: 'usage cannot be reported; it will be tried again' })
+  assert.deepEqual([line.reporter, line.reason], ['dead', 'ECONNREFUSED'])
   assert.equal(hook.requests.length, 1)
 })
 
@@ -254,52 +258,113 @@ async function until(condition: () => Promise<boolean>): Promise<void> {
   while (!(await condition())) await new Promise(resolve => setImmediate(resolve))
 }
 
-test('a call is reported to whom it would have been when it began', async t => {
-  const responses: import('node:http').ServerResponse[] = []
-  const backend = await fakeBackend(t, (_request, response) => {
-    response.writeHead(200, { 'content-type': 'text/event-stream' })
-    response.write(chunk('Hi'))
-    responses.push(response)
-  })
+test('another configuration: what ends from then on is reported to its reporters', async t => {
+  const backend = await fakeBackend(t, answerChat)
   const [before, after] = [await receiver(t), await receiver(t)]
   const config = (url: string) => ({ backends: [{ url: backend.url }], ...reporting(url) })
   const gateway = await startGateway(t, config(before.url))
-  const body = JSON.stringify({ ...CHAT, stream: true })
-  const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
-  await client.until(/Hi/)
+  await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
+  await before.request(0)
   const { parseConfig } = await import('../src/config.ts')
   await gateway.control.reload(parseConfig(JSON.stringify(config(after.url)), 'test', {}) as never)
-  responses[0]!.end(DONE)
-  assert.equal((await before.event()).completion_tokens, 1)
-  const next = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
-  await next.until(/Hi/)
-  responses[1]!.end(DONE)
-  assert.equal((await after.event()).completion_tokens, 1)
+  await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
+  await after.request(0)
   assert.equal(before.requests.length, 1)
+  await gateway.fastify.close()
 })
 
-test('the queue of a dead receiver is bounded, and what does not fit is counted', async t => {
-  const silent = await fakeBackend(t, () => {})
-  const results: string[] = []
-  const options = {
-    url: silent.url,
-    method: 'POST',
-    timeout: 60_000,
-    retry: 0,
-    headers: {},
-    batch: { max_events: 1, max_wait: 1_000 }
-  } as const
-  const webhook = new Webhook(
-    'dead',
-    { ...options, include_request_body: false },
-    result => results.push(result),
-    pino({ level: 'silent' })
-  )
-  const event = { request_id: 'x' } as UsageEvent
-  for (let count = 0; count < 12_000; count++) webhook.report(event, undefined)
-  assert.ok(webhook.pending <= 10_008, String(webhook.pending))
-  const refused = results.length
-  assert.ok(refused >= 1_992 && results.every(result => result === 'failed'))
-  await webhook.close(AbortSignal.abort())
-  assert.equal(results.length, 12_000)
+test('tags come from headers, and a price makes a cost', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const hook = await receiver(t)
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    usage: {
+      ...reporting(hook.url).usage,
+      tags: { team: 'X-Team', project: 'X-Project' },
+      prices: [{ model: 'm*', input: 2, output: 10, currency: 'EUR' }]
+    }
+  })
+  const headers = { 'x-team': 'search' }
+  await (await post(`${gateway.url}/v1/chat/completions`, CHAT, headers)).text()
+  const event = await hook.event()
+  assert.deepEqual(event.tags, { team: 'search' })
+  assert.deepEqual([event.cost, event.currency], [(12 * 2 + 3 * 10) / 1e6, 'EUR'])
+})
+
+test('each reporter gets the records that its filter lets through', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const [all, some] = [await receiver(t), await receiver(t)]
+  const reporter = (name: string, url: string, filter: object) => ({
+    name,
+    type: 'webhook',
+    filter,
+    webhook: { url, concurrency: 1 }
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    auth: {
+      enabled: true,
+      keys: [
+        { key: 'sk-1', name: 'a' },
+        { key: 'sk-2', name: 'b' }
+      ]
+    },
+    usage: {
+      enabled: true,
+      reporters: [
+        reporter('all', all.url, {}),
+        reporter('some', some.url, { models: ['gpt*'], callers: ['b'], outcomes: ['ok'] })
+      ]
+    }
+  })
+  const calls = [
+    ['sk-1', 'gpt-x'],
+    ['sk-2', 'm'],
+    ['sk-2', 'gpt-x']
+  ] as const
+  for (const [key, model] of calls) {
+    const headers = { authorization: `Bearer ${key}` }
+    await (await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, model }, headers)).text()
+  }
+  await all.request(2)
+  const event = await some.event()
+  assert.deepEqual([event.caller, event.model], ['b', 'gpt-x'])
+  assert.equal(some.requests.length, 1)
+})
+
+test('deliveries are signed as Standard Webhooks has it', async t => {
+  const key = Buffer.from('a key of some thirty bytes or so')
+  const backend = await fakeBackend(t, answerChat)
+  const hook = await receiver(t)
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    ...reporting(hook.url, { secret: `whsec_${key.toString('base64')}` })
+  })
+  await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
+  const { headers, body } = await hook.request(0)
+  const { 'webhook-id': id, 'webhook-timestamp': timestamp, 'webhook-signature': given } = headers
+  assert.equal(id, JSON.parse(body).id)
+  assert.ok(Math.abs(Number(timestamp) - Date.now() / 1000) < 60)
+  const expected = createHmac('sha256', key).update(`${id}.${timestamp}.${body}`).digest('base64')
+  assert.equal(given, `v1,${expected}`)
+})
+
+test('a record that alone is refused does not hold up those behind it', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const seen: string[] = []
+  const hook = await fakeBackend(t, (request, response) => {
+    const { model } = JSON.parse(request.body)
+    seen.push(model)
+    response.writeHead(model === 'poison' ? 422 : 200).end()
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    ...reporting(hook.url)
+  })
+  for (const model of ['poison', 'a', 'b']) {
+    await (await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, model })).text()
+  }
+  await hook.request(2)
+  assert.deepEqual(seen.toSorted(), ['a', 'b', 'poison'])
+  await gateway.logged({ msg: 'a usage record was refused; it will be tried again' })
 })

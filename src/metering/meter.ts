@@ -68,6 +68,9 @@ export class Meter {
   #held: Buffer | undefined
   #tooLong = false
   /** What passed ended in the middle of a line, or of an event. */
+  /** The last event, which waits until it is released. */
+  #lastEvent: Buffer | undefined
+  #isReleased = false
   #isMidLine = false
   #isMidEvent = false
   #tookOut = false
@@ -92,14 +95,32 @@ export class Meter {
     this.#watcher = new JsonWatcher(options.names ?? new MemberNames(options.dialect.deltaMembers))
   }
 
+  /** The last event of a stream has passed by; it is kept back until it is released. */
+  get isOver(): boolean {
+    return this.#isReleased || this.#lastEvent !== undefined
+  }
+
+  /** Returns what was kept back from the last event on, and keeps nothing back from now on. */
+  release(): Buffer | undefined {
+    const last = this.#lastEvent
+    this.#lastEvent = undefined
+    this.#isReleased = true
+    return last
+  }
+
   /** Looks at a chunk and returns what of it goes on now. */
   pass(chunk: Buffer): Buffer | undefined {
+    if (this.#isReleased) return chunk
+    if (this.#lastEvent !== undefined) {
+      this.#lastEvent = Buffer.concat([this.#lastEvent, chunk])
+      return undefined
+    }
     const before = this.deltas
     let out: Buffer | undefined = chunk
     if (this.framing === 'sse') {
       if (this.#isLikeSample(chunk)) this.deltas++
       else out = this.#events(chunk)
-    } else if (this.framing === 'ndjson') this.#lines(chunk)
+    } else if (this.framing === 'ndjson') out = this.#lines(chunk)
     else this.#watcher.feed(chunk, 0, chunk.length)
     if (this.deltas !== before) {
       this.lastDeltaAt = performance.now()
@@ -108,7 +129,7 @@ export class Meter {
     return out
   }
 
-  /** The answer is over; returns what was held of an event that never ended. */
+  /** The answer is over; returns what is still kept back: the last event, or one that never ended. */
   end(): Buffer | undefined {
     if (this.framing !== 'sse') this.#harvest()
     // The last event may lack its blank line.
@@ -116,13 +137,15 @@ export class Meter {
       if (this.#isOurs()) this.#held = undefined
       this.#endEvent()
     }
-    const held = this.#held
+    const kept = this.#lastEvent ?? this.#held
+    this.#lastEvent = undefined
     this.#held = undefined
-    return held
+    return kept
   }
 
   breakOff(): string {
     this.#held = undefined
+    this.#lastEvent = undefined
     if (this.framing === 'json') return ''
     if (this.framing === 'ndjson') return this.#isMidLine ? '\n' : ''
     if (this.#takeOut && !this.#tooLong) return ''
@@ -139,16 +162,22 @@ export class Meter {
     return toUsage(this.#counts)
   }
 
-  #lines(chunk: Buffer): void {
+  #lines(chunk: Buffer): Buffer | undefined {
     let at = 0
     this.#isMidLine = chunk[chunk.length - 1] !== LF
     while (at < chunk.length) {
       const end = chunk.indexOf(LF, at)
       this.#watcher.feed(chunk, at, end === -1 ? chunk.length : end)
-      if (end === -1) return
+      if (end === -1) return chunk
+      const isLast = this.#watcher.seen.done
       this.#harvest()
+      if (isLast) {
+        this.#lastEvent = chunk.subarray(at)
+        return chunk.subarray(0, at)
+      }
       at = end + 1
     }
+    return chunk
   }
 
   /**
@@ -235,6 +264,7 @@ export class Meter {
       at++
       this.#isMidEvent = !isBlank
       if (isBlank) {
+        if (this.#isLast()) return this.#keepLast(chunk, kept, keepFrom, eventStart)
         if (this.#isOurs()) {
           if (this.#held === undefined) kept.push(chunk.subarray(keepFrom, eventStart))
           keepFrom = at
@@ -249,6 +279,28 @@ export class Meter {
     }
     if (!this.#takeOut) return chunk
     return this.#hold(chunk, kept, keepFrom, eventStart)
+  }
+
+  /** The last event, and whatever may come behind it, waits to be released. */
+  #keepLast(
+    chunk: Buffer,
+    kept: Buffer[],
+    keepFrom: number,
+    eventStart: number
+  ): Buffer | undefined {
+    const last = chunk.subarray(eventStart)
+    this.#lastEvent = this.#held === undefined ? last : Buffer.concat([this.#held, last])
+    this.#held = undefined
+    this.#endEvent()
+    if (eventStart > keepFrom) kept.push(chunk.subarray(keepFrom, eventStart))
+    return join(kept)
+  }
+
+  /** Is the event that just ended the one that ends the stream? */
+  #isLast(): boolean {
+    const { type } = this.#watcher.seen
+    if (this.#endMatched === THE_END.length) return true
+    return type !== undefined && this.#endTypes.includes(type)
   }
 
   /** Keeps back the beginning of an unfinished event, and joins what goes on. */

@@ -140,27 +140,32 @@ function createDecoder(encoding: string): Transform | undefined {
 
 /** A backend that compresses although it was asked not to: the client gets the plain bytes. */
 function decoded(answer: Answer, decoder: Transform, meter: Meter): Transform {
-  const { speaker } = answer
+  const { account } = answer
   const sayLast = (error: GatewayError) => {
-    const words = speaker?.lastWords(error)
+    const words = answer.isStream ? account?.lastWords(error) : undefined
     if (words !== undefined) tap.push(meter.breakOff() + words)
   }
   const tap = new Transform({
     transform: (chunk, _encoding, done) => done(null, meter.pass(chunk)),
-    flush: done => {
+    async flush(done) {
       const error = meter.isCutShort() ? answer.source?.cutShort() : undefined
-      if (error === undefined) return done(null, meter.end())
-      sayLast(error)
-      // The client gets a moment to read them before the connection breaks.
-      setTimeout(() => done(error), READ_MS)
+      if (error !== undefined) {
+        sayLast(error)
+        // The client gets a moment to read them before the connection breaks.
+        return void setTimeout(() => done(error), READ_MS)
+      }
+      const rest = meter.end()
+      await account?.conclude()
+      done(null, rest)
     }
   })
-  // The words must not go through the decoder.
-  answer.speaker = {
+  // The words must not go through the decoder; and the backend's end is not the end of what it says.
+  answer.account = {
     lastWords(error) {
       sayLast(error)
       return ''
-    }
+    },
+    conclude: () => undefined
   }
   return pipeline(answer, decoder, tap, () => {})
 }

@@ -221,13 +221,16 @@ function usageMetrics(usage: import('./usage.ts').UsageReports, registers: Regis
     help: 'Usage events given up',
     registers
   })
-  usage.onDelivery.push(result => (result === 'delivered' ? successes : failures).inc())
+  usage.onDelivery.push((result, records) => {
+    if (result === 'delivered') successes.inc(records)
+    else failures.inc(records)
+  })
   new Gauge({
     name: 'llmproxy_webhook_queue',
     help: 'Usage events not delivered yet',
     registers,
     collect() {
-      this.set(usage.reporters.reduce((sum, reporter) => sum + reporter.pending, 0))
+      this.set(usage.pending)
     }
   })
 }

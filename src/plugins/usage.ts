@@ -1,14 +1,27 @@
+import { resolve } from 'node:path'
 import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
-import { type Exchange, withExchanges } from '../exchange.ts'
-import { pathBelow } from '../http.ts'
-import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
-import type { Audience, Reporter, UsageEvent } from '../reporters/reporter.ts'
-import { type Delivery, Webhook, WebhookOptions } from '../reporters/webhook.ts'
+import { withExchanges } from '../exchange.ts'
+import type { Distinct } from '../issues.ts'
+import { matchesModel } from '../keys/key.ts'
+import {
+  checkOptions,
+  Duration,
+  type Given,
+  HeaderName,
+  NotBuilt,
+  Section,
+  Size
+} from '../options.ts'
+import type { OnDelivery } from '../reporters/courier.ts'
+import { type Keeping, Outbox, type Sink } from '../reporters/outbox.ts'
+import { type Price, toRecord, type UsageRecord } from '../reporters/record.ts'
+import { type Reporter, recordJson, toEntry } from '../reporters/reporter.ts'
+import { Webhook, WebhookOptions } from '../reporters/webhook.ts'
 
 /**
- * Reports what every exchange that reached a backend has spent, after it has ended.
+ * Writes down what every exchange that reached a backend has spent, and reports it until it has been taken.
  *
  * @example
  * await fastify.register(usage, {
@@ -16,14 +29,42 @@ import { type Delivery, Webhook, WebhookOptions } from '../reporters/webhook.ts'
  * })
  */
 
+const OUTCOMES = ['ok', 'client_gone', 'backend_failed', 'timed_out'] as const
+
+const Names = (description: string) =>
+  Type.Array(Type.String({ minLength: 1 }), { default: [], description })
+
+const Filter = Type.Object(
+  {
+    models: Names('Models, * as a wildcard; none: all'),
+    callers: Names('Names or ids of API keys; none: all'),
+    outcomes: Type.Array(Type.Enum([...OUTCOMES]), {
+      default: [],
+      description: 'How exchanges ended; none: all'
+    })
+  },
+  { additionalProperties: false, default: {}, description: 'Which records it gets' }
+)
+type Filter = Static<typeof Filter>
+
 const ReporterOptions = Type.Object(
   {
-    name: Type.Optional(Type.String({ description: 'Name in logs and metrics' })),
+    name: Type.Optional(
+      Type.String({
+        minLength: 1,
+        description: 'Name in logs and metrics, and of its place in the outbox'
+      })
+    ),
     type: Type.Enum(['webhook'], {
-      later: ['database', 'builtin'],
+      later: ['database', 'builtin', 'redis', 'file'],
       description: 'What it is'
     }),
     enabled: Type.Boolean({ default: true, description: 'Switches it on' }),
+    filter: Filter,
+    max_age: Duration(
+      '7d',
+      'How old a record may be that is still tried; then it is a dead letter'
+    ),
     webhook: Type.Optional(WebhookOptions),
     database: NotBuilt('A database that receives usage records'),
     builtin: NotBuilt('The embedded store'),
@@ -34,11 +75,50 @@ const ReporterOptions = Type.Object(
     partOfType: true
   }
 )
+type ReporterOptions = Static<typeof ReporterOptions>
+
+const Money = (description: string) => Type.Number({ minimum: 0, description })
+
+const PriceOptions = Type.Object(
+  {
+    model: Type.String({
+      minLength: 1,
+      description: 'Model, * as a wildcard; the first that fits counts'
+    }),
+    input: Money('Price of a million tokens of input'),
+    output: Money('Price of a million tokens of output'),
+    cached: Type.Optional(Money('Price of a million tokens of input that came from a cache')),
+    currency: Type.String({ default: 'USD', pattern: '^[A-Z]{3}$', description: 'Currency' })
+  },
+  { additionalProperties: false }
+)
 
 export const UsageOptions = Section(
   {
     enabled: Type.Boolean({ default: false, description: 'Reports usage' }),
-    reporters: Type.Array(ReporterOptions, { default: [], description: 'Who is told' })
+    durability: Type.Enum(['strict', 'relaxed'], {
+      default: 'strict',
+      description:
+        'strict: the end of an answer waits until its record is on the disk; relaxed: it does not'
+    }),
+    retention_days: Type.Integer({
+      minimum: 1,
+      default: 30,
+      description: 'How long records stay that every reporter has had'
+    }),
+    max_size: Size('1GB', 'What all records on the disk may take'),
+    tags: Type.Record(Type.String({ pattern: '^[A-Za-z0-9_.-]{1,64}$' }), HeaderName, {
+      default: {},
+      description: 'Tags of records, and the request headers they are taken from'
+    }),
+    prices: Type.Array(PriceOptions, { default: [], description: 'What models cost' }),
+    reporters: Type.Array(ReporterOptions, {
+      default: [],
+      distinct: [
+        { by: given => (typeof given === 'string' ? undefined : given.name), what: 'name' }
+      ] satisfies Distinct[],
+      description: 'Who is told'
+    })
   },
   'Where the usage of every call goes'
 )
@@ -47,116 +127,138 @@ export type UsageOptions = Static<typeof UsageOptions>
 declare module 'fastify' {
   interface FastifyInstance {
     usage: UsageReports
+    /** Where files go; without it nothing outlives the process. */
+    dataDir: string | undefined
   }
 }
 
 export interface UsageReports {
-  readonly reporters: readonly Reporter[]
-  readonly onDelivery: ((result: Delivery) => void)[]
-  update(options: UsageOptions): void
+  /** Records that are known here and not delivered. */
+  readonly pending: number
+  /** Why records cannot be made safe at the moment. */
+  readonly trouble: string | undefined
+  readonly onDelivery: OnDelivery[]
+  update(options: UsageOptions): Promise<void>
   /** Delivers what is pending until the signal fires. */
   flush(signal: AbortSignal): Promise<void>
 }
 
-/** How long reporters that were taken out of the configuration may still deliver. */
-const LEAVE_TIMEOUT = 60_000
+const DAY = 24 * 60 * 60 * 1000
 
 const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usage(fastify, given) {
   const { log } = fastify
   const onDelivery: UsageReports['onDelivery'] = []
-  const delivered = (result: Delivery) => {
-    for (const listener of onDelivery) listener(result)
+  const delivered: OnDelivery = (result, records) => {
+    for (const listener of onDelivery) listener(result, records)
   }
-  const create = (options: UsageOptions): Audience => {
-    const reporters = options.reporters
-      .filter(({ enabled }) => options.enabled && enabled)
-      .map(({ name, webhook }) => new Webhook(name ?? 'webhook', webhook!, delivered, log))
-    return { reporters, wantsBody: reporters.some(each => each.wantsBody), exchanges: 0 }
-  }
-  const warnIfNone = ({ enabled, reporters }: UsageOptions) => {
-    if (enabled && reporters.length === 0) log.warn('usage is enabled but has no reporters')
-  }
-  const options = checkOptions(UsageOptions, { enabled: true, ...given })
-  warnIfNone(options)
-  let current = create(options)
-  const all = new Set([current])
+  let options = checkOptions(UsageOptions, { enabled: true, ...given })
+  let rules = toRules(options)
+  let outbox: Outbox | undefined
+  await update(options)
 
-  /** An exchange reports to whom it would have when it began; then its reporters may go. */
-  const retire = async (audience: Audience) => {
-    const signal = AbortSignal.timeout(LEAVE_TIMEOUT)
-    await Promise.all(audience.reporters.map(reporter => reporter.close(signal)))
-    all.delete(audience)
-  }
-  const flush = async (signal: AbortSignal) => {
-    const reporters = [...all].flatMap(audience => audience.reporters)
-    await Promise.all(reporters.map(reporter => reporter.close(signal)))
+  async function update(changed: UsageOptions): Promise<void> {
+    options = changed
+    rules = toRules(changed)
+    // Of several processes another one delivers.
+    if (fastify.peers !== undefined) return
+    const reporters = toReporters(changed)
+    if (changed.enabled && reporters.length === 0) log.warn('usage is enabled but has no reporters')
+    if (outbox !== undefined) await outbox.update(reporters, toKeeping(changed))
+    else if (reporters.length > 0) {
+      outbox = new Outbox(usageFile(fastify.dataDir), reporters, toKeeping(changed), log, delivered)
+    }
   }
 
   fastify.decorate('usage', {
-    get reporters() {
-      return [...all].flatMap(audience => audience.reporters)
+    get pending() {
+      return outbox?.pending ?? 0
+    },
+    get trouble() {
+      return outbox?.trouble
     },
     onDelivery,
-    update(options) {
-      warnIfNone(options)
-      const before = current
-      current = create(options)
-      all.add(current)
-      if (before.exchanges === 0) void retire(before)
-    },
-    flush
+    update,
+    async flush(signal) {
+      await outbox?.close(signal)
+      outbox = undefined
+    }
   } satisfies UsageReports)
 
   const exchanges = withExchanges(fastify)
   fastify.addHook('onRequest', ({ exchange }, _reply, done) => {
-    exchange.audience = current
-    exchange.keepsBody = current.wantsBody
-    current.exchanges++
+    exchange.keepsBody = rules.wantsBody
     done()
   })
   exchanges.onEnd('record', exchange => {
-    if (exchange.audience !== undefined) report(exchange, exchange.audience)
+    const sink: Sink | undefined = fastify.peers?.usage ?? outbox
+    if (sink === undefined || !rules.isOn || exchange.attempts === 0) return
+    const price = rules.price(exchange.request.payload?.model)
+    const json = JSON.stringify(toRecord(exchange, fastify.prefix, rules.tags, price))
+    const body = rules.wantsBody ? exchange.request.payload?.bytes : undefined
+    const recorded = sink.append(toEntry(json, body))
+    if (options.durability === 'strict') exchange.recorded = recorded
   })
-
-  function report(exchange: Exchange, audience: Audience): void {
-    audience.exchanges--
-    if (exchange.attempts > 0 && audience.reporters.length > 0) {
-      const event = toEvent(exchange, fastify.prefix)
-      const body = exchange.request.payload?.bytes
-      for (const reporter of audience.reporters) reporter.report(event, body)
-    }
-    if (audience !== current && audience.exchanges === 0) void retire(audience)
-  }
-  fastify.addHook('onClose', () => flush(AbortSignal.abort()))
+  fastify.addHook('onClose', () => fastify.usage.flush(AbortSignal.abort()))
 }
 
-function toEvent(exchange: Exchange, prefix: string): UsageEvent {
-  const { request, usage } = exchange
-  const prompt_tokens = usage?.promptTokens ?? 0
-  const completion_tokens = usage?.completionTokens ?? 0
-  const total_tokens = usage?.totalTokens ?? 0
+/** The file of the ledger. */
+export function usageFile(dataDir: string | undefined): string {
+  return dataDir === undefined ? ':memory:' : resolve(dataDir, 'usage.db')
+}
+
+export function toKeeping({ retention_days, max_size }: UsageOptions): Keeping {
+  return { keep: retention_days * DAY, max_size }
+}
+
+/** What the options say about each record. */
+function toRules({ enabled, reporters, tags, prices }: UsageOptions) {
+  const isOn = reporters.filter(each => enabled && each.enabled)
   return {
-    request_id: exchange.id,
-    timestamp: new Date().toISOString(),
-    user_id: request.caller?.userId ?? null,
-    api_key_id: request.caller?.id ?? null,
-    model: request.payload?.model ?? null,
-    prompt_tokens,
-    completion_tokens,
-    total_tokens,
-    is_stream: request.payload?.stream ?? false,
-    exactness: usage?.exactness ?? null,
-    endpoint: exchange.endpoint?.url ?? request.routeOptions.url ?? '',
-    method: request.method,
-    path: pathBelow(request.url, prefix),
-    backend: exchange.backend ?? '',
-    backend_url: exchange.backendUrl ?? '',
-    attempts: exchange.attempts,
-    outcome: exchange.outcome,
-    status_code: exchange.statusCode,
-    latency_ms: Math.round(exchange.durationMs),
-    usage: usage && { prompt_tokens, completion_tokens, total_tokens }
+    isOn: isOn.length > 0,
+    wantsBody: isOn.some(each => each.webhook?.include_request_body),
+    tags: new Map(Object.entries(tags).map(([tag, header]) => [tag, header.toLowerCase()])),
+    price(model: string | undefined): Price | undefined {
+      return model === undefined
+        ? undefined
+        : prices.find(each => matchesModel([each.model], model))
+    }
   }
+}
+
+/** The reporters that are switched on. */
+export function toReporters({ enabled, reporters }: UsageOptions): Reporter[] {
+  if (!enabled) return []
+  const names = new Set<string>()
+  return reporters.filter(each => each.enabled).map(each => toReporter(each, names))
+}
+
+function toReporter(options: ReporterOptions, names: Set<string>): Reporter {
+  const { type, filter, max_age } = options
+  let name = options.name ?? type
+  for (let count = 2; names.has(name); count++) name = `${type}-${count}`
+  names.add(name)
+  const webhook = new Webhook(options.webhook!)
+  return {
+    name,
+    maxAge: max_age,
+    wantsBody: webhook.wantsBody,
+    concurrency: webhook.concurrency,
+    batch: webhook.batch,
+    accepts: entry => isWanted(entry, filter),
+    send: (entries, signal) => webhook.send(entries, signal),
+    close: () => webhook.close()
+  }
+}
+
+function isWanted(entry: string, { models, callers, outcomes }: Filter): boolean {
+  if (models.length + callers.length + outcomes.length === 0) return true
+  const record: UsageRecord = JSON.parse(recordJson(entry, false))
+  return (
+    (models.length === 0 || matchesModel(models, record.model ?? '')) &&
+    (callers.length === 0 ||
+      callers.some(each => each === record.caller || each === record.api_key_id)) &&
+    (outcomes.length === 0 || outcomes.some(each => each === record.outcome))
+  )
 }
 
 export default fp(usagePlugin, { name: 'usage', fastify: '5.x' })

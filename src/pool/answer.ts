@@ -7,7 +7,11 @@ import type { GatewayError } from '../errors.ts'
 /** Looks at every chunk of an answer and says what of it goes on. */
 export interface Tap {
   pass(chunk: Buffer): Buffer | undefined
-  /** The answer is over; returns what was kept back. */
+  /** The answer has said that it is over; its last words are kept back. */
+  readonly isOver: boolean
+  /** Returns the last words, and keeps nothing back any more. */
+  release(): Buffer | undefined
+  /** The answer is over; returns what is still kept back. */
   end(): Buffer | undefined
   /** The answer broke off, and what was kept back is dropped; returns what must stand before another event. */
   breakOff(): string
@@ -15,9 +19,12 @@ export interface Tap {
   isCutShort(): boolean
 }
 
-/** Knows what to tell a client whose stream breaks: an event in the dialect of its route. */
-export interface Speaker {
+/** The exchange an answer belongs to. */
+export interface Account {
+  /** What to tell a client whose stream breaks: an event in the dialect of its route. */
   lastWords(error: GatewayError): string | undefined
+  /** Writes down what was spent; the answer's last bytes wait for what it returns. */
+  conclude(): Promise<void> | undefined
 }
 
 /** Says what is wrong with a stream that ended as if it were complete, and is not. */
@@ -39,8 +46,10 @@ export const READ_MS = 50
 export class Answer extends Readable {
   tap: Tap | undefined
   /** Objects, not functions: V8 keeps a function that was made for one answer until its next full collection. */
-  speaker: Speaker | undefined
+  account: Account | undefined
   source: Source | undefined
+  /** It comes bit by bit, and a break can be told of in words. */
+  isStream = false
   /** How long (ms) a client may let bytes wait; 0: for ever. */
   stallTimeout = 0
   readonly #controller: Dispatcher.DispatchController
@@ -50,6 +59,16 @@ export class Answer extends Readable {
   #complete = false
   #flowing = false
   #over: 'ended' | GatewayError | undefined
+  /** What was spent is being written down, and has been. */
+  #isConcluded = false
+  #isRecorded = false
+  /** All has passed, and the end waits for that. */
+  #isFinished = false
+  /** Where the client knows the length: how many bytes it still expects; the chunk with the last of them waits. */
+  #expected = Number.POSITIVE_INFINITY
+  #lastChunk: Buffer | undefined
+  /** What was kept back until the end. */
+  #rest: Buffer | undefined
   #response: ServerResponse | undefined
   #stalled: NodeJS.Timeout | undefined
 
@@ -101,6 +120,8 @@ export class Answer extends Readable {
   /** The answer broke off, or must not go on. */
   break(error: GatewayError): void {
     if (this.#over !== undefined) return
+    // All has been said; nothing was broken off.
+    if (this.tap?.isOver) return this.end()
     this.#over = error
     if (this.#flowing) this.#finish()
   }
@@ -108,6 +129,7 @@ export class Answer extends Readable {
   override pipe<T extends NodeJS.WritableStream>(to: T, options?: { end?: boolean }): T {
     if (!(to instanceof ServerResponse) || options?.end === false) return super.pipe(to, options)
     this.#response = to
+    this.#expected = Number(to.getHeader('content-length') ?? Number.POSITIVE_INFINITY)
     this.#flow()
     return to
   }
@@ -135,6 +157,17 @@ export class Answer extends Readable {
 
   #forward(chunk: Buffer): boolean {
     const out = this.tap === undefined ? chunk : this.tap.pass(chunk)
+    this.#expected -= out?.length ?? 0
+    if (this.#expected <= 0) {
+      this.#lastChunk = out
+      return true
+    }
+    const open = this.#write(out)
+    if (this.tap?.isOver) this.#conclude()
+    return open
+  }
+
+  #write(out: Buffer | undefined): boolean {
     // An empty chunk would be the end of a chunked body; undici has one after a pause.
     if (out === undefined || out.length === 0) return true
     const response = this.#response
@@ -169,14 +202,37 @@ export class Answer extends Readable {
     ).unref()
   }
 
+  /** The client gets the end of an answer when what it has cost is written down, and not before. */
+  #conclude(): void {
+    if (this.#isConcluded) return
+    this.#isConcluded = true
+    const recorded = this.account?.conclude()
+    if (recorded === undefined) this.#release()
+    else void recorded.then(() => this.#release())
+  }
+
+  #release(): void {
+    this.#isRecorded = true
+    if (this.destroyed) return
+    if (this.#isFinished) this.#endProperly()
+    else this.#write(this.tap?.release())
+  }
+
+  #endProperly(): void {
+    this.#write(this.#lastChunk)
+    if (this.#response !== undefined) this.#endResponse(this.#response, this.#rest)
+    else this.#write(this.#rest)
+    this.push(null)
+    if (this.#response !== undefined) this.resume()
+  }
+
   #finish(): void {
     if (this.#over === 'ended' && this.tap?.isCutShort()) this.#over = this.source?.cutShort()
     if (this.#over === 'ended') {
-      const last = this.tap?.end()
-      if (this.#response !== undefined) this.#endResponse(this.#response, last)
-      else if (last !== undefined) this.push(last)
-      this.push(null)
-      if (this.#response !== undefined) this.resume()
+      this.#isFinished = true
+      this.#rest = this.tap?.end()
+      if (this.#isRecorded) this.#endProperly()
+      else this.#conclude()
       return
     }
     const error = this.#over!
@@ -192,7 +248,7 @@ export class Answer extends Readable {
 
   #words(error: GatewayError): string | undefined {
     const before = this.tap?.breakOff() ?? ''
-    const words = this.speaker?.lastWords(error)
+    const words = this.isStream ? this.account?.lastWords(error) : undefined
     return words === undefined ? undefined : before + words
   }
 

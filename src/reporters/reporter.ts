@@ -1,49 +1,41 @@
-/**
- * What one exchange spent, as it is reported: flat fields for simple receivers, and `usage` beside
- * them as the original sends it.
- */
-export interface UsageEvent {
-  request_id: string
-  /** End of the exchange, ISO 8601 in UTC. */
-  timestamp: string
-  user_id: string | null
-  api_key_id: string | null
-  model: string | null
-  prompt_tokens: number
-  completion_tokens: number
-  total_tokens: number
-  is_stream: boolean
-  /** `exact`: the backend said so; `counted`: its deltas were counted; null: no tokens known. */
-  exactness: 'exact' | 'counted' | null
-  /** The route's pattern, such as `/v1/chat/completions`. */
-  endpoint: string
-  method: string
-  path: string
-  backend: string
-  backend_url: string
-  attempts: number
-  outcome: string
-  status_code: number
-  latency_ms: number
-  usage?: { prompt_tokens: number; completion_tokens: number; total_tokens: number } | undefined
-}
-
-/** The reporters of one configuration, and how many exchanges began under it and still run. */
-export interface Audience {
-  reporters: Reporter[]
-  wantsBody: boolean
-  exchanges: number
-}
-
-/** Where usage events go. Nothing here is on the way of an answer. */
+/** Where usage records go. Nothing here is on the way of an answer. */
 export interface Reporter {
   readonly name: string
   /** It sends request bodies, too. */
   readonly wantsBody: boolean
-  /** `body`: the request's JSON, for reporters that were asked to send it. */
-  report(event: UsageEvent, body: Buffer | undefined): void
-  /** Events not delivered yet. */
-  readonly pending: number
-  /** Delivers what is pending and gives up when the signal fires. May be called again, to hurry. */
-  close(signal: AbortSignal): Promise<void>
+  /** Deliveries at a time; their order is kept at 1 alone. */
+  readonly concurrency: number
+  /** How many records go together, and how long (ms) one waits for others. */
+  readonly batch: { max_events: number; max_wait: number }
+  /** How old (ms) a record may be that is still tried. */
+  readonly maxAge: number
+  /** Is this record one that it wants? */
+  accepts(entry: string): boolean
+  /** Delivers these records together. Never throws. */
+  send(entries: readonly string[], signal: AbortSignal): Promise<Verdict>
+  close(): Promise<void>
+}
+
+/**
+ * What came of a delivery. `refused`: these records are not taken, others may be; `unavailable`: nobody
+ * took anything. `retryAfter`: how long (ms) the receiver asks to be left alone.
+ */
+export type Verdict =
+  | { kind: 'delivered' }
+  | { kind: 'refused' | 'unavailable'; reason: string; retryAfter: number }
+
+/** Stands between a record and the request's body, which some reporters send. */
+const BODY = '\0'
+
+/** A record as it is stored: its JSON, and the request's body behind it where somebody wants that. */
+export function toEntry(json: string, body: Buffer | undefined): string {
+  return body === undefined ? json : json + BODY + body
+}
+
+/** The JSON of a record; `withBody`: and in it, if it is there, `request_body`. */
+export function recordJson(entry: string, withBody: boolean): string {
+  const end = entry.indexOf(BODY)
+  if (end === -1) return entry
+  const json = entry.slice(0, end)
+  return withBody ? `${json.slice(0, -1)},"request_body":${entry.slice(end + 1)}}` : json
 }

@@ -27,6 +27,7 @@ const healthRoutes: FastifyPluginAsync = async function healthRoutes(fastify) {
       ready: isReady(),
       version: VERSION,
       uptime_s: Math.floor(process.uptime()),
+      usage: fastify.usage.trouble === undefined ? 'ok' : 'not_safe',
       backends: { total: backends.length, available }
     }
   }

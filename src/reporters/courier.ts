@@ -1,0 +1,297 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { FastifyBaseLogger } from 'fastify'
+import type { Page } from './ledger.ts'
+import type { Outbox } from './outbox.ts'
+import type { Reporter } from './reporter.ts'
+
+/** What happened to records: their reporter has them, or will never have them. */
+export type Delivery = 'delivered' | 'failed'
+export type OnDelivery = (result: Delivery, records: number) => void
+
+/** Records that wait in memory; the others wait in the ledger. */
+const MAX_QUEUED = 5_000
+const MAX_LENGTH = 16 * 1024 * 1024
+const FIRST_WAIT = 100
+const MAX_WAIT = 5_000
+const MAX_RETRY_AFTER = 60_000
+/** How often (ms) the ledger is told where a reporter has got to, and asked for what was put aside. */
+const MARK_INTERVAL = 100
+const DEFERRED_INTERVAL = 5_000
+const DEFERRED_AT_ONCE = 100
+
+interface Waiting {
+  entry: string
+  seq: number
+  at: number
+}
+
+/**
+ * Brings records to one reporter, in the order of the ledger, up to `concurrency` deliveries at a time.
+ * A reporter that cannot be reached is tried again until it can; a record that it alone refuses is put
+ * aside, and tried again from there. One that is older than `max_age` becomes a dead letter.
+ */
+export class Courier {
+  readonly name: string
+  readonly #reporter: Reporter
+  readonly #outbox: Outbox
+  readonly #log: FastifyBaseLogger
+  readonly #onDelivery: OnDelivery
+  readonly #stopping = new AbortController()
+  #queue: Waiting[] = []
+  #length = 0
+  /** The last page that was taken into the queue; undefined until the ledger has told the mark. */
+  #position: number | undefined
+  #isFilling = false
+  #isFinishing = false
+  /** Pages with records that are not done, and how many. */
+  readonly #open = new Map<number, number>()
+  #mark = 0
+  #sending = 0
+  #sendingRecords = 0
+  /** Failed deliveries since the last that succeeded. */
+  #failures = 0
+  #timer: NodeJS.Timeout | undefined
+  readonly #marking: NodeJS.Timeout
+  readonly #retrying: NodeJS.Timeout
+  #markTold = 0
+  #whenIdle = Promise.withResolvers<void>()
+
+  constructor(reporter: Reporter, outbox: Outbox, log: FastifyBaseLogger, onDelivery: OnDelivery) {
+    this.name = reporter.name
+    this.#reporter = reporter
+    this.#outbox = outbox
+    this.#log = log
+    this.#onDelivery = onDelivery
+    this.#marking = setInterval(() => this.#tellMark(), MARK_INTERVAL).unref()
+    this.#retrying = setInterval(() => void this.#retryDeferred(), DEFERRED_INTERVAL).unref()
+  }
+
+  /** Records that are known here and not delivered; there may be more in the ledger. */
+  get pending(): number {
+    return this.#queue.length + this.#sendingRecords
+  }
+
+  async start(): Promise<void> {
+    while (this.#position === undefined && !this.#isStopped) {
+      const mark = await this.#outbox.markOf(this.name).catch(() => undefined)
+      if (mark === undefined) await this.#pause(MAX_WAIT)
+      else this.#position = this.#mark = this.#markTold = mark
+    }
+    await this.#retryDeferred()
+    await this.#fill()
+  }
+
+  /** A page that was just committed; without a number it is in memory alone. */
+  offer(page: Page): void {
+    if (page.seq === 0 || (page.seq - 1 === this.#position && this.#hasRoom())) this.#take(page)
+    else if (this.#position !== undefined) void this.#fill()
+  }
+
+  /** Delivers what there is, without waiting for full batches, until the signal fires. */
+  async finish(signal: AbortSignal): Promise<void> {
+    this.#isFinishing = true
+    const stop = Promise.withResolvers<void>()
+    signal.addEventListener('abort', () => stop.resolve(), { once: true })
+    if (signal.aborted) return
+    this.#proceed()
+    while (!signal.aborted && (this.pending > 0 || (await this.#fill()))) {
+      await Promise.race([this.#idle(), stop.promise])
+    }
+  }
+
+  /** Ends what is under way. What was not delivered stays where it is. */
+  async stop(): Promise<void> {
+    this.#stopping.abort()
+    clearTimeout(this.#timer)
+    clearInterval(this.#marking)
+    clearInterval(this.#retrying)
+    if (this.#sending > 0) await this.#idle()
+    this.#tellMark()
+    await this.#reporter.close()
+  }
+
+  get #isStopped(): boolean {
+    return this.#stopping.signal.aborted
+  }
+
+  #hasRoom(): boolean {
+    return this.#queue.length < MAX_QUEUED && this.#length < MAX_LENGTH
+  }
+
+  /** Reads on in the ledger as far as there is room; returns whether anything came. */
+  async #fill(): Promise<boolean> {
+    if (this.#isFilling || this.#position === undefined) return false
+    this.#isFilling = true
+    let found = false
+    try {
+      while (this.#hasRoom() && !this.#isStopped) {
+        const page = await this.#outbox.next(this.#position)
+        if (page === undefined) break
+        // It may have been offered in the meantime.
+        if (page.seq > this.#position) this.#take(page)
+        found = true
+      }
+    } catch {
+      // The outbox has said so; the next page, or the next delivery, is the next try.
+    }
+    this.#isFilling = false
+    return found
+  }
+
+  #take({ seq, at, entries }: Page): void {
+    if (seq > 0) {
+      this.#position = seq
+      this.#open.set(seq, entries.length)
+    }
+    for (const entry of entries) {
+      if (seq === 0 && !this.#hasRoom()) this.#lose()
+      else if (!this.#reporter.accepts(entry)) this.#close(seq)
+      else {
+        this.#queue.push({ entry, seq, at })
+        this.#length += entry.length
+      }
+    }
+    this.#advance()
+    this.#proceed()
+  }
+
+  /** Starts deliveries that are due, and sees to it that the others start in time. */
+  #proceed(): void {
+    const { concurrency, batch } = this.#reporter
+    while (this.#queue.length > 0 && !this.#isStopped) {
+      // While nobody answers one delivery asks, not all.
+      if (this.#sending >= (this.#failures > 0 ? 1 : concurrency)) return
+      if (this.#queue.length < batch.max_events && !this.#isFinishing) {
+        this.#timer ??= setTimeout(() => void this.#send(), batch.max_wait)
+        return
+      }
+      void this.#send()
+    }
+  }
+
+  async #send(): Promise<void> {
+    clearTimeout(this.#timer)
+    this.#timer = undefined
+    const batch = this.#queue.splice(0, this.#reporter.batch.max_events)
+    this.#sending++
+    this.#sendingRecords += batch.length
+    for (const { entry } of batch) this.#length -= entry.length
+    await this.#deliver(batch)
+    this.#sending--
+    this.#sendingRecords -= batch.length
+    if (this.#sending === 0) {
+      this.#whenIdle.resolve()
+      this.#whenIdle = Promise.withResolvers()
+    }
+    if (this.#hasRoom()) void this.#fill()
+    this.#proceed()
+  }
+
+  async #deliver(batch: Waiting[]): Promise<void> {
+    for (let attempt = 0; !this.#isStopped; attempt++) {
+      const entries = batch.map(({ entry }) => entry)
+      const verdict = await this.#reporter.send(entries, this.#stopping.signal)
+      if (verdict.kind === 'delivered') {
+        this.#succeed()
+        return this.#done(batch, 'delivered')
+      }
+      if (this.#isStopped) return
+      const { kind, reason } = verdict
+      // One of them spoils it for all.
+      if (kind === 'refused' && batch.length > 1) {
+        for (const one of batch) await this.#deliver([one])
+        return
+      }
+      this.#fail(kind, reason)
+      if (Date.now() - batch[0]!.at > this.#reporter.maxAge) return this.#bury(batch, reason)
+      if (kind === 'refused' && this.#reporter.concurrency > 1) return this.#defer(batch[0]!)
+      const wait = Math.min(FIRST_WAIT * 2 ** attempt, MAX_WAIT) * (0.75 + Math.random() / 4)
+      await this.#pause(Math.max(wait, Math.min(verdict.retryAfter, MAX_RETRY_AFTER)))
+    }
+  }
+
+  #done(batch: Waiting[], result: Delivery): void {
+    for (const { seq } of batch) this.#close(seq)
+    this.#advance()
+    this.#onDelivery(result, batch.length)
+  }
+
+  #close(seq: number): void {
+    const left = this.#open.get(seq)
+    if (left !== undefined) this.#open.set(seq, left - 1)
+  }
+
+  /** Moves the mark behind the last page before which all is done. */
+  #advance(): void {
+    for (const [seq, left] of this.#open) {
+      if (left > 0) return
+      this.#open.delete(seq)
+      this.#mark = seq
+    }
+  }
+
+  #tellMark(): void {
+    if (this.#mark === this.#markTold) return
+    this.#markTold = this.#mark
+    this.#outbox.tell({ kind: 'mark', reporter: this.name, seq: this.#mark })
+  }
+
+  #defer(waiting: Waiting): void {
+    const { entry, at } = waiting
+    this.#outbox.tell({ kind: 'defer', reporter: this.name, at, entry })
+    this.#close(waiting.seq)
+    this.#advance()
+  }
+
+  #bury(batch: Waiting[], reason: string): void {
+    for (const { entry } of batch) {
+      this.#outbox.tell({ kind: 'bury', reporter: this.name, reason, entry })
+    }
+    this.#log.error(
+      { reporter: this.name, reason, records: batch.length },
+      'usage records given up'
+    )
+    this.#done(batch, 'failed')
+  }
+
+  #lose(): void {
+    this.#log.error(
+      { reporter: this.name },
+      'a usage record is lost: neither disk nor memory takes it'
+    )
+    this.#onDelivery('failed', 1)
+  }
+
+  async #retryDeferred(): Promise<void> {
+    const records = await this.#outbox.deferred(this.name, DEFERRED_AT_ONCE).catch(() => [])
+    for (const { rowid, at, entry } of records) {
+      if (this.#isStopped || this.#failures > 0) return
+      const verdict = await this.#reporter.send([entry], this.#stopping.signal)
+      const isOld = Date.now() - at > this.#reporter.maxAge
+      if (verdict.kind === 'unavailable' || (verdict.kind === 'refused' && !isOld)) continue
+      this.#outbox.tell({ kind: 'settle', rowid })
+      if (verdict.kind === 'delivered') this.#onDelivery('delivered', 1)
+      else this.#bury([{ entry, at, seq: 0 }], verdict.reason)
+    }
+  }
+
+  #succeed(): void {
+    if (this.#failures > 0) this.#log.info({ reporter: this.name }, 'usage is reported again')
+    this.#failures = 0
+  }
+
+  #fail(kind: 'refused' | 'unavailable', reason: string): void {
+    if (kind === 'unavailable') this.#failures++
+    if (kind === 'unavailable' && this.#failures > 1) return
+    const message = kind === 'refused' ? 'a usage record was refused' : 'usage cannot be reported'
+    this.#log.error({ reporter: this.name, reason }, `${message}; it will be tried again`)
+  }
+
+  #idle(): Promise<void> {
+    return this.#sending === 0 ? Promise.resolve() : this.#whenIdle.promise
+  }
+
+  async #pause(ms: number): Promise<void> {
+    await sleep(ms, undefined, { signal: this.#stopping.signal }).catch(() => {})
+  }
+}

@@ -1,0 +1,117 @@
+import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads'
+import { type Deferred, Ledger, type Page } from './ledger.ts'
+
+/**
+ * The thread that owns the ledger. Whatever has come while one page was being committed becomes the
+ * next page: the slower the disk, the larger the pages.
+ */
+
+/** What the thread is asked. Entries need no answer of their own: a page tells how many posts are in it. */
+export type Order =
+  | { kind: 'append'; entries: string[] }
+  | { kind: 'mark'; reporter: string; seq: number }
+  | { kind: 'defer'; reporter: string; at: number; entry: string }
+  | { kind: 'settle'; rowid: number }
+  | { kind: 'bury'; reporter: string; reason: string; entry: string }
+  | { kind: 'prune'; reporters: string[]; before: number; maxBytes: number }
+  | { kind: 'markOf'; id: number; reporter: string }
+  | { kind: 'next'; id: number; seq: number }
+  | { kind: 'deferred'; id: number; reporter: string; limit: number }
+  | { kind: 'close'; id: number }
+
+export type Answer =
+  | { kind: 'committed'; seq: number; at: number; posts: number }
+  | { kind: 'failed'; reason: string; posts: number }
+  | { kind: 'pruned'; lost: number }
+  | { kind: 'answer'; id: number; value?: number | Page | Deferred[] | undefined; error?: string }
+
+const port = parentPort!
+const { file } = workerData as { file: string }
+/** Set as long as the file can be used. */
+let ledger: Ledger | undefined
+
+port.on('message', (first: Order) => {
+  const posts: string[][] = []
+  const others: Order[] = []
+  for (let order: Order | undefined = first; order !== undefined; order = received()) {
+    if (order.kind === 'append') posts.push(order.entries)
+    else others.push(order)
+  }
+  // Before the page: a reporter that is new, and asks where it begins, must not miss it.
+  for (const order of others) obey(order)
+  if (posts.length > 0) commit(posts)
+})
+
+function received(): Order | undefined {
+  return receiveMessageOnPort(port)?.message
+}
+
+function commit(posts: string[][]): void {
+  try {
+    const at = Date.now()
+    const seq = opened().append(posts.flat(), at)
+    say({ kind: 'committed', seq, at, posts: posts.length })
+  } catch (error) {
+    say({ kind: 'failed', reason: reopenAfter(error), posts: posts.length })
+  }
+}
+
+function obey(order: Order): void {
+  try {
+    const value = carryOut(opened(), order)
+    if ('id' in order) say({ kind: 'answer', id: order.id, value })
+  } catch (error) {
+    const reason = reopenAfter(error)
+    if ('id' in order) say({ kind: 'answer', id: order.id, error: reason })
+  }
+}
+
+function carryOut(ledger: Ledger, order: Order): number | Page | Deferred[] | undefined {
+  switch (order.kind) {
+    case 'mark':
+      return void ledger.mark(order.reporter, order.seq)
+    case 'defer':
+      return void ledger.defer(order.reporter, order.at, order.entry)
+    case 'settle':
+      return void ledger.settle(order.rowid)
+    case 'bury':
+      return void ledger.bury(order.reporter, order.reason, order.entry)
+    case 'prune': {
+      const lost = ledger.prune(order.reporters, order.before, order.maxBytes)
+      if (lost > 0) say({ kind: 'pruned', lost })
+      return undefined
+    }
+    case 'markOf':
+      return ledger.markOf(order.reporter)
+    case 'next':
+      return ledger.next(order.seq)
+    case 'deferred':
+      return ledger.deferred(order.reporter, order.limit)
+    case 'close':
+      return void close()
+    case 'append':
+      return ledger.append(order.entries)
+  }
+}
+
+function opened(): Ledger {
+  ledger ??= new Ledger(file)
+  return ledger
+}
+
+/** After an error the file is opened anew: it may have been replaced, or its disk may have room again. */
+function reopenAfter(error: unknown): string {
+  if (file !== ':memory:') close()
+  return (error as Error).message
+}
+
+function close(): void {
+  try {
+    ledger?.close()
+  } catch {}
+  ledger = undefined
+}
+
+function say(answer: Answer): void {
+  port.postMessage(answer)
+}

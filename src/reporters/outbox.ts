@@ -1,0 +1,252 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import { Worker } from 'node:worker_threads'
+import type { FastifyBaseLogger } from 'fastify'
+import { Courier, type OnDelivery } from './courier.ts'
+import type { Deferred, Page } from './ledger.ts'
+import type { Answer, Order } from './outbox-thread.ts'
+import type { Reporter } from './reporter.ts'
+
+/** How often (ms) the ledger is pruned. */
+const PRUNE_INTERVAL = 10_000
+/** Without a file only what still must be delivered is kept, and not much of it. */
+const IN_MEMORY: Keeping = { keep: 0, max_size: 64 * 1024 * 1024 }
+/** A disk that has not taken a page for so long (ms) holds no answer back any longer. */
+const COMMIT_TIMEOUT = 5_000
+/** How long (ms) the thread may take to close its file. */
+const CLOSE_TIMEOUT = 1_000
+const THREAD = new URL(`./outbox-thread${import.meta.url.slice(-3)}`, import.meta.url)
+
+/** How long records stay, and how much room they get. */
+export interface Keeping {
+  /** How long (ms) records stay that every reporter has had. */
+  keep: number
+  /** What all records together may take (bytes). */
+  max_size: number
+}
+
+/** Records that came in one turn of the event loop. */
+interface Post {
+  entries: string[]
+  at: number
+  settled: PromiseWithResolvers<void>
+}
+
+/** Something that usage records can be given to. */
+export interface Sink {
+  /** Resolves when the record is safe, or when it is certain that it cannot be made so now. */
+  append(entry: string): Promise<void>
+}
+
+/**
+ * Usage records on their way: each is committed to the ledger by a thread of its own, and then delivered
+ * to every reporter until that has taken it.
+ */
+export class Outbox implements Sink {
+  readonly #file: string
+  readonly #log: FastifyBaseLogger
+  readonly #onDelivery: OnDelivery
+  #keeping: Keeping
+  readonly #couriers: Courier[]
+  #thread: Worker | undefined
+  #gathering: Post | undefined
+  /** What the thread has not committed yet, oldest first. */
+  readonly #posts: Post[] = []
+  readonly #asked = new Map<number, PromiseWithResolvers<Value>>()
+  #lastId = 0
+  readonly #watch: NodeJS.Timeout
+  readonly #pruning: NodeJS.Timeout
+  /** Why records cannot be made safe at the moment. */
+  trouble: string | undefined
+
+  /** @param file of the ledger; `:memory:` keeps records for this process alone */
+  constructor(
+    file: string,
+    reporters: readonly Reporter[],
+    keeping: Keeping,
+    log: FastifyBaseLogger,
+    onDelivery: OnDelivery
+  ) {
+    this.#file = file
+    this.#keeping = keeping
+    this.#log = log
+    this.#onDelivery = onDelivery
+    this.#couriers = reporters.map(each => new Courier(each, this, log, onDelivery))
+    for (const courier of this.#couriers) courier.start()
+    this.#watch = setInterval(() => this.#hurry(), 1_000).unref()
+    this.#pruning = setInterval(() => this.#prune(), PRUNE_INTERVAL).unref()
+  }
+
+  append(entry: string): Promise<void> {
+    if (this.#gathering === undefined) {
+      this.#gathering = { entries: [], at: performance.now(), settled: Promise.withResolvers() }
+      setImmediate(() => this.#post())
+    }
+    this.#gathering.entries.push(entry)
+    return this.#gathering.settled.promise
+  }
+
+  /** Records that a reporter has not had yet, as far as they are known here. */
+  get pending(): number {
+    return this.#couriers.reduce((sum, each) => sum + each.pending, this.#uncommitted())
+  }
+
+  /** Other reporters from now on; one that keeps its name goes on where it was. */
+  async update(reporters: readonly Reporter[], keeping: Keeping): Promise<void> {
+    this.#keeping = keeping
+    const before = this.#couriers.splice(0)
+    await Promise.all(before.map(each => each.stop()))
+    for (const each of reporters) {
+      this.#couriers.push(new Courier(each, this, this.#log, this.#onDelivery))
+    }
+    for (const courier of this.#couriers) courier.start()
+  }
+
+  /** Delivers what is there until the signal fires. What is left stays in the file. */
+  async close(signal: AbortSignal): Promise<void> {
+    this.#thread?.ref()
+    while (this.#uncommitted() > 0 && !signal.aborted) await this.#lastPost()
+    await Promise.all(this.#couriers.map(each => each.finish(signal)))
+    clearInterval(this.#watch)
+    clearInterval(this.#pruning)
+    await Promise.all(this.#couriers.map(each => each.stop()))
+    if (this.#thread === undefined) return
+    await Promise.race([this.#ask({ kind: 'close' }), sleep(CLOSE_TIMEOUT)])
+    await this.#thread.terminate()
+  }
+
+  // What couriers need of the ledger.
+
+  async markOf(reporter: string): Promise<number> {
+    return (await this.#ask({ kind: 'markOf', reporter })) as number
+  }
+
+  async next(seq: number): Promise<Page | undefined> {
+    return (await this.#ask({ kind: 'next', seq })) as Page | undefined
+  }
+
+  async deferred(reporter: string, limit: number): Promise<Deferred[]> {
+    return (await this.#ask({ kind: 'deferred', reporter, limit })) as Deferred[]
+  }
+
+  tell(order: Order & { kind: 'mark' | 'defer' | 'settle' | 'bury' }): void {
+    this.#tell(order)
+  }
+
+  #uncommitted(): number {
+    const posted = this.#posts.reduce((sum, each) => sum + each.entries.length, 0)
+    return posted + (this.#gathering?.entries.length ?? 0)
+  }
+
+  #lastPost(): Promise<void> {
+    return (this.#gathering ?? this.#posts.at(-1))!.settled.promise
+  }
+
+  #post(): void {
+    const post = this.#gathering!
+    this.#gathering = undefined
+    this.#posts.push(post)
+    this.#tell({ kind: 'append', entries: post.entries })
+  }
+
+  #ask(question: Question): Promise<Value> {
+    const id = ++this.#lastId
+    const asked = Promise.withResolvers<Value>()
+    this.#asked.set(id, asked)
+    this.#tell({ ...question, id } as Order)
+    return asked.promise
+  }
+
+  #tell(order: Order): void {
+    this.#thread ??= this.#start()
+    this.#thread.postMessage(order)
+  }
+
+  #start(): Worker {
+    const thread = new Worker(THREAD, { workerData: { file: this.#file } })
+    thread.unref()
+    thread.on('message', (answer: Answer) => this.#hear(answer))
+    thread.on('error', error => this.#restart(error as Error))
+    return thread
+  }
+
+  #hear(answer: Answer): void {
+    switch (answer.kind) {
+      case 'committed': {
+        this.#recover()
+        const { seq, at } = answer
+        return this.#settle(answer.posts, { seq, at, entries: [] })
+      }
+      case 'failed':
+        this.#complain(answer.reason)
+        return this.#settle(answer.posts, { seq: 0, at: Date.now(), entries: [] })
+      case 'pruned':
+        return void this.#log.error(
+          { records: answer.lost },
+          'usage records are lost: the outbox is full of what its reporters do not take'
+        )
+      case 'answer': {
+        const asked = this.#asked.get(answer.id)
+        this.#asked.delete(answer.id)
+        if (answer.error === undefined) asked?.resolve(answer.value)
+        else asked?.reject(new Error(answer.error))
+      }
+    }
+  }
+
+  /** The oldest posts are a page now; without a number it is in memory alone. */
+  #settle(posts: number, page: Page): void {
+    for (const post of this.#posts.splice(0, posts)) {
+      for (const entry of post.entries) page.entries.push(entry)
+      post.settled.resolve()
+    }
+    for (const courier of this.#couriers) courier.offer(page)
+  }
+
+  /** A thread that died is replaced, and gets again what it has not said it has committed. */
+  #restart(error: Error): void {
+    this.#complain(error.message)
+    this.#thread = undefined
+    for (const asked of this.#asked.values()) asked.reject(error)
+    this.#asked.clear()
+    for (const { entries } of this.#posts) this.#tell({ kind: 'append', entries })
+  }
+
+  /** Answers are not held back for ever by a disk that hangs. */
+  #hurry(): void {
+    for (const post of this.#posts) {
+      if (performance.now() - post.at < COMMIT_TIMEOUT) return
+      this.#complain('the disk does not answer')
+      post.settled.resolve()
+    }
+  }
+
+  #complain(reason: string): void {
+    if (this.trouble === reason) return
+    this.trouble = reason
+    this.#log.error(
+      { file: this.#file, reason },
+      'usage records cannot be written; they are kept in memory, and lost if this process ends'
+    )
+  }
+
+  #recover(): void {
+    if (this.trouble === undefined) return
+    this.trouble = undefined
+    this.#log.warn({ file: this.#file }, 'usage records are written again')
+  }
+
+  #prune(): void {
+    if (this.#thread === undefined) return
+    const reporters = this.#couriers.map(each => each.name)
+    const { keep, max_size } = this.#file === ':memory:' ? IN_MEMORY : this.#keeping
+    this.#tell({ kind: 'prune', reporters, before: Date.now() - keep, maxBytes: max_size })
+  }
+}
+
+/** Orders that are answered, without their numbers. */
+type Question =
+  | { kind: 'markOf'; reporter: string }
+  | { kind: 'next'; seq: number }
+  | { kind: 'deferred'; reporter: string; limit: number }
+  | { kind: 'close' }
+type Value = (Answer & { kind: 'answer' })['value']

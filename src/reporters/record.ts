@@ -1,0 +1,142 @@
+import type { Exchange } from '../exchange.ts'
+import { pathBelow } from '../http.ts'
+
+/**
+ * What one exchange spent: the flat fields, and `usage` beside them as the original sends it.
+ * `prompt_tokens` and `input_tokens` are the same number, as are `completion_tokens` and `output_tokens`.
+ */
+export interface UsageRecord {
+  /** A UUIDv7: whoever gets a record twice can tell by it. */
+  id: string
+  /** `req_` and the digits of `id`: as in the log, the answer and the backend's request. */
+  request_id: string
+  /** End of the exchange, ISO 8601 in UTC. */
+  timestamp: string
+  user_id: string | null
+  api_key_id: string | null
+  /** Name of the key, where it has one. */
+  caller: string | null
+  requested_model: string | null
+  model: string | null
+  prompt_tokens: number
+  completion_tokens: number
+  total_tokens: number
+  input_tokens: number
+  output_tokens: number
+  /** Of the input, from a cache. */
+  cached_tokens?: number | undefined
+  /** Of the output, reasoning. */
+  reasoning_tokens?: number | undefined
+  is_stream: boolean
+  stream: boolean
+  /** `exact`: the backend said so; `counted`: its deltas were counted; null: no tokens known. */
+  exactness: 'exact' | 'counted' | null
+  /** What it costs, where a price is configured. */
+  cost?: number | undefined
+  currency?: string | undefined
+  /** From request headers, as configured. */
+  tags?: Record<string, string> | undefined
+  /** The route's pattern, such as `/v1/chat/completions`. */
+  endpoint: string
+  method: string
+  path: string
+  backend: string
+  backend_url: string
+  attempts: number
+  outcome: string
+  status_code: number
+  /** Time to first token; null when there was none. */
+  ttft_ms: number | null
+  duration_ms: number
+  latency_ms: number
+  usage?: { prompt_tokens: number; completion_tokens: number; total_tokens: number } | undefined
+}
+
+/** What a model costs: so much of `currency` for a million tokens of each kind. */
+export interface Price {
+  model: string
+  input: number
+  output: number
+  cached?: number | undefined
+  currency: string
+}
+
+const MILLION = 1_000_000
+const MAX_TAG = 200
+
+/** The record of an exchange that is over, or about to be. */
+export function toRecord(
+  exchange: Exchange,
+  prefix: string,
+  tagHeaders: ReadonlyMap<string, string>,
+  price: Price | undefined
+): UsageRecord {
+  const { request, usage } = exchange
+  const { caller, payload } = request
+  const input_tokens = usage?.promptTokens ?? 0
+  const output_tokens = usage?.completionTokens ?? 0
+  const total_tokens = usage?.totalTokens ?? 0
+  const model = payload?.model ?? null
+  const stream = payload?.stream ?? false
+  const duration_ms = Math.round(exchange.durationMs)
+  return {
+    id: uuidOf(exchange.id),
+    request_id: exchange.id,
+    timestamp: new Date().toISOString(),
+    user_id: caller?.userId ?? null,
+    api_key_id: caller?.id ?? null,
+    caller: caller?.name ?? null,
+    requested_model: model,
+    model,
+    prompt_tokens: input_tokens,
+    completion_tokens: output_tokens,
+    total_tokens,
+    input_tokens,
+    output_tokens,
+    cached_tokens: usage?.cachedTokens,
+    reasoning_tokens: usage?.reasoningTokens,
+    is_stream: stream,
+    stream,
+    exactness: usage?.exactness ?? null,
+    cost: price && cost(price, input_tokens, output_tokens, usage?.cachedTokens ?? 0),
+    currency: price?.currency,
+    tags: tagHeaders.size === 0 ? undefined : tags(request.headers, tagHeaders),
+    endpoint: exchange.endpoint?.url ?? request.routeOptions.url ?? '',
+    method: request.method,
+    path: pathBelow(request.url, prefix),
+    backend: exchange.backend ?? '',
+    backend_url: exchange.backendUrl ?? '',
+    attempts: exchange.attempts,
+    outcome: exchange.outcome,
+    status_code: exchange.statusCode,
+    ttft_ms: exchange.ttftMs === undefined ? null : Math.round(exchange.ttftMs),
+    duration_ms,
+    latency_ms: duration_ms,
+    usage: usage && { prompt_tokens: input_tokens, completion_tokens: output_tokens, total_tokens }
+  }
+}
+
+/** Cached tokens are part of the input, at a price of their own where there is one. */
+function cost(price: Price, input: number, output: number, cached: number): number {
+  const fresh = (input - cached) * price.input
+  return (fresh + cached * (price.cached ?? price.input) + output * price.output) / MILLION
+}
+
+function tags(
+  headers: Record<string, string | string[] | undefined>,
+  tagHeaders: ReadonlyMap<string, string>
+): Record<string, string> {
+  const found: Record<string, string> = {}
+  for (const [tag, header] of tagHeaders) {
+    const value = headers[header]
+    if (value !== undefined) found[tag] = String(value).slice(0, MAX_TAG)
+  }
+  return found
+}
+
+/** The UUID whose digits are in a request id. */
+function uuidOf(requestId: string): string {
+  const at = requestId.length - 32
+  const digits = requestId.slice(at)
+  return `${digits.slice(0, 8)}-${digits.slice(8, 12)}-${digits.slice(12, 16)}-${digits.slice(16, 20)}-${digits.slice(20)}`
+}

@@ -1,0 +1,97 @@
+import assert from 'node:assert/strict'
+import { createServer } from 'node:http'
+import { type TestContext, test } from 'node:test'
+import { answerChat, CHAT, fakeBackend, post } from './helper.ts'
+import { CLI, folder, type Process, start, writeConfig } from './process.ts'
+
+/**
+ * The process is killed at random moments under load: whoever got the end of an answer has been, or will
+ * be, reported. LONG=1: the full number, for the documentation.
+ */
+
+const KILLS = process.env.LONG ? 100 : 4
+const CLIENTS = 8
+const LATEST_KILL = 400
+
+/** Records by id, and how often each came. */
+async function countingSink(t: TestContext) {
+  const seen = new Map<string, number>()
+  const sink = createServer((request, response) => {
+    let body = ''
+    request.on('data', data => {
+      body += data
+    })
+    request.on('end', () => {
+      for (const { request_id } of JSON.parse(body)) {
+        seen.set(request_id, (seen.get(request_id) ?? 0) + 1)
+      }
+      // Now and then it answers late, so that a kill meets deliveries, too.
+      setTimeout(() => response.end(), Math.random() < 0.1 ? 50 : 0)
+    })
+  })
+  await new Promise<void>(resolve => sink.listen(0, '127.0.0.1', resolve))
+  t.after(() => {
+    sink.closeAllConnections()
+    sink.close()
+  })
+  return { seen, url: `http://127.0.0.1:${(sink.address() as { port: number }).port}` }
+}
+
+/** Calls the gateway until it is gone; returns the ids of the answers that came to their end. */
+async function load(gateway: Process): Promise<string[]> {
+  const complete: string[] = []
+  const client = async (index: number) => {
+    for (let call = 0; ; call++) {
+      const stream = (index + call) % 2 === 0
+      try {
+        const answer = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream })
+        const text = await answer.text()
+        assert.match(text, stream ? /data: \[DONE\]\n\n$/ : /\}$/)
+        complete.push(answer.headers.get('x-llmproxy-request-id')!)
+      } catch (error) {
+        if (error instanceof assert.AssertionError) throw error
+        return
+      }
+    }
+  }
+  await Promise.all(Array.from({ length: CLIENTS }, (_, index) => client(index)))
+  return complete
+}
+
+for (const workers of [1, 2]) {
+  const name = workers === 1 ? 'one process' : 'two workers'
+  test(`${name}, killed at ${KILLS} random moments: no complete answer goes unreported`, {
+    timeout: KILLS * 20_000
+  }, async t => {
+    const backend = await fakeBackend(t, answerChat)
+    const sink = await countingSink(t)
+    const dataDir = folder(t)
+    const webhook = { url: sink.url, batch: { max_events: 20, max_wait: '20ms' } }
+    const file = writeConfig(`${dataDir}/config.json`, {
+      server: { listen: '127.0.0.1:0', workers },
+      backends: [{ url: backend.url }],
+      usage: { enabled: true, reporters: [{ type: 'webhook', webhook }] }
+    })
+    const begin = () => start(t, [CLI, '--config', file], { LLMPROXY_DATA_DIR: dataDir })
+    const complete: string[] = []
+    for (let kill = 0; kill < KILLS; kill++) {
+      const gateway = await begin()
+      setTimeout(() => gateway.child.kill('SIGKILL'), Math.random() * LATEST_KILL)
+      for (const id of await load(gateway)) complete.push(id)
+    }
+    const last = await begin()
+    const missing = () => complete.filter(id => !sink.seen.has(id))
+    const deadline = performance.now() + 10_000
+    while (missing().length > 0 && performance.now() < deadline) {
+      await new Promise(resolve => setTimeout(resolve, 20))
+    }
+    last.child.kill('SIGTERM')
+    await last.exit
+    const twice = [...sink.seen.values()].filter(count => count > 1).length
+    t.diagnostic(
+      `${KILLS} kills, ${name}: ${complete.length} complete answers, ${missing().length} of them not reported; ${sink.seen.size} records, ${twice} of them delivered more than once`
+    )
+    assert.ok(complete.length > KILLS)
+    assert.deepEqual(missing(), [])
+  })
+}

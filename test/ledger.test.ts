@@ -1,0 +1,61 @@
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { Ledger } from '../src/reporters/ledger.ts'
+
+test('pages come back as they were written, in order', () => {
+  const ledger = new Ledger(':memory:')
+  const pages = [['{"id":"a"}', '{"id":"b","text":"\\u001e\\n"}\0{ "raw":\n1 }'], ['{"id":"c"}']]
+  const seqs = pages.map(page => ledger.append(page, 1))
+  assert.deepEqual(seqs, [1, 2])
+  assert.deepEqual(ledger.next(0), { seq: 1, at: 1, entries: pages[0] })
+  assert.deepEqual(ledger.next(1), { seq: 2, at: 1, entries: pages[1] })
+  assert.equal(ledger.next(2), undefined)
+})
+
+test('a new reporter begins with what comes, and keeps its mark', () => {
+  const ledger = new Ledger(':memory:')
+  ledger.append(['1'])
+  assert.equal(ledger.markOf('late'), 1)
+  ledger.append(['2'])
+  assert.equal(ledger.markOf('late'), 1)
+  ledger.mark('late', 2)
+  assert.equal(ledger.markOf('late'), 2)
+})
+
+test('what was put aside comes back in its order, and is settled by itself', () => {
+  const ledger = new Ledger(':memory:')
+  ledger.defer('a', 5, 'one')
+  ledger.defer('b', 6, 'other')
+  ledger.defer('a', 7, 'two')
+  const [one, two] = ledger.deferred('a', 10)
+  assert.deepEqual([one!.entry, one!.at, two!.entry], ['one', 5, 'two'])
+  ledger.settle(one!.rowid)
+  assert.deepEqual(
+    ledger.deferred('a', 10).map(each => each.entry),
+    ['two']
+  )
+})
+
+test('old pages go when everybody has had them, and not before', () => {
+  const ledger = new Ledger(':memory:')
+  ledger.markOf('fast')
+  ledger.markOf('slow')
+  for (const at of [1, 2, 3]) ledger.append([String(at)], at)
+  ledger.mark('fast', 3)
+  ledger.mark('slow', 1)
+  assert.equal(ledger.prune(['fast', 'slow'], 3, 1e9), 0)
+  assert.equal(ledger.next(0)!.seq, 2)
+  ledger.mark('slow', 3)
+  ledger.prune(['fast', 'slow'], 3, 1e9)
+  assert.equal(ledger.next(0)!.seq, 3)
+})
+
+test('too much: the oldest go first, and what somebody still waited for is told', () => {
+  const ledger = new Ledger(':memory:')
+  ledger.markOf('dead')
+  for (let page = 0; page < 200; page++) ledger.append(['x'.repeat(10_000), 'y'])
+  const lost = ledger.prune(['dead'], 0, 1_000_000)
+  const left = ledger.next(0)!.seq
+  assert.ok(left > 50 && left < 200, String(left))
+  assert.equal(lost, (left - 1) * 2)
+})
