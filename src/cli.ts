@@ -28,6 +28,8 @@ Whatever the gateway writes goes below LLMPROXY_DATA_DIR (default: ./data).
 
 /** How often (ms) npm is looked for, when it has started this process. */
 const PARENT_INTERVAL = 500
+/** Interrupts so close together (ms) are one press of Ctrl-C. */
+const SAME_KEY = 300
 const DATA_DIR = process.env.LLMPROXY_DATA_DIR ?? './data'
 const CONTAINER_CONFIG = '/home/llmproxy/config.yaml'
 const DEFAULT_CONFIG = fileURLToPath(new URL('../config/llmproxy.yaml', import.meta.url))
@@ -75,10 +77,24 @@ async function serve(file: string): Promise<void> {
   process.on('SIGHUP', () => void followed.reload())
   stopWithNpm()
   // The gateway's own drain timeout ends a close; a second signal ends the process at once.
-  closeWithGrace({ delay: false, logger: server.log, skip: ['SIGHUP'] }, async ({ err }) => {
-    if (err) server.log.fatal({ err }, 'unexpected error')
-    followed.stop()
-    await server.close()
+  const { close } = closeWithGrace(
+    { delay: false, logger: server.log, skip: ['SIGHUP', 'SIGINT'] },
+    async ({ err }) => {
+      if (err) server.log.fatal({ err }, 'unexpected error')
+      followed.stop()
+      await server.close()
+    }
+  )
+  onInterrupt(close)
+}
+
+/** Ctrl-C comes twice where npm has started this process: from the terminal, and passed on by npm. */
+function onInterrupt(close: () => void): void {
+  let first: number | undefined
+  process.on('SIGINT', () => {
+    if (first === undefined) close()
+    else if (performance.now() - first > SAME_KEY) process.exit(1)
+    first ??= performance.now()
   })
 }
 

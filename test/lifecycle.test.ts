@@ -185,6 +185,21 @@ for (const signal of ['SIGTERM', 'SIGHUP'] as const) {
   })
 }
 
+test('npm start: Ctrl-C, which npm passes on a second time, ends the serving process in order', async t => {
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    ...LISTEN,
+    backends: [{ url: 'demo://' }]
+  })
+  const gateway = await start(t, ['start', '--', '--config', file], {}, 'npm', { detached: true })
+  // As a terminal does: to the whole group.
+  process.kill(-gateway.child.pid!, 'SIGINT')
+  await gateway.exit
+  assert.deepEqual(
+    gateway.lines.slice(-2).map(({ msg }) => msg),
+    ['shutting down', 'stopped']
+  )
+})
+
 test('log.output: file writes below the data directory', async t => {
   const data = folder(t)
   const file = writeConfig(join(data, 'config.yaml'), {

@@ -29,9 +29,11 @@ export async function start(
   t: TestContext,
   args: string[],
   env: NodeJS.ProcessEnv = {},
-  command = process.execPath
+  command = process.execPath,
+  options: { detached?: boolean } = {}
 ): Promise<Process> {
   const child = spawn(command, args, {
+    ...options,
     env: { ...process.env, LLMPROXY_CONFIG: '', ...env },
     stdio: ['ignore', 'pipe', 'inherit']
   })
