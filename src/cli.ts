@@ -77,24 +77,29 @@ async function serve(file: string): Promise<void> {
   process.on('SIGHUP', () => void followed.reload())
   stopWithNpm()
   // The gateway's own drain timeout ends a close; a second signal ends the process at once.
+  let isStopping = false
   const { close } = closeWithGrace(
     { delay: false, logger: server.log, skip: ['SIGHUP', 'SIGINT'] },
     async ({ err }) => {
+      isStopping = true
       if (err) server.log.fatal({ err }, 'unexpected error')
       followed.stop()
       await server.close()
     }
   )
-  onInterrupt(close)
+  onCtrlC(() => {
+    if (isStopping) process.exit(1)
+    close()
+  })
 }
 
 /** Ctrl-C comes twice where npm has started this process: from the terminal, and passed on by npm. */
-function onInterrupt(close: () => void): void {
-  let first: number | undefined
+function onCtrlC(act: () => void): void {
+  let latest = Number.NEGATIVE_INFINITY
   process.on('SIGINT', () => {
-    if (first === undefined) close()
-    else if (performance.now() - first > SAME_KEY) process.exit(1)
-    first ??= performance.now()
+    const isSameKey = performance.now() - latest < SAME_KEY
+    latest = performance.now()
+    if (!isSameKey) act()
   })
 }
 
