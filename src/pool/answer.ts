@@ -45,7 +45,7 @@ export const READ_MS = 50
  */
 export class Answer extends Readable {
   tap: Tap | undefined
-  /** Objects, not functions: V8 keeps a function that was made for one answer until its next full collection. */
+  /** Objects, not functions: V8 lets a function that is assigned to a member live until its next full collection. */
   account: Account | undefined
   source: Source | undefined
   /** It comes bit by bit, and a break can be told of in words. */
@@ -157,19 +157,21 @@ export class Answer extends Readable {
 
   #forward(chunk: Buffer): boolean {
     const out = this.tap === undefined ? chunk : this.tap.pass(chunk)
-    this.#expected -= out?.length ?? 0
-    if (this.#expected <= 0) {
-      this.#lastChunk = out
-      return true
-    }
-    const open = this.#write(out)
+    // An empty chunk would be the end of a chunked body; undici has one after a pause.
+    const open = out === undefined || out.length === 0 || this.#pass(out)
     if (this.tap?.isOver) this.#conclude()
     return open
   }
 
+  #pass(out: Buffer): boolean {
+    this.#expected -= out.length
+    if (this.#expected > 0) return this.#write(out)
+    this.#lastChunk = out
+    return true
+  }
+
   #write(out: Buffer | undefined): boolean {
-    // An empty chunk would be the end of a chunked body; undici has one after a pause.
-    if (out === undefined || out.length === 0) return true
+    if (out === undefined) return true
     const response = this.#response
     if (response === undefined) {
       const open = this.push(out)
