@@ -1,4 +1,4 @@
-import type { Sink } from './reporters/outbox.ts'
+import type { Sink } from './reporters/posts.ts'
 
 /** The other processes that serve the same port (`server.workers`). */
 export interface Peers {

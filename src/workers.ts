@@ -5,18 +5,13 @@ import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
 import type { Gateway } from './app.ts'
 import type { Config } from './config.ts'
+import { collectGarbage } from './memory.ts'
 import type { News, Peers } from './peers.ts'
 import { toKeeping, toReporters, usageFile } from './plugins/usage.ts'
 import type { Delivery } from './reporters/courier.ts'
-import { Outbox, type Sink } from './reporters/outbox.ts'
-import {
-  collectGarbage,
-  createLog,
-  flushLog,
-  LISTENING,
-  type Server,
-  startServer
-} from './server.ts'
+import { Outbox } from './reporters/outbox.ts'
+import { Posts } from './reporters/posts.ts'
+import { createLog, flushLog, LISTENING, type Server, startServer } from './server.ts'
 import { VERSION } from './version.ts'
 
 /**
@@ -31,7 +26,7 @@ type Order =
   | { kind: 'close' }
   | { kind: 'metrics'; id: number; text?: string; error?: string }
   | { kind: 'news'; news: News }
-  | { kind: 'recorded'; posts: number }
+  | { kind: 'recorded' }
   | { kind: 'delivered'; result: Delivery; records: number }
 
 /** What a worker says to the primary. */
@@ -125,7 +120,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   /** One process writes all records down: what it has written it says to the worker, in order. */
   async function record(worker: Worker, entries: string[]): Promise<void> {
     await Promise.all(entries.map(each => outbox.append(each)))
-    send(worker, { kind: 'recorded', posts: 1 })
+    send(worker, { kind: 'recorded' })
   }
 
   /** The primary has no metrics of its own; one worker counts for it. */
@@ -205,7 +200,7 @@ function reloaded(worker: Worker): Promise<string | undefined> {
 export function runWorker(dataDir: string): void {
   const scrapes = new Map<number, (order: Order & { kind: 'metrics' }) => void>()
   const newsListeners: ((news: News) => void)[] = []
-  const usage = new Relay(entries => tell({ kind: 'records', entries }))
+  const usage = new Posts(entries => tell({ kind: 'records', entries }))
   let lastScrape = 0
   let server: (Server & { gateway: Gateway }) | undefined
   const peers: Peers = {
@@ -226,7 +221,7 @@ export function runWorker(dataDir: string): void {
   process.on('message', async (order: Order) => {
     if (order.kind === 'serve') await serve(order.config)
     else if (order.kind === 'reload') await reload(order.config)
-    else if (order.kind === 'recorded') usage.settle()
+    else if (order.kind === 'recorded') usage.settle(1)
     else if (order.kind === 'delivered') server?.gateway.countDelivery(order.result, order.records)
     else if (order.kind === 'news') for (const listener of newsListeners) listener(order.news)
     else if (order.kind === 'metrics') {
@@ -264,36 +259,6 @@ export function runWorker(dataDir: string): void {
     } catch (error) {
       tell({ kind: 'reloaded', error: (error as Error).message })
     }
-  }
-}
-
-/** Passes usage records on to the process that writes them down, those of one turn together. */
-class Relay implements Sink {
-  readonly #send: (entries: string[]) => void
-  #gathering: { entries: string[]; settled: PromiseWithResolvers<void> } | undefined
-  readonly #sent: PromiseWithResolvers<void>[] = []
-
-  constructor(send: (entries: string[]) => void) {
-    this.#send = send
-  }
-
-  append(entry: string): Promise<void> {
-    if (this.#gathering === undefined) {
-      this.#gathering = { entries: [], settled: Promise.withResolvers() }
-      setImmediate(() => {
-        const { entries, settled } = this.#gathering!
-        this.#gathering = undefined
-        this.#sent.push(settled)
-        this.#send(entries)
-      })
-    }
-    this.#gathering.entries.push(entry)
-    return this.#gathering.settled.promise
-  }
-
-  /** The oldest records that were sent are safe. */
-  settle(): void {
-    this.#sent.shift()?.resolve()
   }
 }
 

@@ -6,6 +6,8 @@ import { type TestContext, test } from 'node:test'
 import { pino } from 'pino'
 import { parseConfig } from '../src/config.ts'
 import type { Peers } from '../src/peers.ts'
+import { Answer } from '../src/pool/answer.ts'
+import type { OnDelivery } from '../src/reporters/courier.ts'
 import { Outbox } from '../src/reporters/outbox.ts'
 import type { Reporter, Verdict } from '../src/reporters/reporter.ts'
 import { createApp } from '../src/server.ts'
@@ -216,7 +218,8 @@ function outboxFor(
   t: TestContext,
   file: string,
   send: (entries: readonly string[]) => Promise<Verdict>,
-  more: Partial<Reporter> = {}
+  more: Partial<Reporter> = {},
+  onDelivery: OnDelivery = () => {}
 ) {
   const reporter: Reporter = {
     name: 'test',
@@ -230,7 +233,7 @@ function outboxFor(
     ...more
   }
   const keeping = { keep: 1e9, max_size: 1e9 }
-  const outbox = new Outbox(file, [reporter], keeping, pino({ level: 'silent' }), () => {})
+  const outbox = new Outbox(file, [reporter], keeping, pino({ level: 'silent' }), onDelivery)
   t.after(() => outbox.close(AbortSignal.abort()))
   return outbox
 }
@@ -282,4 +285,34 @@ test('a file that cannot be used holds nothing up: records are delivered from me
   await outbox.append('{"id":"1"}')
   assert.match(outbox.trouble!, /EISDIR|unable to open/)
   while (seen.length < 1) await new Promise(resolve => setImmediate(resolve))
+  await outbox.close(AbortSignal.timeout(1_000))
+})
+
+test('what cannot be delivered from memory before the end is counted as lost', async t => {
+  const results: [string, number][] = []
+  const outbox = outboxFor(
+    t,
+    ':memory:',
+    async () => ({ kind: 'unavailable', reason: 'x', retryAfter: 0 }),
+    {},
+    (result, records) => results.push([result, records])
+  )
+  await Promise.all(['{"id":"1"}', '{"id":"2"}'].map(each => outbox.append(each)))
+  await outbox.close(AbortSignal.abort())
+  assert.deepEqual(results, [['failed', 2]])
+})
+
+test('an empty chunk behind the last one under a length does not replace it', async t => {
+  const controller = { resume() {}, pause() {}, abort() {} } as never
+  const server = createServer((_request, response) => {
+    const answer = new Answer(controller)
+    response.setHeader('content-length', 3)
+    answer.pipe(response)
+    for (const chunk of ['a', 'bc', '']) answer.data(Buffer.from(chunk))
+    answer.end()
+  })
+  await new Promise<void>(resolve => server.listen(0, '127.0.0.1', resolve))
+  t.after(() => server.close())
+  const { port } = server.address() as { port: number }
+  assert.equal(await (await fetch(`http://127.0.0.1:${port}`)).text(), 'abc')
 })

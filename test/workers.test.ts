@@ -5,7 +5,7 @@ import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { test } from 'node:test'
 import { parseConfig } from '../src/config.ts'
-import { collectGarbage } from '../src/server.ts'
+import { collectGarbage } from '../src/memory.ts'
 import {
   answerChat,
   CHAT,

@@ -15,7 +15,8 @@ import {
   Size
 } from '../options.ts'
 import type { OnDelivery } from '../reporters/courier.ts'
-import { type Keeping, Outbox, type Sink } from '../reporters/outbox.ts'
+import { type Keeping, Outbox } from '../reporters/outbox.ts'
+import type { Sink } from '../reporters/posts.ts'
 import { type Price, toRecord, type UsageRecord } from '../reporters/record.ts'
 import { type Reporter, recordJson, toEntry } from '../reporters/reporter.ts'
 import { Webhook, WebhookOptions } from '../reporters/webhook.ts'

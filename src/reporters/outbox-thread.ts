@@ -58,7 +58,7 @@ function commit(posts: string[][]): void {
 
 function obey(order: Order): void {
   try {
-    const value = carryOut(opened(), order)
+    const value = order.kind === 'close' ? close() : carryOut(opened(), order)
     if ('id' in order) say({ kind: 'answer', id: order.id, value })
   } catch (error) {
     const reason = reopenAfter(error)
@@ -66,7 +66,10 @@ function obey(order: Order): void {
   }
 }
 
-function carryOut(ledger: Ledger, order: Order): number | Page | Deferred[] | undefined {
+function carryOut(
+  ledger: Ledger,
+  order: Exclude<Order, { kind: 'close' }>
+): number | Page | Deferred[] | undefined {
   switch (order.kind) {
     case 'mark':
       return void ledger.mark(order.reporter, order.seq)
@@ -87,8 +90,6 @@ function carryOut(ledger: Ledger, order: Order): number | Page | Deferred[] | un
       return ledger.next(order.seq)
     case 'deferred':
       return ledger.deferred(order.reporter, order.limit)
-    case 'close':
-      return void close()
     case 'append':
       return ledger.append(order.entries)
   }
@@ -105,7 +106,7 @@ function reopenAfter(error: unknown): string {
   return (error as Error).message
 }
 
-function close(): void {
+function close(): undefined {
   try {
     ledger?.close()
   } catch {}

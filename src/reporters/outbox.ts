@@ -1,9 +1,11 @@
+import { once } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { Worker } from 'node:worker_threads'
 import type { FastifyBaseLogger } from 'fastify'
 import { Courier, type OnDelivery } from './courier.ts'
 import type { Deferred, Page } from './ledger.ts'
 import type { Answer, Order } from './outbox-thread.ts'
+import { Posts, type Sink } from './posts.ts'
 import type { Reporter } from './reporter.ts'
 
 /** How often (ms) the ledger is pruned. */
@@ -24,19 +26,6 @@ export interface Keeping {
   max_size: number
 }
 
-/** Records that came in one turn of the event loop. */
-interface Post {
-  entries: string[]
-  at: number
-  settled: PromiseWithResolvers<void>
-}
-
-/** Something that usage records can be given to. */
-export interface Sink {
-  /** Resolves when the record is safe, or when it is certain that it cannot be made so now. */
-  append(entry: string): Promise<void>
-}
-
 /**
  * Usage records on their way: each is committed to the ledger by a thread of its own, and then delivered
  * to every reporter until that has taken it.
@@ -48,9 +37,8 @@ export class Outbox implements Sink {
   #keeping: Keeping
   readonly #couriers: Courier[]
   #thread: Worker | undefined
-  #gathering: Post | undefined
-  /** What the thread has not committed yet, oldest first. */
-  readonly #posts: Post[] = []
+  /** What the thread has not committed yet. */
+  readonly #posts = new Posts(entries => this.#tell({ kind: 'append', entries }))
   readonly #asked = new Map<number, PromiseWithResolvers<Value>>()
   #lastId = 0
   readonly #watch: NodeJS.Timeout
@@ -71,23 +59,18 @@ export class Outbox implements Sink {
     this.#log = log
     this.#onDelivery = onDelivery
     this.#couriers = reporters.map(each => new Courier(each, this, log, onDelivery))
-    for (const courier of this.#couriers) courier.start()
+    for (const courier of this.#couriers) void courier.start()
     this.#watch = setInterval(() => this.#hurry(), 1_000).unref()
     this.#pruning = setInterval(() => this.#prune(), PRUNE_INTERVAL).unref()
   }
 
   append(entry: string): Promise<void> {
-    if (this.#gathering === undefined) {
-      this.#gathering = { entries: [], at: performance.now(), settled: Promise.withResolvers() }
-      setImmediate(() => this.#post())
-    }
-    this.#gathering.entries.push(entry)
-    return this.#gathering.settled.promise
+    return this.#posts.append(entry)
   }
 
   /** Records that a reporter has not had yet, as far as they are known here. */
   get pending(): number {
-    return this.#couriers.reduce((sum, each) => sum + each.pending, this.#uncommitted())
+    return this.#couriers.reduce((sum, each) => sum + each.pending, this.#posts.size)
   }
 
   /** Other reporters from now on; one that keeps its name goes on where it was. */
@@ -98,16 +81,17 @@ export class Outbox implements Sink {
     for (const each of reporters) {
       this.#couriers.push(new Courier(each, this, this.#log, this.#onDelivery))
     }
-    for (const courier of this.#couriers) courier.start()
+    for (const courier of this.#couriers) void courier.start()
   }
 
   /** Delivers what is there until the signal fires. What is left stays in the file. */
   async close(signal: AbortSignal): Promise<void> {
     this.#thread?.ref()
-    while (this.#uncommitted() > 0 && !signal.aborted) await this.#lastPost()
+    if (!signal.aborted) await Promise.race([this.#posts.settled(), once(signal, 'abort')])
     await Promise.all(this.#couriers.map(each => each.finish(signal)))
     clearInterval(this.#watch)
     clearInterval(this.#pruning)
+    this.#sayWhatIsLeft()
     await Promise.all(this.#couriers.map(each => each.stop()))
     if (this.#thread === undefined) return
     await Promise.race([this.#ask({ kind: 'close' }), sleep(CLOSE_TIMEOUT)])
@@ -132,22 +116,6 @@ export class Outbox implements Sink {
     this.#tell(order)
   }
 
-  #uncommitted(): number {
-    const posted = this.#posts.reduce((sum, each) => sum + each.entries.length, 0)
-    return posted + (this.#gathering?.entries.length ?? 0)
-  }
-
-  #lastPost(): Promise<void> {
-    return (this.#gathering ?? this.#posts.at(-1))!.settled.promise
-  }
-
-  #post(): void {
-    const post = this.#gathering!
-    this.#gathering = undefined
-    this.#posts.push(post)
-    this.#tell({ kind: 'append', entries: post.entries })
-  }
-
   #ask(question: Question): Promise<Value> {
     const id = ++this.#lastId
     const asked = Promise.withResolvers<Value>()
@@ -165,7 +133,7 @@ export class Outbox implements Sink {
     const thread = new Worker(THREAD, { workerData: { file: this.#file } })
     thread.unref()
     thread.on('message', (answer: Answer) => this.#hear(answer))
-    thread.on('error', error => this.#restart(error as Error))
+    thread.on('error', error => this.#giveUp(error as Error))
     return thread
   }
 
@@ -174,11 +142,10 @@ export class Outbox implements Sink {
       case 'committed': {
         this.#recover()
         const { seq, at } = answer
-        return this.#settle(answer.posts, { seq, at, entries: [] })
+        return this.#offer({ seq, at, entries: this.#posts.settle(answer.posts) })
       }
       case 'failed':
-        this.#complain(answer.reason)
-        return this.#settle(answer.posts, { seq: 0, at: Date.now(), entries: [] })
+        return this.#offerUnsafe(answer.reason, answer.posts)
       case 'pruned':
         return void this.#log.error(
           { records: answer.lost },
@@ -193,31 +160,38 @@ export class Outbox implements Sink {
     }
   }
 
-  /** The oldest posts are a page now; without a number it is in memory alone. */
-  #settle(posts: number, page: Page): void {
-    for (const post of this.#posts.splice(0, posts)) {
-      for (const entry of post.entries) page.entries.push(entry)
-      post.settled.resolve()
-    }
+  #offer(page: Page): void {
     for (const courier of this.#couriers) courier.offer(page)
   }
 
-  /** A thread that died is replaced, and gets again what it has not said it has committed. */
-  #restart(error: Error): void {
-    this.#complain(error.message)
+  /** The oldest posts are on no disk; they are delivered from memory. */
+  #offerUnsafe(reason: string, posts?: number): void {
+    this.#complain(reason)
+    this.#offer({ seq: 0, at: Date.now(), entries: this.#posts.settle(posts) })
+  }
+
+  /** A thread that died is replaced by the next order. */
+  #giveUp(error: Error): void {
     this.#thread = undefined
     for (const asked of this.#asked.values()) asked.reject(error)
     this.#asked.clear()
-    for (const { entries } of this.#posts) this.#tell({ kind: 'append', entries })
+    this.#offerUnsafe(error.message)
   }
 
   /** Answers are not held back for ever by a disk that hangs. */
   #hurry(): void {
-    for (const post of this.#posts) {
-      if (performance.now() - post.at < COMMIT_TIMEOUT) return
-      this.#complain('the disk does not answer')
-      post.settled.resolve()
+    if (this.#posts.letGo(COMMIT_TIMEOUT)) this.#complain('the disk does not answer')
+  }
+
+  #sayWhatIsLeft(): void {
+    const records = this.pending
+    if (records === 0) return
+    if (this.#file !== ':memory:') {
+      this.#log.warn({ records }, 'usage records are left for the next start')
+      return
     }
+    this.#log.error({ records }, 'usage records were not delivered, and are lost')
+    this.#onDelivery('failed', records)
   }
 
   #complain(reason: string): void {
