@@ -28,16 +28,8 @@ export function parseRetryAfter(value: string | string[] | undefined): number {
  * mediaType('Text/Event-Stream; charset=utf-8') // 'text/event-stream'
  */
 export function mediaType(contentType: unknown): string {
-  // It is asked for several times for each answer, and nearly all answers have the same.
-  if (contentType !== latest) {
-    latest = contentType
-    latestType = String(contentType).split(';', 1)[0]!.trim().toLowerCase()
-  }
-  return latestType
+  return String(contentType).split(';', 1)[0]!.trim().toLowerCase()
 }
-
-let latest: unknown
-let latestType = 'undefined'
 
 /** Is it a media type whose answers come bit by bit: server-sent events, or JSON lines? */
 export function isStream(type: string): boolean {

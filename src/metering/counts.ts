@@ -15,8 +15,10 @@ export function addCounts(counts: Counts, json: string): void {
     const value = usage[name]
     if (isCount(name, value)) counts[name] = value
     else if (typeof value === 'object' && value !== null) {
-      const inner = value as Record<string, unknown>
-      for (const name in inner) if (isCount(name, inner[name])) counts[name] = inner[name]
+      const details = value as Record<string, unknown>
+      for (const detail in details) {
+        if (isCount(detail, details[detail])) counts[detail] = details[detail]
+      }
     }
   }
 }

@@ -82,7 +82,7 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
     if (whole === undefined) return void reply.send(sent)
     const recorded = exchange.conclude()
     if (recorded === undefined) reply.send(whole)
-    else void recorded.then(() => exchange.closed || reply.send(whole))
+    else void recorded.then(() => (exchange.closed ? undefined : reply.send(whole)))
   }
 
   fastify.decorateReply('forward', function forward(this: FastifyReply) {
@@ -184,7 +184,7 @@ function toClient(headers: Headers, exchange: Exchange) {
     )
   )
   kept['x-request-id'] ??= exchange.id
-  kept[exchange.endpoint?.dialect.idHeader ?? 'x-request-id'] ??= exchange.id
+  kept[exchange.dialect.idHeader] ??= exchange.id
   if (mediaType(kept['content-type']) === 'text/event-stream') {
     // nginx in front would collect the events otherwise.
     kept['x-accel-buffering'] ??= 'no'
