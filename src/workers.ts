@@ -221,7 +221,7 @@ export function runWorker(dataDir: string): void {
   process.on('message', async (order: Order) => {
     if (order.kind === 'serve') await serve(order.config)
     else if (order.kind === 'reload') await reload(order.config)
-    else if (order.kind === 'recorded') usage.settle(1)
+    else if (order.kind === 'recorded') usage.settle()
     else if (order.kind === 'delivered') server?.gateway.countDelivery(order.result, order.records)
     else if (order.kind === 'news') for (const listener of newsListeners) listener(order.news)
     else if (order.kind === 'metrics') {

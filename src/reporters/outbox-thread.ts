@@ -1,12 +1,11 @@
-import { parentPort, receiveMessageOnPort, workerData } from 'node:worker_threads'
+import { parentPort, workerData } from 'node:worker_threads'
 import { type Deferred, Ledger, type Page } from './ledger.ts'
 
 /**
- * The thread that owns the ledger. Whatever has come while one page was being committed becomes the
- * next page: the slower the disk, the larger the pages.
+ * The thread that owns the ledger.
  */
 
-/** What the thread is asked. Entries need no answer of their own: a page tells how many posts are in it. */
+/** What the thread is asked. */
 export type Order =
   | { kind: 'append'; entries: string[] }
   | { kind: 'mark'; reporter: string; seq: number }
@@ -20,8 +19,8 @@ export type Order =
   | { kind: 'close'; id: number }
 
 export type Answer =
-  | { kind: 'committed'; seq: number; at: number; posts: number }
-  | { kind: 'failed'; reason: string; posts: number }
+  | { kind: 'committed'; seq: number; at: number }
+  | { kind: 'failed'; reason: string }
   | { kind: 'pruned'; lost: number }
   | { kind: 'answer'; id: number; value?: number | Page | Deferred[] | undefined; error?: string }
 
@@ -30,33 +29,21 @@ const { file } = workerData as { file: string }
 /** Set as long as the file can be used. */
 let ledger: Ledger | undefined
 
-port.on('message', (first: Order) => {
-  const posts: string[][] = []
-  const others: Order[] = []
-  for (let order: Order | undefined = first; order !== undefined; order = received()) {
-    if (order.kind === 'append') posts.push(order.entries)
-    else others.push(order)
-  }
-  // Before the page: a reporter that is new, and asks where it begins, must not miss it.
-  for (const order of others) obey(order)
-  if (posts.length > 0) commit(posts)
+port.on('message', (order: Order) => {
+  if (order.kind === 'append') commit(order.entries)
+  else obey(order)
 })
 
-function received(): Order | undefined {
-  return receiveMessageOnPort(port)?.message
-}
-
-function commit(posts: string[][]): void {
+function commit(entries: string[]): void {
   try {
     const at = Date.now()
-    const seq = opened().append(posts.flat(), at)
-    say({ kind: 'committed', seq, at, posts: posts.length })
+    say({ kind: 'committed', seq: opened().append(entries, at), at })
   } catch (error) {
-    say({ kind: 'failed', reason: reopenAfter(error), posts: posts.length })
+    say({ kind: 'failed', reason: reopenAfter(error) })
   }
 }
 
-function obey(order: Order): void {
+function obey(order: Exclude<Order, { kind: 'append' }>): void {
   try {
     const value = order.kind === 'close' ? close() : carryOut(opened(), order)
     if ('id' in order) say({ kind: 'answer', id: order.id, value })
@@ -68,7 +55,7 @@ function obey(order: Order): void {
 
 function carryOut(
   ledger: Ledger,
-  order: Exclude<Order, { kind: 'close' }>
+  order: Exclude<Order, { kind: 'append' | 'close' }>
 ): number | Page | Deferred[] | undefined {
   switch (order.kind) {
     case 'mark':
@@ -90,8 +77,6 @@ function carryOut(
       return ledger.next(order.seq)
     case 'deferred':
       return ledger.deferred(order.reporter, order.limit)
-    case 'append':
-      return ledger.append(order.entries)
   }
 }
 

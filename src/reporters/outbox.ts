@@ -142,10 +142,10 @@ export class Outbox implements Sink {
       case 'committed': {
         this.#recover()
         const { seq, at } = answer
-        return this.#offer({ seq, at, entries: this.#posts.settle(answer.posts) })
+        return this.#offer({ seq, at, entries: this.#posts.settle() })
       }
       case 'failed':
-        return this.#offerUnsafe(answer.reason, answer.posts)
+        return this.#offerUnsafe(answer.reason, this.#posts.settle())
       case 'pruned':
         return void this.#log.error(
           { records: answer.lost },
@@ -164,10 +164,10 @@ export class Outbox implements Sink {
     for (const courier of this.#couriers) courier.offer(page)
   }
 
-  /** The oldest posts are on no disk; they are delivered from memory. */
-  #offerUnsafe(reason: string, posts?: number): void {
+  /** Records that are on no disk are delivered from memory. */
+  #offerUnsafe(reason: string, entries: string[]): void {
     this.#complain(reason)
-    this.#offer({ seq: 0, at: Date.now(), entries: this.#posts.settle(posts) })
+    this.#offer({ seq: 0, at: Date.now(), entries })
   }
 
   /** A thread that died is replaced by the next order. */
@@ -175,12 +175,13 @@ export class Outbox implements Sink {
     this.#thread = undefined
     for (const asked of this.#asked.values()) asked.reject(error)
     this.#asked.clear()
-    this.#offerUnsafe(error.message)
+    this.#offerUnsafe(error.message, this.#posts.settle())
   }
 
   /** Answers are not held back for ever by a disk that hangs. */
   #hurry(): void {
-    if (this.#posts.letGo(COMMIT_TIMEOUT)) this.#complain('the disk does not answer')
+    const entries = this.#posts.letGo(COMMIT_TIMEOUT)
+    if (entries !== undefined) this.#offerUnsafe('the disk does not answer', entries)
   }
 
   #sayWhatIsLeft(): void {

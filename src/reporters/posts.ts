@@ -4,7 +4,10 @@ export interface Sink {
   append(entry: string): Promise<void>
 }
 
-/** Records that came in one turn of the event loop, and go on together. */
+/** Under load posts follow each other after so long (ms): writing one costs as much as ten records do. */
+const PACE = 1
+
+/** Records that go on together. */
 interface Post {
   entries: string[]
   /** When it began (monotonic, ms). */
@@ -13,19 +16,18 @@ interface Post {
 }
 
 /**
- * Sends records on to whoever writes them down, a post for each turn of the event loop, and lets those
- * wait who gave them. Posts are settled in the order in which they were sent.
+ * Sends records on to whoever writes them down, and lets those wait who gave them. One post is under way
+ * at a time, and what comes meanwhile is the next: the longer the writing takes, the larger the posts.
  *
  * @example
- * const posts = new Posts(() => setImmediate(() => posts.settle(1)))
+ * const posts = new Posts(() => setImmediate(() => posts.settle()))
  * await Promise.all([posts.append('{"id":"a"}'), posts.append('{"id":"b"}')])
  * posts.size // 0
  */
 export class Posts implements Sink {
   readonly #send: (entries: string[]) => void
   #gathering: Post | undefined
-  /** Sent and not settled, oldest first. */
-  readonly #sent: Post[] = []
+  #sent: Post | undefined
 
   constructor(send: (entries: string[]) => void) {
     this.#send = send
@@ -34,7 +36,8 @@ export class Posts implements Sink {
   append(entry: string): Promise<void> {
     if (this.#gathering === undefined) {
       this.#gathering = { entries: [], at: performance.now(), settled: Promise.withResolvers() }
-      setImmediate(() => this.#post())
+      // What ends in the same turn of the event loop goes together.
+      if (this.#sent === undefined) setImmediate(() => this.#post())
     }
     this.#gathering.entries.push(entry)
     return this.#gathering.settled.promise
@@ -42,33 +45,43 @@ export class Posts implements Sink {
 
   /** Records that are not settled. */
   get size(): number {
-    const sent = this.#sent.reduce((sum, each) => sum + each.entries.length, 0)
-    return sent + (this.#gathering?.entries.length ?? 0)
+    return (this.#sent?.entries.length ?? 0) + (this.#gathering?.entries.length ?? 0)
   }
 
   /** Resolves when what there is now has been settled, or let go. */
   async settled(): Promise<void> {
-    await (this.#gathering ?? this.#sent.at(-1))?.settled.promise
+    await (this.#gathering ?? this.#sent)?.settled.promise
   }
 
-  /** Settles the oldest posts and returns what was in them. */
-  settle(count = this.#sent.length): string[] {
-    const posts = this.#sent.splice(0, count)
-    for (const { settled } of posts) settled.resolve()
-    return posts.flatMap(({ entries }) => entries)
+  /** What was sent has come to its end: returns what was in it. */
+  settle(): string[] {
+    const entries = this.#end(this.#sent)
+    this.#sent = undefined
+    if (this.#gathering !== undefined) setTimeout(() => this.#post(), PACE)
+    return entries
   }
 
-  /** Nobody waits any longer for posts that are older than this (ms); returns whether there are any. */
-  letGo(age: number): boolean {
-    const late = this.#sent.filter(({ at }) => performance.now() - at > age)
-    for (const { settled } of late) settled.resolve()
-    return late.length > 0
+  /**
+   * Nobody waits any longer for a post that was sent so long ago (ms), nor for what has gathered behind it:
+   * returns the latter, for it will not be sent.
+   */
+  letGo(age: number): string[] | undefined {
+    if (this.#sent === undefined || performance.now() - this.#sent.at < age) return undefined
+    this.#sent.settled.resolve()
+    const entries = this.#end(this.#gathering)
+    this.#gathering = undefined
+    return entries
   }
 
   #post(): void {
-    const post = this.#gathering!
+    if (this.#gathering === undefined || this.#sent !== undefined) return
+    this.#sent = this.#gathering
     this.#gathering = undefined
-    this.#sent.push(post)
-    this.#send(post.entries)
+    this.#send(this.#sent.entries)
+  }
+
+  #end(post: Post | undefined): string[] {
+    post?.settled.resolve()
+    return post?.entries ?? []
   }
 }
