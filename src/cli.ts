@@ -4,6 +4,7 @@ import { existsSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import closeWithGrace from 'close-with-grace'
+import { CommandError, runUsage } from './commands/usage.ts'
 import { ConfigError, loadConfig } from './config.ts'
 import { followFile, startServer } from './server.ts'
 import { VERSION } from './version.ts'
@@ -14,6 +15,7 @@ const HELP = `LLMProxy ${VERSION}: a reverse proxy for LLM inference servers
 Usage
   llmproxy [serve] [--config FILE]   serve until SIGTERM or Ctrl-C; SIGHUP reloads the file
   llmproxy check [FILE]              check a configuration file and exit
+  llmproxy usage ...                 export usage records, report them again; see llmproxy usage --help
   llmproxy --version
   llmproxy --help
 
@@ -44,6 +46,7 @@ try {
 
 /** @returns the exit code, or undefined while the server runs */
 async function run(args: string[]): Promise<number | undefined> {
+  if (args[0] === 'usage') return runUsage(args.slice(1), DATA_DIR, defaultConfig())
   const { values, positionals } = parseArgs({
     // The original's only option was written with one dash.
     args: args.map(arg => arg.replace(/^-config(?==|$)/, '--config')),
@@ -133,9 +136,11 @@ function misused(complaint: string): number {
 /** An error of the operating system in a line; anything else with its stack, for a report. */
 function explain(error: NodeJS.ErrnoException): string {
   if (isMisuse(error)) return `llmproxy: ${error.message.split('. ')[0]}; see llmproxy --help`
+  if (error instanceof CommandError) return `llmproxy: ${error.message}`
   return `llmproxy: ${error.code?.startsWith('E') ? error.message : error.stack}`
 }
 
 function isMisuse(error: unknown): boolean {
+  if (error instanceof CommandError) return error.exitCode === 2
   return String((error as NodeJS.ErrnoException).code).startsWith('ERR_PARSE_ARGS')
 }

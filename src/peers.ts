@@ -8,7 +8,16 @@ export interface Peers {
   tell(news: News): void
   /** Where usage records go: one process writes them down for all. */
   readonly usage: Sink
+  /** How that one fares; of what waits there one of the others tells, so that the sum is right. */
+  readonly outbox: OutboxState
   onNews(listener: (news: News) => void): void
+}
+
+export interface OutboxState {
+  /** Records that are known there and not delivered. */
+  pending: number
+  /** Why records cannot be made safe at the moment. */
+  trouble: string | undefined
 }
 
 /** A stored response was made: later calls about it go to the same backend. */

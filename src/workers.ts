@@ -6,7 +6,7 @@ import closeWithGrace from 'close-with-grace'
 import type { Gateway } from './app.ts'
 import type { Config } from './config.ts'
 import { collectGarbage } from './memory.ts'
-import type { News, Peers } from './peers.ts'
+import type { News, OutboxState, Peers } from './peers.ts'
 import { toKeeping, toReporters, usageFile } from './plugins/usage.ts'
 import type { Delivery } from './reporters/courier.ts'
 import { Outbox } from './reporters/outbox.ts'
@@ -27,6 +27,7 @@ type Order =
   | { kind: 'metrics'; id: number; text?: string; error?: string }
   | { kind: 'news'; news: News }
   | { kind: 'recorded' }
+  | { kind: 'outbox'; state: OutboxState }
   | { kind: 'delivered'; result: Delivery; records: number }
 
 /** What a worker says to the primary. */
@@ -44,6 +45,8 @@ const MAX_WAIT = 30_000
 const STABLE_AFTER = 10_000
 const RELOAD_TIMEOUT = 10_000
 const FLUSH_TIMEOUT = 5_000
+/** How often (ms) workers are told how usage records fare. */
+const TELL_INTERVAL = 1_000
 /** The primary has little to do once its workers serve (ms). */
 const TIDY_AFTER = 2_000
 
@@ -78,6 +81,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   const url = urls[0]!
   log.info({ version: VERSION, node: process.version, url, workers: urls.length }, LISTENING)
   setTimeout(collectGarbage, TIDY_AFTER).unref()
+  setInterval(tellOutbox, TELL_INTERVAL).unref()
 
   /** Starts a worker, and resolves with its URL when it serves. */
   function start(): Promise<string> {
@@ -129,8 +133,16 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     if (worker !== undefined) send(worker, { kind: 'delivered', result, records })
   }
 
+  function tellOutbox(): void {
+    const { pending, trouble } = outbox
+    for (const [index, worker] of workers().entries()) {
+      send(worker, { kind: 'outbox', state: { pending: index === 0 ? pending : 0, trouble } })
+    }
+  }
+
   async function answerScrape(worker: Worker, id: number): Promise<void> {
     try {
+      tellOutbox()
       send(worker, { kind: 'metrics', id, text: await all.clusterMetrics() })
     } catch (error) {
       send(worker, { kind: 'metrics', id, error: (error as Error).message })
@@ -215,6 +227,7 @@ export function runWorker(dataDir: string): void {
     },
     tell: news => tell({ kind: 'news', news }),
     usage,
+    outbox: { pending: 0, trouble: undefined },
     onNews: listener => newsListeners.push(listener)
   }
 
@@ -222,6 +235,7 @@ export function runWorker(dataDir: string): void {
     if (order.kind === 'serve') await serve(order.config)
     else if (order.kind === 'reload') await reload(order.config)
     else if (order.kind === 'recorded') usage.settle()
+    else if (order.kind === 'outbox') Object.assign(peers.outbox, order.state)
     else if (order.kind === 'delivered') server?.gateway.countDelivery(order.result, order.records)
     else if (order.kind === 'news') for (const listener of newsListeners) listener(order.news)
     else if (order.kind === 'metrics') {

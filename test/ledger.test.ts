@@ -27,11 +27,11 @@ test('what was put aside comes back in its order, and is settled by itself', () 
   ledger.defer('a', 5, 'one')
   ledger.defer('b', 6, 'other')
   ledger.defer('a', 7, 'two')
-  const [one, two] = ledger.deferred('a', 10)
+  const [one, two] = ledger.deferred('a', 0, 10)
   assert.deepEqual([one!.entry, one!.at, two!.entry], ['one', 5, 'two'])
   ledger.settle(one!.rowid)
   assert.deepEqual(
-    ledger.deferred('a', 10).map(each => each.entry),
+    ledger.deferred('a', 0, 10).map(each => each.entry),
     ['two']
   )
 })

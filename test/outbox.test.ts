@@ -35,6 +35,7 @@ async function heldGateway(t: TestContext, answer: Answerer, durability = 'stric
     metrics: async () => '',
     tell() {},
     onNews() {},
+    outbox: { pending: 0, trouble: undefined },
     usage: {
       append(entry) {
         records.push(JSON.parse(entry))

@@ -14,6 +14,7 @@ import {
   Section,
   Size
 } from '../options.ts'
+import type { OutboxState } from '../peers.ts'
 import type { OnDelivery } from '../reporters/courier.ts'
 import { type Keeping, Outbox } from '../reporters/outbox.ts'
 import type { Sink } from '../reporters/posts.ts'
@@ -133,11 +134,7 @@ declare module 'fastify' {
   }
 }
 
-export interface UsageReports {
-  /** Records that are known here and not delivered. */
-  readonly pending: number
-  /** Why records cannot be made safe at the moment. */
-  readonly trouble: string | undefined
+export interface UsageReports extends Readonly<OutboxState> {
   readonly onDelivery: OnDelivery[]
   update(options: UsageOptions): Promise<void>
   /** Delivers what is pending until the signal fires. */
@@ -170,12 +167,15 @@ const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usag
     }
   }
 
+  const state = (): OutboxState =>
+    fastify.peers?.outbox ?? outbox ?? { pending: 0, trouble: undefined }
+
   fastify.decorate('usage', {
     get pending() {
-      return outbox?.pending ?? 0
+      return state().pending
     },
     get trouble() {
-      return outbox?.trouble
+      return state().trouble
     },
     onDelivery,
     update,

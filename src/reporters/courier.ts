@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
-import type { Page } from './ledger.ts'
+import type { Deferred, Page } from './ledger.ts'
 import type { Outbox } from './outbox.ts'
 import type { Reporter } from './reporter.ts'
 
@@ -19,9 +19,16 @@ const MARK_INTERVAL = 100
 const DEFERRED_INTERVAL = 5_000
 const DEFERRED_AT_ONCE = 100
 
+/** A page with records that are not done, and how many. */
+interface OpenPage {
+  seq: number
+  left: number
+}
+
 interface Waiting {
   entry: string
-  seq: number
+  /** Undefined if it is on no disk. */
+  page: OpenPage | undefined
   at: number
 }
 
@@ -43,8 +50,8 @@ export class Courier {
   #position: number | undefined
   #isFilling = false
   #isFinishing = false
-  /** Pages with records that are not done, and how many. */
-  readonly #open = new Map<number, number>()
+  /** Pages that were taken, oldest first. */
+  #open: OpenPage[] = []
   #mark = 0
   #sending = 0
   #sendingRecords = 0
@@ -54,6 +61,7 @@ export class Courier {
   readonly #marking: NodeJS.Timeout
   readonly #retrying: NodeJS.Timeout
   #markTold = 0
+  #isRetrying = false
   #whenIdle = Promise.withResolvers<void>()
 
   constructor(reporter: Reporter, outbox: Outbox, log: FastifyBaseLogger, onDelivery: OnDelivery) {
@@ -66,6 +74,9 @@ export class Courier {
     this.#retrying = setInterval(() => void this.#retryDeferred(), DEFERRED_INTERVAL).unref()
   }
 
+  /** Those of them that are on no disk. */
+  unsafe = 0
+
   /** Records that are known here and not delivered; there may be more in the ledger. */
   get pending(): number {
     return this.#queue.length + this.#sendingRecords
@@ -77,17 +88,23 @@ export class Courier {
       if (mark === undefined) await this.#pause(MAX_WAIT)
       else this.#position = this.#mark = this.#markTold = mark
     }
-    await this.#retryDeferred()
+    void this.#retryDeferred()
     await this.#fill()
   }
 
   /** A page that was just committed; without a number it is in memory alone. */
   offer(page: Page): void {
+    if (page.seq > 0 && this.#position !== undefined && page.seq <= this.#position) {
+      this.#beginAnew(page.seq - 1)
+    }
     if (page.seq === 0 || (page.seq - 1 === this.#position && this.#hasRoom())) this.#take(page)
     else if (this.#position !== undefined) void this.#fill()
   }
 
-  /** Delivers what there is, without waiting for full batches, until the signal fires. */
+  /**
+   * Delivers what there is, without waiting for full batches, until the signal fires.
+   * Nobody is waited for who does not answer, if nothing is lost by that.
+   */
   async finish(signal: AbortSignal): Promise<void> {
     this.#isFinishing = true
     const stop = Promise.withResolvers<void>()
@@ -95,6 +112,7 @@ export class Courier {
     if (signal.aborted) return
     this.#proceed()
     while (!signal.aborted && (this.pending > 0 || (await this.#fill()))) {
+      if (this.unsafe === 0 && this.#failures > 0) return
       await Promise.race([this.#idle(), stop.promise])
     }
   }
@@ -108,6 +126,13 @@ export class Courier {
     if (this.#sending > 0) await this.#idle()
     this.#tellMark()
     await this.#reporter.close()
+  }
+
+  /** The ledger is another one, which counts from the beginning: its file was replaced, or it was in memory. */
+  #beginAnew(seq: number): void {
+    this.#position = this.#mark = seq
+    this.#open = []
+    this.#tellMark()
   }
 
   get #isStopped(): boolean {
@@ -139,15 +164,18 @@ export class Courier {
   }
 
   #take({ seq, at, entries }: Page): void {
-    if (seq > 0) {
+    const page = seq === 0 ? undefined : { seq, left: entries.length }
+    if (page !== undefined) {
       this.#position = seq
-      this.#open.set(seq, entries.length)
+      this.#open.push(page)
     }
     for (const entry of entries) {
-      if (seq === 0 && !this.#hasRoom()) this.#lose()
-      else if (!this.#reporter.accepts(entry)) this.#close(seq)
-      else {
-        this.#queue.push({ entry, seq, at })
+      if (page === undefined && !this.#hasRoom()) this.#lose()
+      else if (!this.#reporter.accepts(entry)) {
+        if (page !== undefined) page.left--
+      } else {
+        if (page === undefined) this.unsafe++
+        this.#queue.push({ entry, page, at })
         this.#length += entry.length
       }
     }
@@ -203,7 +231,10 @@ export class Courier {
         return
       }
       this.#fail(kind, reason)
-      if (Date.now() - batch[0]!.at > this.#reporter.maxAge) return this.#bury(batch, reason)
+      if (Date.now() - batch[0]!.at > this.#reporter.maxAge) {
+        this.#bury(batch, reason)
+        return this.#done(batch, 'failed')
+      }
       if (kind === 'refused' && this.#reporter.concurrency > 1) return this.#defer(batch[0]!)
       const wait = Math.min(FIRST_WAIT * 2 ** attempt, MAX_WAIT) * (0.75 + Math.random() / 4)
       await this.#pause(Math.max(wait, Math.min(verdict.retryAfter, MAX_RETRY_AFTER)))
@@ -211,23 +242,19 @@ export class Courier {
   }
 
   #done(batch: Waiting[], result: Delivery): void {
-    for (const { seq } of batch) this.#close(seq)
+    for (const { page } of batch) this.#close(page)
     this.#advance()
     this.#onDelivery(result, batch.length)
   }
 
-  #close(seq: number): void {
-    const left = this.#open.get(seq)
-    if (left !== undefined) this.#open.set(seq, left - 1)
+  #close(page: OpenPage | undefined): void {
+    if (page === undefined) this.unsafe--
+    else page.left--
   }
 
   /** Moves the mark behind the last page before which all is done. */
   #advance(): void {
-    for (const [seq, left] of this.#open) {
-      if (left > 0) return
-      this.#open.delete(seq)
-      this.#mark = seq
-    }
+    while (this.#open[0]?.left === 0) this.#mark = this.#open.shift()!.seq
   }
 
   #tellMark(): void {
@@ -239,11 +266,11 @@ export class Courier {
   #defer(waiting: Waiting): void {
     const { entry, at } = waiting
     this.#outbox.tell({ kind: 'defer', reporter: this.name, at, entry })
-    this.#close(waiting.seq)
+    this.#close(waiting.page)
     this.#advance()
   }
 
-  #bury(batch: Waiting[], reason: string): void {
+  #bury(batch: { entry: string }[], reason: string): void {
     for (const { entry } of batch) {
       this.#outbox.tell({ kind: 'bury', reporter: this.name, reason, entry })
     }
@@ -251,7 +278,6 @@ export class Courier {
       { reporter: this.name, reason, records: batch.length },
       'usage records given up'
     )
-    this.#done(batch, 'failed')
   }
 
   #lose(): void {
@@ -262,17 +288,32 @@ export class Courier {
     this.#onDelivery('failed', 1)
   }
 
+  /** Tries again what was put aside, one by one, until nobody answers. */
   async #retryDeferred(): Promise<void> {
-    const records = await this.#outbox.deferred(this.name, DEFERRED_AT_ONCE).catch(() => [])
-    for (const { rowid, at, entry } of records) {
-      if (this.#isStopped || this.#failures > 0) return
-      const verdict = await this.#reporter.send([entry], this.#stopping.signal)
-      const isOld = Date.now() - at > this.#reporter.maxAge
-      if (verdict.kind === 'unavailable' || (verdict.kind === 'refused' && !isOld)) continue
-      this.#outbox.tell({ kind: 'settle', rowid })
-      if (verdict.kind === 'delivered') this.#onDelivery('delivered', 1)
-      else this.#bury([{ entry, at, seq: 0 }], verdict.reason)
+    if (this.#isRetrying) return
+    this.#isRetrying = true
+    let after = 0
+    let isTaking = true
+    while (isTaking && !this.#isStopped && this.#failures === 0) {
+      const records = await this.#outbox
+        .deferred(this.name, after, DEFERRED_AT_ONCE)
+        .catch(() => [])
+      if (records.length === 0) break
+      after = records.at(-1)!.rowid
+      for (const each of records) isTaking &&= await this.#retry(each)
     }
+    this.#isRetrying = false
+  }
+
+  /** Returns false when the receiver cannot be reached. */
+  async #retry({ rowid, at, entry }: Deferred): Promise<boolean> {
+    const verdict = await this.#reporter.send([entry], this.#stopping.signal)
+    if (verdict.kind === 'unavailable') return false
+    if (verdict.kind === 'refused' && Date.now() - at <= this.#reporter.maxAge) return true
+    this.#outbox.tell({ kind: 'settle', rowid })
+    if (verdict.kind === 'refused') this.#bury([{ entry }], verdict.reason)
+    this.#onDelivery(verdict.kind === 'refused' ? 'failed' : 'delivered', 1)
+    return true
   }
 
   #succeed(): void {

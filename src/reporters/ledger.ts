@@ -26,6 +26,16 @@ export interface Deferred {
   entry: string
 }
 
+/** A record that was given up. */
+export interface DeadLetter {
+  id: number
+  reporter: string
+  /** When that was (Unix ms), and what its receiver had said last. */
+  at: number
+  reason: string
+  entry: string
+}
+
 /** Stands between the entries of a page; JSON has no raw control characters. */
 const SEPARATOR = '\x1e'
 const SCHEMA_VERSION = 1
@@ -39,6 +49,9 @@ const SCHEMA = `
     id INTEGER PRIMARY KEY, reporter TEXT NOT NULL, at INTEGER NOT NULL, reason TEXT NOT NULL, entry TEXT NOT NULL
   );
 `
+
+/** Rows that go at once when there is no room. */
+const AT_ONCE = 100
 
 /** Of the oldest pages, so that it never reads the whole file. */
 const PRUNE = `DELETE FROM pages WHERE at < ?2 AND seq IN (
@@ -114,10 +127,13 @@ export class Ledger {
       .run(reporter, at, entry)
   }
 
-  deferred(reporter: string, limit: number): Deferred[] {
+  /** The first ones behind this `rowid`. */
+  deferred(reporter: string, after: number, limit: number): Deferred[] {
     return this.#db
-      .prepare('SELECT rowid, at, entry FROM deferred WHERE reporter = ? ORDER BY rowid LIMIT ?')
-      .all(reporter, limit) as unknown as Deferred[]
+      .prepare(
+        'SELECT rowid, at, entry FROM deferred WHERE reporter = ? AND rowid > ? ORDER BY rowid LIMIT ?'
+      )
+      .all(reporter, after, limit) as unknown as Deferred[]
   }
 
   /** A deferred record has been taken at last. */
@@ -132,9 +148,40 @@ export class Ledger {
       .run(reporter, now, reason, entry)
   }
 
+  /** Every record that is still here and was committed since then (Unix ms), oldest first. */
+  *entries(since: number): Generator<string> {
+    const pages = this.#db.prepare('SELECT entries FROM pages WHERE at >= ? ORDER BY seq')
+    for (const { entries } of pages.iterate(since)) yield* String(entries).split(SEPARATOR)
+  }
+
+  deadLetters(): DeadLetter[] {
+    const all = this.#db.prepare(
+      'SELECT id, reporter, at, reason, entry FROM dead_letters ORDER BY id'
+    )
+    return all.all() as unknown as DeadLetter[]
+  }
+
+  /** Dead letters get another `max_age`, which begins now. */
+  revive(ids: readonly number[], now = Date.now()): void {
+    const revive = this.#db.prepare(
+      'INSERT INTO deferred (reporter, at, entry) SELECT reporter, ?, entry FROM dead_letters WHERE id = ?'
+    )
+    this.#db.exec('BEGIN IMMEDIATE')
+    for (const id of ids) revive.run(now, id)
+    this.drop(ids)
+    this.#db.exec('COMMIT')
+  }
+
+  /** Deletes dead letters. */
+  drop(ids: readonly number[]): void {
+    const drop = this.#db.prepare('DELETE FROM dead_letters WHERE id = ?')
+    for (const id of ids) drop.run(id)
+  }
+
   /**
    * Makes room: pages that every one of these reporters has had go when they are older than `before`
-   * (Unix ms); and the oldest ones go, whoever still waits for them, while all take more than `maxBytes`.
+   * (Unix ms). While all take more than `maxBytes` the oldest go: dead letters first, then pages, whoever
+   * still waits for them, then what was put aside.
    *
    * @returns how many records went that somebody still waited for
    */
@@ -143,16 +190,28 @@ export class Ledger {
     this.#db.prepare(PRUNE).run(had, before)
     let lost = 0
     while (this.#size() > maxBytes) {
+      if (this.#deleteOldest('dead_letters', 'id') > 0) continue
       const oldest = this.next(0)
-      if (oldest === undefined) break
-      this.#db.prepare('DELETE FROM pages WHERE seq = ?').run(oldest.seq)
-      if (oldest.seq > had) lost += oldest.entries.length
+      if (oldest === undefined) {
+        const deleted = this.#deleteOldest('deferred', 'rowid')
+        if (deleted === 0) break
+        lost += deleted
+      } else {
+        this.#db.prepare('DELETE FROM pages WHERE seq = ?').run(oldest.seq)
+        if (oldest.seq > had) lost += oldest.entries.length
+      }
     }
     return lost
   }
 
   close(): void {
     this.#db.close()
+  }
+
+  #deleteOldest(table: string, key: string): number {
+    const rows = `SELECT ${key} FROM ${table} ORDER BY ${key} LIMIT ${AT_ONCE}`
+    const { changes } = this.#db.prepare(`DELETE FROM ${table} WHERE ${key} IN (${rows})`).run()
+    return Number(changes)
   }
 
   /** Bytes that are in use. */

@@ -15,7 +15,7 @@ export type Order =
   | { kind: 'prune'; reporters: string[]; before: number; maxBytes: number }
   | { kind: 'markOf'; id: number; reporter: string }
   | { kind: 'next'; id: number; seq: number }
-  | { kind: 'deferred'; id: number; reporter: string; limit: number }
+  | { kind: 'deferred'; id: number; reporter: string; after: number; limit: number }
   | { kind: 'close'; id: number }
 
 export type Answer =
@@ -76,7 +76,7 @@ function carryOut(
     case 'next':
       return ledger.next(order.seq)
     case 'deferred':
-      return ledger.deferred(order.reporter, order.limit)
+      return ledger.deferred(order.reporter, order.after, order.limit)
   }
 }
 

@@ -93,9 +93,11 @@ export class Outbox implements Sink {
     clearInterval(this.#pruning)
     this.#sayWhatIsLeft()
     await Promise.all(this.#couriers.map(each => each.stop()))
-    if (this.#thread === undefined) return
+    const thread = this.#thread
+    if (thread === undefined) return
     await Promise.race([this.#ask({ kind: 'close' }), sleep(CLOSE_TIMEOUT)])
-    await this.#thread.terminate()
+    this.#thread = undefined
+    await thread.terminate()
   }
 
   // What couriers need of the ledger.
@@ -108,8 +110,8 @@ export class Outbox implements Sink {
     return (await this.#ask({ kind: 'next', seq })) as Page | undefined
   }
 
-  async deferred(reporter: string, limit: number): Promise<Deferred[]> {
-    return (await this.#ask({ kind: 'deferred', reporter, limit })) as Deferred[]
+  async deferred(reporter: string, after: number, limit: number): Promise<Deferred[]> {
+    return (await this.#ask({ kind: 'deferred', reporter, after, limit })) as Deferred[]
   }
 
   tell(order: Order & { kind: 'mark' | 'defer' | 'settle' | 'bury' }): void {
@@ -133,7 +135,8 @@ export class Outbox implements Sink {
     const thread = new Worker(THREAD, { workerData: { file: this.#file } })
     thread.unref()
     thread.on('message', (answer: Answer) => this.#hear(answer))
-    thread.on('error', error => this.#giveUp(error as Error))
+    thread.on('error', error => this.#giveUp(thread, error as Error))
+    thread.on('exit', () => this.#giveUp(thread, new Error('the thread has stopped')))
     return thread
   }
 
@@ -171,7 +174,8 @@ export class Outbox implements Sink {
   }
 
   /** A thread that died is replaced by the next order. */
-  #giveUp(error: Error): void {
+  #giveUp(thread: Worker, error: Error): void {
+    if (thread !== this.#thread) return
     this.#thread = undefined
     for (const asked of this.#asked.values()) asked.reject(error)
     this.#asked.clear()
@@ -186,13 +190,14 @@ export class Outbox implements Sink {
 
   #sayWhatIsLeft(): void {
     const records = this.pending
-    if (records === 0) return
-    if (this.#file !== ':memory:') {
-      this.#log.warn({ records }, 'usage records are left for the next start')
-      return
+    const lost = this.#couriers.reduce((sum, each) => sum + each.unsafe, this.#posts.size)
+    if (lost > 0) {
+      this.#log.error({ records: lost }, 'usage records were not delivered, and are lost')
+      this.#onDelivery('failed', lost)
     }
-    this.#log.error({ records }, 'usage records were not delivered, and are lost')
-    this.#onDelivery('failed', records)
+    if (records > lost) {
+      this.#log.warn({ records: records - lost }, 'usage records are left for the next start')
+    }
   }
 
   #complain(reason: string): void {
@@ -222,6 +227,6 @@ export class Outbox implements Sink {
 type Question =
   | { kind: 'markOf'; reporter: string }
   | { kind: 'next'; seq: number }
-  | { kind: 'deferred'; reporter: string; limit: number }
+  | { kind: 'deferred'; reporter: string; after: number; limit: number }
   | { kind: 'close' }
 type Value = (Answer & { kind: 'answer' })['value']
