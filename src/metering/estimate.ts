@@ -18,7 +18,7 @@ const CHARACTERS = [0.04, 0.35, 0.15, 0.05, -0.15, 0.05, 0.3, 0.65, 0.7, 0.7]
 const RUNS = [0.75, -0.2, 1.2, 0.1, 0.85, 0.85, 0.8, 0.1, 0.1, 0.15]
 const TEXT_WEIGHTS = [...CHARACTERS, ...RUNS, 0]
 const TEXT_VARIANCES = [...new Array(TEXT_COUNTS).fill(0.05), 4]
-const PROMPT_VARIANCES = [...new Array(TEXT_COUNTS).fill(0.05), 400]
+const PROMPT_VARIANCES = [...new Array(TEXT_COUNTS).fill(0.05), 100 ** 2]
 
 /** Below so many tokens of text in a delta a stream counts as one of single tokens. */
 const SINGLE = 1.4
@@ -26,6 +26,10 @@ const SINGLE = 1.4
 const SINGLE_WEIGHTS = [0, 1, 0, 0]
 const SEVERAL_WEIGHTS = [1, 0, 0, 0]
 const STREAM_VARIANCES = [0.1, 30, 0.05, 9]
+
+/** Tokens beside the text: marks of the format in an answer, and what the server puts before a prompt. */
+const MAX_BESIDE = 64
+const MAX_TEMPLATE = 2000
 
 /** A model's name that is longer is not remembered. */
 const MAX_NAME = 200
@@ -73,7 +77,7 @@ export class Estimates {
 
   /** A whole answer has taken so many tokens, says its backend. */
   learnOutput(model: string, passed: Passed, tokens: number): void {
-    if (!isPlausible(passed.text, tokens)) return
+    if (!isPlausible(passed.text, tokens, MAX_BESIDE)) return
     const known = this.#remember(model)
     if (known === undefined) return
     if (passed.deltas > 0) {
@@ -85,7 +89,8 @@ export class Estimates {
   }
 
   learnInput(model: string, text: TextCounts, tokens: number): void {
-    if (isPlausible(text, tokens)) this.#remember(model)?.prompt.learn([...text, 1], tokens)
+    if (isPlausible(text, tokens, MAX_TEMPLATE))
+      this.#remember(model)?.prompt.learn([...text, 1], tokens)
   }
 
   #remember(model: string): Known | undefined {
@@ -110,7 +115,7 @@ function outputOf(known: Known, { text, deltas, isWhole }: Passed): number {
  * More tokens than text can have been: reasoning that is not shown, a picture in the prompt. Far too few:
  * a backend that does not count. Neither teaches anything about text.
  */
-function isPlausible(text: TextCounts, tokens: number): boolean {
+function isPlausible(text: TextCounts, tokens: number, beside: number): boolean {
   const size = characters(text)
-  return size > 0 && tokens > size / 64 && tokens < 3 * size + 64
+  return size > 0 && tokens > size / 64 && tokens < 3 * size + beside
 }
