@@ -1,13 +1,12 @@
-/** What an example is off though the weights are right (relative, squared), before more is known: 5 %. */
+/** How far an example scatters around the right weights (relative, squared), before that is known: 5 %. */
 const NOISE = 0.05 ** 2
 const LEAST_NOISE = 0.003 ** 2
-/** One example counts for no more than 50 %. */
-const MOST_SCATTER = 0.5 ** 2
-/** Examples that scatter more, for some time, say that the model or its server has changed: 15 %. */
-const MISFIT = 0.15 ** 2
-/** How much one example changes that. */
+/** How much one example changes that, and what it counts for at most: 50 %. */
 const NOISE_RATE = 1 / 50
-/** A count of so few tokens is no better known than by one or two. */
+const MOST_SCATTER = 0.5 ** 2
+/** Examples that scatter more for some time say that the model or its server has changed: 15 %. */
+const MISFIT = 0.15 ** 2
+/** A count of so few tokens is no better known than to one or two. */
 const FEW = 20
 /** What each example adds to the variance of a weight: it may have changed. */
 const DRIFT = 1e-6

@@ -121,22 +121,24 @@ export interface PromptText {
 /** Where data is looked for, and for how long: what is shorter counts as text. */
 const STEP = 4 * 1024
 const DATA = 256
+/** Pictures behind so many others count as text: what is done for one request has its bounds. */
+const MAX_DATA = 64
 
 /** @param bytes a JSON object */
 export function promptText(bytes: Buffer): PromptText {
   const counts = noText()
-  let hasData = false
   let from = 0
-  for (let at = STEP; at < bytes.length; at += STEP) {
+  let found = 0
+  for (let at = STEP; at < bytes.length && found < MAX_DATA; at += STEP) {
     if (!isData(bytes, at)) continue
-    hasData = true
+    found++
     addText(counts, bytes, from, bytes.lastIndexOf(QUOTE, at) + 1)
     from = bytes.indexOf(QUOTE, at)
     if (from === -1) from = bytes.length
     at = from
   }
   addText(counts, bytes, from, bytes.length)
-  return { counts, hasData }
+  return { counts, hasData: found > 0 }
 }
 
 /** No word is as long as that. */

@@ -123,9 +123,8 @@ function estimate(exchange: Exchange, meter: Meter, estimates: Estimates, isWhol
   if (spends === undefined) return
   const model = exchange.request.payload?.model ?? ''
   const said = meter.usage
-  const { tokens, since } = meter.counted
-  const passed = isWhole && tokens === 0 ? meter.passed(true) : since
-  const output = spends === 'input' ? 0 : tokens + estimates.output(model, passed)
+  const { tokens, since } = isWhole ? { tokens: 0, since: meter.passed(true) } : meter.counted
+  const output = spends === 'input' ? 0 : tokens + estimates.output(model, since)
   const completionTokens = Math.max(output, said?.completionTokens ?? 0)
   const prompt = exchange.prompt === undefined ? 0 : estimates.input(model, exchange.prompt.counts)
   const promptTokens = said?.promptTokens || prompt
