@@ -15,9 +15,9 @@ const DRIFT = 1e-6
  * Weights that are learned from examples, one by one: the sum of features by weights is the number of
  * tokens. They are estimated as a Kalman filter does, https://en.wikipedia.org/wiki/Kalman_filter: each
  * weight is known with some variance, and slowly becomes less known, so that new examples count for
- * more than old ones. How far examples scatter is learned beside them: where deltas say exactly how many tokens
- * there are, a few examples are enough. The variance never grows beyond that of the beginning: a model that writes no
- * Chinese for a year has not learned anything about it, and has not unlearned anything.
+ * more than old ones. The variance never grows beyond that of the beginning: a model that writes no
+ * Chinese for a year has not unlearned anything. How far examples scatter is learned beside the
+ * weights: where deltas say exactly how many tokens there are, a few examples are enough.
  *
  * @example
  * const fit = new Fit([1], [1])
