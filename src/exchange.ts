@@ -5,6 +5,7 @@ import { openai } from './dialects/openai.ts'
 import { type GatewayError, toGatewayError } from './errors.ts'
 import type { Reservation } from './limits/memory.ts'
 import type { Meter } from './metering/meter.ts'
+import type { PromptText } from './metering/text.ts'
 
 /**
  * A request and its answer. It begins in `onRequest` and ends exactly once, when the response
@@ -24,14 +25,17 @@ type Finisher = (exchange: Exchange) => void
 
 export type Outcome = 'ok' | 'client_gone' | 'backend_failed' | 'timed_out' | 'rejected'
 
-/** The tokens of one exchange. `exact`: the backend said so; `counted`: its deltas were counted. */
+/**
+ * The tokens of one exchange. `exact`: the backend said so; `counted`: what passed of an answer that was cut;
+ * `estimated`: from a whole answer without usage.
+ */
 export interface Usage {
   promptTokens: number
   completionTokens: number
   totalTokens: number
   cachedTokens?: number
   reasoningTokens?: number
-  exactness: 'exact' | 'counted'
+  exactness: 'exact' | 'counted' | 'estimated'
 }
 
 /** The owner of an API key. */
@@ -56,6 +60,8 @@ export interface Endpoint {
   body: 'none' | 'json' | 'stream'
   /** The backend can be asked for usage with `stream_options.include_usage`. */
   asksForUsage?: boolean
+  /** What tokens are for, where the backend does not say how many: `input` is only read. Absent: none are spent. */
+  spends?: 'input' | 'input and output'
   /** Ollama's native routes stream unless told not to. */
   streamsByDefault?: boolean
   /** Where the ids of stored responses stand, which bind later calls to the same backend. */
@@ -118,9 +124,10 @@ export class Exchange {
   reservation: Reservation | undefined
   /** Somebody wants the request body when it is over. */
   keepsBody = false
-  /** Content deltas that passed, and the size of the request body in bytes. */
+  /** The text of the request, where its tokens may have to be estimated. */
+  prompt: PromptText | undefined
+  /** Content deltas that passed. */
   deltas = 0
-  payloadBytes = 0
   /** What it has spent is known, and given to the reporters. */
   concluded = false
   /** Resolves when that is safe, where the end of the answer must wait for it. */

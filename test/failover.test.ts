@@ -226,7 +226,7 @@ test('a backend that takes no stream_options is asked without, and remembered', 
   assert.equal(strict.requests.length, 3)
   const line = await gateway.logged({ msg: 'exchange' })
   assert.equal(line.completionTokens, 2)
-  assert.equal(line.exactness, 'counted')
+  assert.equal(line.exactness, 'estimated')
   assert.equal(line.attempts, 1)
 })
 

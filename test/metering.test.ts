@@ -9,6 +9,7 @@ import { responses } from '../src/dialects/responses.ts'
 import { findMembers } from '../src/metering/members.ts'
 import { type Framing, Meter } from '../src/metering/meter.ts'
 import { askForUsage } from '../src/metering/question.ts'
+import { characters } from '../src/metering/text.ts'
 import { CHAT, chunk, DONE, fakeBackend, post, startGateway, USAGE_CHUNK } from './helper.ts'
 
 const data = (value: unknown) => `data: ${JSON.stringify(value)}\n\n`
@@ -623,6 +624,228 @@ test('/api/generate streams by default too, and time per token is in seconds', a
   assert.equal((await gateway.logged({ msg: 'exchange' })).stream, true)
   const seconds = await gateway.metric('llmproxy_time_per_output_token_seconds_sum')
   assert.ok(seconds >= 0.025 && seconds < 5, String(seconds))
+})
+
+/** Texts of about 40 tokens. */
+const SAYS = 'The harbour was quiet in the morning, and the boats lay still. '.repeat(3)
+const WORDS = SAYS.match(/\S+ /g)!
+const ARGUMENTS = { city: 'Vienna', days: [1, 2, 3], units: { temperature: 'celsius' } }
+
+interface Unsaid {
+  name: string
+  path: string
+  type: string
+  body: string
+  /** What it comes to, roughly. */
+  tokens: [number, number]
+}
+
+const json = JSON.stringify
+const JSON_TYPE = 'application/json'
+const SSE_TYPE = 'text/event-stream'
+const UNSAID: Unsaid[] = [
+  {
+    name: 'a streamed chat',
+    path: '/v1/chat/completions',
+    type: SSE_TYPE,
+    body: WORDS.map(content => chat({ content })).join('') + DONE,
+    tokens: [34, 46]
+  },
+  {
+    name: 'a whole chat',
+    path: '/v1/chat/completions',
+    type: JSON_TYPE,
+    body: json({ id: 'c', choices: [{ message: { role: 'assistant', content: SAYS } }] }),
+    tokens: [34, 46]
+  },
+  {
+    name: 'a whole chat with a tool call',
+    path: '/v1/chat/completions',
+    type: JSON_TYPE,
+    body: json({
+      choices: [
+        { message: { content: null, tool_calls: [{ function: { arguments: json(ARGUMENTS) } }] } }
+      ]
+    }),
+    tokens: [15, 32]
+  },
+  {
+    name: 'a whole completion',
+    path: '/v1/completions',
+    type: JSON_TYPE,
+    body: json({ choices: [{ text: SAYS }] }),
+    tokens: [34, 46]
+  },
+  {
+    name: 'a whole message',
+    path: '/v1/messages',
+    type: JSON_TYPE,
+    body: json({ type: 'message', content: [{ type: 'text', text: SAYS }] }),
+    tokens: [34, 46]
+  },
+  {
+    name: 'a whole message with a tool call',
+    path: '/v1/messages',
+    type: JSON_TYPE,
+    body: json({ type: 'message', content: [{ type: 'tool_use', name: 'f', input: ARGUMENTS }] }),
+    tokens: [15, 32]
+  },
+  {
+    name: 'a streamed message',
+    path: '/v1/messages',
+    type: SSE_TYPE,
+    body:
+      WORDS.map(text =>
+        typed({
+          type: 'content_block_delta',
+          index: 0,
+          delta: { type: 'text_delta', text }
+        } as never)
+      ).join('') + typed({ type: 'message_stop' }),
+    tokens: [34, 46]
+  },
+  {
+    name: 'a whole response, which repeats its settings',
+    path: '/v1/responses',
+    type: JSON_TYPE,
+    body: json({
+      object: 'response',
+      text: { format: { type: 'json_schema', schema: { description: SAYS.repeat(9) } } },
+      output: [{ type: 'message', content: [{ type: 'output_text', text: SAYS }] }]
+    }),
+    tokens: [34, 46]
+  },
+  {
+    name: 'an Ollama chat, line by line',
+    path: '/api/chat',
+    type: 'application/x-ndjson',
+    body: `${WORDS.map(content => `${json({ message: { content }, done: false })}\n`).join('')}{"done":true}\n`,
+    tokens: [34, 46]
+  },
+  {
+    name: 'an Ollama tool call, whose arguments are an object',
+    path: '/api/chat',
+    type: JSON_TYPE,
+    body: json({
+      message: { content: '', tool_calls: [{ function: { arguments: ARGUMENTS } }] },
+      done: true
+    }),
+    tokens: [15, 32]
+  },
+  {
+    name: 'a whole Ollama generation',
+    path: '/api/generate',
+    type: JSON_TYPE,
+    body: json({ response: SAYS, done: true }),
+    tokens: [34, 46]
+  },
+  {
+    name: 'embeddings',
+    path: '/v1/embeddings',
+    type: JSON_TYPE,
+    body: json({ data: [{ embedding: [0.1, 0.2] }] }),
+    tokens: [0, 0]
+  },
+  {
+    name: 'a ranking with its documents',
+    path: '/v1/rerank',
+    type: JSON_TYPE,
+    body: json({ results: [{ document: { text: SAYS }, relevance_score: 0.5 }] }),
+    tokens: [0, 0]
+  }
+]
+
+for (const { name, path, type, body, tokens } of UNSAID) {
+  test(`what the backend does not say is estimated: ${name}`, async t => {
+    const backend = await fakeBackend(t, (_request, response) => {
+      response.writeHead(200, { 'content-type': type })
+      response.end(body)
+    })
+    const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+    await (
+      await post(gateway.url + path, { ...CHAT, input: SAYS, stream: type !== JSON_TYPE })
+    ).text()
+    const line = await gateway.logged({ msg: 'exchange' })
+    const [least, most] = tokens
+    const completionTokens = Number(line.completionTokens)
+    assert.equal(line.exactness, 'estimated')
+    assert.ok(completionTokens >= least && completionTokens <= most, String(completionTokens))
+    const promptTokens = Number(line.promptTokens)
+    assert.ok(promptTokens > 50 && promptTokens < 110, String(promptTokens))
+  })
+}
+
+test('calls that spend no tokens are given none', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'application/json' })
+    response.end(json({ input_tokens: 9, text: SAYS, content: SAYS }))
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  for (const route of [
+    '/tokenize',
+    '/detokenize',
+    '/v1/messages/count_tokens',
+    '/v1/responses/input_tokens',
+    '/v1/images/generations',
+    '/api/show'
+  ]) {
+    await (await post(gateway.url + route, CHAT)).text()
+    const line = await gateway.logged({ msg: 'exchange', route })
+    assert.deepEqual([line.promptTokens, line.exactness], [undefined, undefined], route)
+  }
+})
+
+test('streams that are cut are counted as the model’s whole answers have taught', async t => {
+  /** Every delta is of three words, and the tokenizer is a strange one: a word is two tokens. */
+  const deltas = WORDS.join('').match(/\S+ \S+ \S+ /g)!
+  const usage = { prompt_tokens: 500, completion_tokens: 6 * deltas.length, total_tokens: 0 }
+  const backend = await fakeBackend(t, (request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    const isCut = request.body.includes('cut')
+    for (const content of isCut ? deltas.slice(0, 6) : deltas) response.write(chat({ content }))
+    if (!isCut) response.end(last(usage) + DONE)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const url = `${gateway.url}/v1/chat/completions`
+  for (let call = 0; call < 40; call++) await (await post(url, { ...CHAT, stream: true })).text()
+  const abort = new AbortController()
+  const cut = await post(url, { ...CHAT, user: 'cut', stream: true }, {}, abort.signal)
+  let seen = ''
+  for await (const chunk of cut.body!.pipeThrough(new TextDecoderStream())) {
+    seen += chunk
+    if (seen.split('data: ').length > 6) break
+  }
+  abort.abort()
+  const line = await gateway.logged({ msg: 'exchange', outcome: 'client_gone' })
+  assert.equal(line.exactness, 'counted')
+  assert.ok(Math.abs(Number(line.completionTokens) - 36) <= 2, String(line.completionTokens))
+  assert.ok(Math.abs(Number(line.promptTokens) - 500) <= 25, String(line.promptTokens))
+})
+
+test('usage on the way is exact up to there', () => {
+  const meter = new Meter({ framing: 'sse', dialect: openai, takeOut: false })
+  const usage = { prompt_tokens: 5, completion_tokens: 70, total_tokens: 75 }
+  for (const content of ['many', ' words']) meter.pass(Buffer.from(chat({ content })))
+  meter.pass(Buffer.from(chat({ content: ' in here' }, { usage })))
+  meter.pass(Buffer.from(chat({ content: ' end' })))
+  const { tokens, since } = meter.counted
+  assert.deepEqual([tokens, since.deltas, characters(since.text)], [70, 1, 4])
+})
+
+test('the text of the deltas is counted, over any split of the bytes', () => {
+  fc.assert(
+    fc.property(
+      fc.constantFrom(...CASES.filter(({ framing }) => framing !== 'json')),
+      fc.array(fc.nat(200_000), { maxLength: 30 }),
+      (each, cuts) => {
+        const whole = characters(run(each, [], false).meter.passed(true).text)
+        const split = characters(run(each, cuts, false).meter.passed(true).text)
+        // An escape that is split may count as its letters.
+        assert.ok(Math.abs(split - whole) <= 5 * cuts.length)
+        if (!each.text.includes('\\')) assert.equal(split, whole)
+      }
+    )
+  )
 })
 
 test('a media type is read whatever its case', async t => {

@@ -25,5 +25,6 @@ export const anthropic: Dialect = {
   errorEvent: (error, requestId) =>
     `event: error\ndata: ${JSON.stringify(anthropicError(error, requestId))}\n\n`,
   deltaMembers: ['text', 'partial_json', 'thinking'],
+  answerMembers: ['text', 'input', 'thinking'],
   endTypes: ['message_stop', 'error']
 }

@@ -14,6 +14,8 @@ export interface Dialect {
   errorEvent(error: GatewayError, requestId: string): string
   /** Members whose text, when it isn't empty, or whose object is a piece of the answer. */
   deltaMembers: readonly string[]
+  /** The same in an answer that comes whole, as one JSON object. */
+  answerMembers: readonly string[]
   /** Values of an event's `type` that end a stream properly (beside `[DONE]` and `"done": true`). */
   endTypes: readonly string[]
 }

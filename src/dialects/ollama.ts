@@ -1,11 +1,14 @@
 import type { Dialect } from './dialect.ts'
 
+const PIECES = ['content', 'response', 'thinking', 'arguments']
+
 /** Ollama's native API: one JSON object a line, usage on the last, errors as `{"error": "text"}`. */
 export const ollama: Dialect = {
   name: 'ollama',
   idHeader: 'x-request-id',
   error: error => ({ error: error.message }),
   errorEvent: error => `${JSON.stringify({ error: error.message })}\n`,
-  deltaMembers: ['content', 'response', 'thinking', 'arguments'],
+  deltaMembers: PIECES,
+  answerMembers: PIECES,
   endTypes: []
 }

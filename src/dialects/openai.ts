@@ -16,12 +16,15 @@ function errorType({ statusCode, code }: GatewayError): string {
   return statusCode < 500 ? 'invalid_request_error' : 'server_error'
 }
 
+const PIECES = ['content', 'reasoning_content', 'reasoning', 'arguments', 'refusal', 'text']
+
 /** Chat completions and completions, and every route that has no API of its own. */
 export const openai: Dialect = {
   name: 'openai',
   idHeader: 'x-request-id',
   error: openaiError,
   errorEvent: error => `data: ${JSON.stringify(openaiError(error))}\n\n`,
-  deltaMembers: ['content', 'reasoning_content', 'reasoning', 'arguments', 'refusal', 'text'],
+  deltaMembers: PIECES,
+  answerMembers: PIECES,
   endTypes: []
 }

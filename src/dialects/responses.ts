@@ -11,5 +11,6 @@ export const responses: Dialect = {
     return `event: error\ndata: ${JSON.stringify({ type: 'error', code, message, param: null })}\n\n`
   },
   deltaMembers: ['delta'],
+  answerMembers: ['text', 'arguments'],
   endTypes: ['response.completed', 'response.failed', 'response.incomplete', 'error']
 }

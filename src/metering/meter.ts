@@ -1,6 +1,8 @@
 import type { Dialect } from '../dialects/dialect.ts'
 import type { Usage } from '../exchange.ts'
 import { addCounts, type Counts, toUsage } from './counts.ts'
+import type { Passed } from './estimate.ts'
+import { addText, type TextCounts } from './text.ts'
 import { JsonWatcher, MemberNames } from './watcher.ts'
 
 /** How the answer is cut into JSON texts: SSE events, lines, or one text. */
@@ -59,6 +61,10 @@ export class Meter {
   readonly #mustEnd: boolean
   readonly #watcher: JsonWatcher
   readonly #counts: Counts = {}
+  /** What had passed when the backend last said how many tokens that was: servers can say it on the way. */
+  #toldTokens = 0
+  #toldText: TextCounts | undefined
+  #toldDeltas = 0
   #line = LINE_START
   #matched = 0
   #endMatched = 0
@@ -92,7 +98,7 @@ export class Meter {
     this.framing = options.framing
     this.#endTypes = options.dialect.endTypes
     this.#takeOut = options.takeOut && options.framing === 'sse'
-    this.#watcher = new JsonWatcher(options.names ?? new MemberNames(options.dialect.deltaMembers))
+    this.#watcher = new JsonWatcher(options.names ?? memberNames(options.dialect, options.framing))
   }
 
   /** The last event of a stream has passed by; it is kept back until it is released. */
@@ -118,7 +124,7 @@ export class Meter {
     const before = this.deltas
     let out: Buffer | undefined = chunk
     if (this.framing === 'sse') {
-      if (this.#isLikeSample(chunk)) this.deltas++
+      if (this.#isLikeSample(chunk)) this.#addDelta(chunk)
       else out = this.#events(chunk)
     } else if (this.framing === 'ndjson') out = this.#lines(chunk)
     else this.#watcher.feed(chunk, 0, chunk.length)
@@ -162,6 +168,22 @@ export class Meter {
     return toUsage(this.#counts)
   }
 
+  /** All that has passed. */
+  passed(isWhole: boolean): Passed {
+    const deltas = this.framing === 'json' ? 0 : this.deltas
+    return { text: this.#watcher.text, deltas, isWhole }
+  }
+
+  /** Tokens that the backend has counted on the way, and what has passed since. */
+  get counted(): { tokens: number; since: Passed } {
+    const passed = this.passed(false)
+    const told = this.#toldText
+    if (told === undefined) return { tokens: 0, since: passed }
+    const text = passed.text.map((count, at) => count - told[at]!)
+    const deltas = passed.deltas - this.#toldDeltas
+    return { tokens: this.#toldTokens, since: { text, deltas, isWhole: false } }
+  }
+
   #lines(chunk: Buffer): Buffer | undefined {
     let at = 0
     this.#isMidLine = chunk[chunk.length - 1] !== LF
@@ -197,6 +219,12 @@ export class Meter {
       before.compare(chunk, 0, begin) === 0 &&
       behind.compare(chunk, end) === 0
     )
+  }
+
+  #addDelta(chunk: Buffer): void {
+    const { before, behind } = this.#sample!
+    this.deltas++
+    addText(this.#watcher.text, chunk, before.length, chunk.length - behind.length)
   }
 
   #isBetweenEvents(): boolean {
@@ -352,6 +380,7 @@ export class Meter {
     if (seen.delta) this.deltas++
     if (seen.usage !== undefined) {
       addCounts(this.#counts, seen.usage)
+      this.#noteTold()
       if (this.#isUsageChunk()) this.hasFinalUsage = true
     }
     if (seen.promptEvalCount) this.#counts.input_tokens = seen.promptEvalCount
@@ -365,6 +394,14 @@ export class Meter {
     this.#watcher.reset()
   }
 
+  #noteTold(): void {
+    const tokens = this.#counts.completion_tokens ?? this.#counts.output_tokens ?? 0
+    if (this.deltas === 0 || tokens === this.#toldTokens) return
+    this.#toldTokens = tokens
+    this.#toldText = [...this.#watcher.text]
+    this.#toldDeltas = this.deltas
+  }
+
   /** The one chunk of a stream that has usage and nothing else: `choices` is empty, null or left out. */
   #isUsageChunk(): boolean {
     const { hasChoices, usage, type } = this.#watcher.seen
@@ -375,6 +412,11 @@ export class Meter {
     const { done, finishReason, type } = this.#watcher.seen
     return done || finishReason || (type !== undefined && this.#endTypes.includes(type))
   }
+}
+
+/** The members whose text is a piece of an answer that comes like this. */
+export function memberNames(dialect: Dialect, framing: Framing): MemberNames {
+  return new MemberNames(framing === 'json' ? dialect.answerMembers : dialect.deltaMembers)
 }
 
 function lineEnd(chunk: Buffer, from: number, hasCr: boolean): number {

@@ -1,10 +1,12 @@
+import { addText, noText } from './text.ts'
+
 /**
  * Watches one JSON text go by, in pieces of any size, and notes the few members that metering needs:
  * without parsing the text, without keeping it, and without being fooled by text inside strings.
  *
  * Members are told apart by name and depth: `usage` at the top or inside a top-level `message` or
  * `response`; Ollama's counts, `id`, `type`, `done` and `error` at the top; `choices` when it is
- * not empty; and whether one of the delta members, anywhere, has text.
+ * not empty; and whether one of the delta members, anywhere, has text, and how much.
  */
 
 /** What was seen in one JSON text. */
@@ -107,11 +109,17 @@ export class MemberNames {
  */
 export class JsonWatcher {
   seen = nothing()
+  /** The text of the delta members, of all JSON texts so far. */
+  readonly text = noText()
   readonly #names: MemberNames
   readonly #kinds = new Uint8Array(MAX_DEPTH)
   readonly #members = new Uint8Array(MAX_DEPTH)
   #state = VALUE
   #depth = 0
+  /** Inside text that is a piece of the answer; inside an object that is one: its depth. */
+  #isPiece = false
+  #pieceDepth = 0
+  #pieceBegin = 0
   /** Inside text: the byte before was a backslash. */
   #escaped = false
   /** A name or value that is being kept, and what of it stood in earlier pieces. */
@@ -130,6 +138,8 @@ export class JsonWatcher {
     this.seen = nothing()
     this.#state = VALUE
     this.#depth = 0
+    this.#isPiece = false
+    this.#pieceDepth = 0
     this.#escaped = false
     this.#keeps = false
     this.#kept = ''
@@ -139,18 +149,22 @@ export class JsonWatcher {
     /** Where the name or value that is being kept begins in this piece. */
     let begin = from
     let at = from
+    this.#pieceBegin = from
     while (at < to) {
       const byte = bytes[at]!
       switch (this.#state) {
         case NAME_TEXT:
-        case TEXT:
+        case TEXT: {
           if (this.#state === TEXT && byte !== 0x22) this.#noteText(at)
+          const textBegin = at
           at = this.#endOfText(bytes, at, to)
+          if (this.#isPiece) addText(this.text, bytes, textBegin, at)
           if (at === to) break
           if (this.#state === NAME_TEXT) this.#endName(bytes, begin, at)
           else this.#endText(bytes, begin, at)
           at++
           break
+        }
         case SCALAR:
           if (byte === 0x2c || byte === 0x7d || byte === 0x5d || byte <= 0x20) {
             this.#endScalar(bytes, begin, at)
@@ -168,7 +182,7 @@ export class JsonWatcher {
           if (this.#endsNested(byte)) this.#state = AFTER
           break
         case VALUE:
-          begin = this.#beginValue(byte) ? at + 1 : at
+          begin = this.#beginValue(bytes, at) ? at + 1 : at
           at++
           break
         case NAME:
@@ -177,7 +191,7 @@ export class JsonWatcher {
           if (byte === 0x22) {
             this.#state = NAME_TEXT
             this.#keeps = true
-          } else if (byte === 0x7d) this.#close()
+          } else if (byte === 0x7d) this.#close(bytes, at)
           break
         case COLON:
           at++
@@ -186,18 +200,19 @@ export class JsonWatcher {
         case AFTER:
           at++
           if (byte === 0x2c) this.#state = this.#kinds[this.#depth] === OBJECT ? NAME : VALUE
-          else if (byte === 0x7d || byte === 0x5d) this.#close()
+          else if (byte === 0x7d || byte === 0x5d) this.#close(bytes, at)
           break
         default:
           return
       }
     }
+    if (this.#pieceDepth > 0) addText(this.text, bytes, this.#pieceBegin, to)
     if (this.#keeps) this.#keep(bytes, begin, to)
   }
 
   /** Returns whether what is kept of the value begins after this byte. */
-  #beginValue(byte: number): boolean {
-    switch (byte) {
+  #beginValue(bytes: Buffer, at: number): boolean {
+    switch (bytes[at]) {
       case 0x20:
       case 0x0a:
       case 0x0d:
@@ -205,6 +220,7 @@ export class JsonWatcher {
         return false
       case 0x22:
         this.#state = TEXT
+        this.#isPiece = this.#pieceDepth === 0 && this.#isDelta()
         this.#keeps = this.#isTop(NAMES.type) || this.#isId()
         if (this.#isTop(NAMES.error)) this.seen.error = true
         return true
@@ -217,7 +233,7 @@ export class JsonWatcher {
           return false
         }
         if (this.#isTop(NAMES.error)) this.seen.error = true
-        this.#noteObject()
+        this.#noteObject(at)
         this.#open(OBJECT, NAME)
         return false
       case 0x5b:
@@ -226,7 +242,7 @@ export class JsonWatcher {
         return false
       case 0x5d:
         if (this.#depth === 2 && this.#members[1] === NAMES.choices) this.seen.hasChoices = false
-        this.#close()
+        this.#close(bytes, at)
         return false
       default:
         this.#state = SCALAR
@@ -248,9 +264,13 @@ export class JsonWatcher {
     this.#inText = false
   }
 
-  #close(): void {
+  /** @param end the byte after the brace or bracket */
+  #close(bytes: Buffer, end: number): void {
     if (this.#depth > 0) this.#depth--
     this.#state = AFTER
+    if (this.#depth >= this.#pieceDepth) return
+    addText(this.text, bytes, this.#pieceBegin, end)
+    this.#pieceDepth = 0
   }
 
   #endName(bytes: Buffer, begin: number, end: number): void {
@@ -271,12 +291,22 @@ export class JsonWatcher {
     } else if (member === NAMES.finish_reason) this.seen.finishReason = true
   }
 
-  #noteObject(): void {
-    if (this.#kinds[this.#depth] !== OBJECT) return
-    if (this.#members[this.#depth]! & DELTA) this.seen.delta = true
+  /** Tool-call arguments may be an object, whose JSON the model has written. */
+  #noteObject(at: number): void {
+    if (!this.#isDelta()) return
+    this.seen.delta = true
+    // At the top it is a setting that the answer repeats (`text` of Responses).
+    if (this.#pieceDepth > 0 || this.#depth === 1) return
+    this.#pieceDepth = this.#depth + 1
+    this.#pieceBegin = at
+  }
+
+  #isDelta(): boolean {
+    return this.#kinds[this.#depth] === OBJECT && (this.#members[this.#depth]! & DELTA) !== 0
   }
 
   #endText(bytes: Buffer, begin: number, end: number): void {
+    this.#isPiece = false
     if (this.seen.texts === 1 && this.seen.textEnd === 0) this.seen.textEnd = end
     if (this.#keeps) {
       const isId = this.#isId()

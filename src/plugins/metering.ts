@@ -6,15 +6,18 @@ import type { Dialect } from '../dialects/dialect.ts'
 import type { GatewayError } from '../errors.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
 import { mediaType } from '../http.ts'
-import { type Framing, Meter } from '../metering/meter.ts'
+import { Estimates } from '../metering/estimate.ts'
+import { type Framing, Meter, memberNames } from '../metering/meter.ts'
 import { askForUsage } from '../metering/question.ts'
-import { MemberNames } from '../metering/watcher.ts'
+import { promptText } from '../metering/text.ts'
+import type { MemberNames } from '../metering/watcher.ts'
 import { type Answer, READ_MS } from '../pool/answer.ts'
 
 /**
  * Reads from every answer how many tokens it took: `request.exchange.usage`, complete when the
  * exchange ends. Where a streaming caller did not ask for usage the gateway asks, and takes the one
- * chunk that answers it out again.
+ * chunk that answers it out again. Where it does not say, tokens are estimated by what was learned from
+ * the model's answers that did.
  *
  * @example
  * await fastify.register(metering)
@@ -22,15 +25,20 @@ import { type Answer, READ_MS } from '../pool/answer.ts'
  */
 const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
   const exchanges = withExchanges(fastify)
-  const names = new Map<Dialect, MemberNames>()
-  const namesOf = (dialect: Dialect): MemberNames => {
-    const known = names.get(dialect) ?? new MemberNames(dialect.deltaMembers)
+  const estimates = new Estimates(MAX_MODELS)
+  const streamNames = new Map<Dialect, MemberNames>()
+  const wholeNames = new Map<Dialect, MemberNames>()
+  const namesOf = (dialect: Dialect, framing: Framing): MemberNames => {
+    const names = framing === 'json' ? wholeNames : streamNames
+    const known = names.get(dialect) ?? memberNames(dialect, framing)
     names.set(dialect, known)
     return known
   }
 
   fastify.addHook('preHandler', ({ exchange, payload }, _reply, done) => {
-    if (exchange.endpoint?.asksForUsage && payload?.stream && !payload.includeUsage) {
+    const { endpoint } = exchange
+    if (endpoint?.spends && payload) exchange.prompt = promptText(payload.bytes)
+    if (endpoint?.asksForUsage && payload?.stream && !payload.includeUsage) {
       exchange.question = { bytes: askForUsage(payload.bytes), asked: false }
     }
     done()
@@ -46,7 +54,7 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     const meter = new Meter({
       framing,
       dialect,
-      names: namesOf(dialect),
+      names: namesOf(dialect, framing),
       takeOut: exchange.question?.asked === true,
       mustEnd: saysItsEnd(exchange.endpoint)
     })
@@ -65,15 +73,20 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
   })
 
   exchanges.onEnd('metering', exchange => {
-    if (exchange.meter !== undefined) measure(exchange, exchange.meter)
+    if (exchange.meter !== undefined) measure(exchange, exchange.meter, estimates)
   })
 }
 
+/** Of how many models it is remembered what their tokens are like. */
+const MAX_MODELS = 1000
+
 /** What the meter has seen becomes what the exchange has spent. */
-function measure(exchange: Exchange, meter: Meter): void {
+function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
   exchange.deltas = meter.deltas
+  const { usage, deltas } = meter
   if (meter.framing === 'json') {
-    exchange.usage = meter.usage
+    if (usage === undefined) estimate(exchange, meter, estimates, exchange.outcome === 'ok')
+    else learn(exchange, meter, estimates, usage)
     return
   }
   if (meter.failed && exchange.outcome === 'ok') {
@@ -83,9 +96,45 @@ function measure(exchange: Exchange, meter: Meter): void {
   exchange.firstTokenAt = meter.firstDeltaAt
   exchange.lastTokenAt = meter.lastDeltaAt
   const isWhole = exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
-  const { usage, deltas } = meter
   const isSaid = usage !== undefined && (usage.completionTokens > 0 || deltas === 0)
-  exchange.usage = isWhole && isSaid ? usage : counted(exchange, usage)
+  if (isWhole && isSaid) learn(exchange, meter, estimates, usage)
+  else estimate(exchange, meter, estimates, isWhole && !meter.failed)
+}
+
+/** The backend has said it: that is what was spent, and an example of the model's tokens. */
+function learn(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Usage): void {
+  exchange.usage = usage
+  const { payload } = exchange.request
+  const model = payload?.model ?? ''
+  const { promptTokens, completionTokens } = usage
+  if (completionTokens > 0) estimates.learnOutput(model, meter.passed(true), completionTokens)
+  const { prompt } = exchange
+  // Pictures, and what a stored response brings along, are part of the prompt and not of its text.
+  const isText = prompt?.hasData === false && payload?.previousResponseId === undefined
+  if (isText && promptTokens > 0) estimates.learnInput(model, prompt.counts, promptTokens)
+}
+
+/**
+ * The backend has not said all. The output is what has passed, beside what it may have said of it; the
+ * prompt is estimated unless its tokens were told at the beginning.
+ */
+function estimate(exchange: Exchange, meter: Meter, estimates: Estimates, isWhole: boolean): void {
+  const spends = exchange.endpoint?.spends
+  if (spends === undefined) return
+  const model = exchange.request.payload?.model ?? ''
+  const said = meter.usage
+  const { tokens, since } = isWhole ? { tokens: 0, since: meter.passed(true) } : meter.counted
+  const output = spends === 'input' ? 0 : tokens + estimates.output(model, since)
+  const completionTokens = Math.max(output, said?.completionTokens ?? 0)
+  const prompt = exchange.prompt === undefined ? 0 : estimates.input(model, exchange.prompt.counts)
+  const promptTokens = said?.promptTokens || prompt
+  exchange.usage = {
+    ...said,
+    promptTokens,
+    completionTokens,
+    totalTokens: promptTokens + completionTokens,
+    exactness: isWhole ? 'estimated' : 'counted'
+  }
 }
 
 /**
@@ -101,25 +150,6 @@ const FRAMINGS: Record<string, Framing | undefined> = {
   'text/event-stream': 'sse',
   'application/x-ndjson': 'ndjson',
   'application/json': 'json'
-}
-
-/** English prose and code come to about four bytes a token; a rough guide where nothing was said. */
-const BYTES_PER_TOKEN = 4
-
-/**
- * A stream that ended before the backend had said all: the deltas that passed are counted, and the
- * prompt is estimated unless its tokens were told at the beginning.
- */
-function counted({ payloadBytes, deltas }: Exchange, said: Usage | undefined): Usage {
-  const promptTokens = said?.promptTokens || Math.ceil(payloadBytes / BYTES_PER_TOKEN)
-  const completionTokens = Math.max(deltas, said?.completionTokens ?? 0)
-  return {
-    ...said,
-    promptTokens,
-    completionTokens,
-    totalTokens: promptTokens + completionTokens,
-    exactness: 'counted'
-  }
 }
 
 function createDecoder(encoding: string): Transform | undefined {

@@ -45,7 +45,6 @@ const payloadPlugin: FastifyPluginAsync = async function payload(fastify) {
       throw new GatewayError('unsupported_encoding', 'Send the body without a content-encoding.')
     }
     request.payload = readPayload(request, endpoint)
-    request.exchange.payloadBytes = request.payload.bytes.length
     done()
   })
 }

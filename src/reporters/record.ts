@@ -29,8 +29,8 @@ export interface UsageRecord {
   reasoning_tokens?: number | undefined
   is_stream: boolean
   stream: boolean
-  /** `exact`: the backend said so; `counted`: its deltas were counted; null: no tokens known. */
-  exactness: 'exact' | 'counted' | null
+  /** `exact`: the backend said so; `counted`: what passed of an answer that was cut; `estimated`: no usage in it; null: no tokens known. */
+  exactness: 'exact' | 'counted' | 'estimated' | null
   /** What it costs, where a price is configured. */
   cost?: number | undefined
   currency?: string | undefined

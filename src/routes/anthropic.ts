@@ -5,7 +5,13 @@ import { forwarded } from './forwarded.ts'
 /** The Messages API, for backends that speak it (vLLM, SGLang, llama.cpp, Ollama, LM Studio). */
 const anthropicRoutes: FastifyPluginAsync = fastify =>
   forwarded(fastify, [
-    { method: 'POST', url: '/v1/messages', dialect: anthropic, body: 'json' },
+    {
+      method: 'POST',
+      url: '/v1/messages',
+      dialect: anthropic,
+      body: 'json',
+      spends: 'input and output'
+    },
     { method: 'POST', url: '/v1/messages/count_tokens', dialect: anthropic, body: 'json' }
   ])
 

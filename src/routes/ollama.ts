@@ -3,22 +3,24 @@ import { ollama } from '../dialects/ollama.ts'
 import type { Endpoint } from '../exchange.ts'
 import { forwarded } from './forwarded.ts'
 
-const post = (url: string, streamsByDefault = false): Endpoint => ({
+const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
   method: 'POST',
   url,
   dialect: ollama,
   body: 'json',
-  streamsByDefault
+  ...more
 })
+const GENERATES = { spends: 'input and output', streamsByDefault: true } as const
+const EMBEDS = { spends: 'input' } as const
 const get = (url: string): Endpoint => ({ method: 'GET', url, dialect: ollama, body: 'none' })
 
 /** Ollama's native API without what changes the server: no pull, push, create, copy or delete. */
 const ollamaRoutes: FastifyPluginAsync = fastify =>
   forwarded(fastify, [
-    post('/api/chat', true),
-    post('/api/generate', true),
-    post('/api/embed'),
-    post('/api/embeddings'),
+    post('/api/chat', GENERATES),
+    post('/api/generate', GENERATES),
+    post('/api/embed', EMBEDS),
+    post('/api/embeddings', EMBEDS),
     post('/api/show'),
     get('/api/tags'),
     get('/api/ps'),

@@ -14,24 +14,28 @@ const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
   ...more
 })
 
+const ANSWERS = { spends: 'input and output' } as const
+const STREAMS = { ...ANSWERS, asksForUsage: true } as const
+const EMBEDS = { spends: 'input' } as const
+
 /** What OpenAI's API and its relatives (vLLM, SGLang, llama.cpp, TGI) offer. */
 const ENDPOINTS: Endpoint[] = [
-  post('/v1/chat/completions', { asksForUsage: true }),
-  post('/v1/completions', { asksForUsage: true }),
-  post('/v1/embeddings'),
-  post('/chat/completions', { asksForUsage: true, upstreamPrefix: '/v1' }),
-  post('/completions', { asksForUsage: true, upstreamPrefix: '/v1' }),
-  post('/embeddings', { upstreamPrefix: '/v1' }),
-  post('/v1/rerank'),
-  post('/v1/score'),
+  post('/v1/chat/completions', STREAMS),
+  post('/v1/completions', STREAMS),
+  post('/v1/embeddings', EMBEDS),
+  post('/chat/completions', { ...STREAMS, upstreamPrefix: '/v1' }),
+  post('/completions', { ...STREAMS, upstreamPrefix: '/v1' }),
+  post('/embeddings', { ...EMBEDS, upstreamPrefix: '/v1' }),
+  post('/v1/rerank', EMBEDS),
+  post('/v1/score', EMBEDS),
   post('/v1/images/generations'),
   post('/v1/audio/transcriptions', { body: 'stream' }),
   post('/v1/audio/translations', { body: 'stream' }),
   post('/tokenize'),
   post('/detokenize'),
-  post('/v1/responses', { dialect: responses, makesResponses: true }),
+  post('/v1/responses', { ...ANSWERS, dialect: responses, makesResponses: true }),
   post('/v1/responses/input_tokens', { dialect: responses }),
-  post('/v1/responses/compact', { dialect: responses, makesResponses: true }),
+  post('/v1/responses/compact', { ...ANSWERS, dialect: responses, makesResponses: true }),
   post('/v1/responses/:id/cancel', { dialect: responses, body: 'none' }),
   // Whatever else is under it is about one stored response.
   post('/v1/responses/:id/*', { dialect: responses }),

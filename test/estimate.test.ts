@@ -1,0 +1,392 @@
+import assert from 'node:assert/strict'
+import { globSync, readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { test } from 'node:test'
+import { decode, encode } from 'gpt-tokenizer/encoding/o200k_base'
+import { openai } from '../src/dialects/openai.ts'
+import { Estimates } from '../src/metering/estimate.ts'
+import { Meter } from '../src/metering/meter.ts'
+import { addText, characters, noText, promptText } from '../src/metering/text.ts'
+import { CORPUS } from './corpus.ts'
+
+/**
+ * Simulated streams with real tokens: gpt-oss's vocabulary (o200k), texts of several kinds, and servers that
+ * put their tokens into deltas in several ways. Each server's model is learned from whole answers of one half
+ * of the texts; then streams of the other half are cut at random points, and what the gateway would bill is
+ * compared with the tokens that have passed.
+ */
+
+const ROOT = new URL('..', import.meta.url).pathname
+const CUTS = process.env.LONG === '1' ? 10_000 : 1_000
+const LESSONS = 500
+/** The error of shorter cuts is told in tokens: of five tokens one is a fifth. */
+const SHORT = 50
+const MAX_LENGTH = 4000
+
+/** The least that a server can send: one token, or as many as make whole characters. */
+interface Unit {
+  text: string
+  tokens: number
+}
+/** Paragraphs or functions, tokenised. */
+type Pieces = Unit[][]
+
+function units(text: string): Unit[] {
+  const found: Unit[] = []
+  let held: number[] = []
+  for (const token of encode(text)) {
+    held.push(token)
+    const read = decode(held)
+    if (read.includes('\ufffd')) continue
+    found.push({ text: read, tokens: held.length })
+    held = []
+  }
+  return found
+}
+
+/** There are few texts: of each, every other sentence makes a piece that is learned from, and one that is cut. */
+function sentences(paragraphs: string[], ends: RegExp): Pieces {
+  return paragraphs.flatMap(paragraph => {
+    const parts = paragraph.split(ends)
+    return [0, 1].map(half => units(parts.filter((_, index) => index % 2 === half).join('')))
+  })
+}
+
+const read = (pattern: string) =>
+  globSync(pattern, { cwd: ROOT })
+    .sort()
+    .flatMap(file => readFileSync(join(ROOT, file), 'utf8').split(/(?<=\n\n)/))
+const PIECES = {
+  prose: [...CORPUS.prose, ...read('README.md'), ...read('docs/[a-l]*.md')].map(units),
+  code: [...CORPUS.code, ...read('src/{plugins,pool}/*.ts')].map(units),
+  Chinese: sentences(CORPUS.chinese, /(?<=。)/),
+  Japanese: sentences(CORPUS.japanese, /(?<=。)/),
+  Korean: sentences(CORPUS.korean, /(?<=\. )/),
+  'tool arguments': CORPUS.tools.map(units)
+} satisfies Record<string, Pieces>
+type Kind = keyof typeof PIECES | 'mixed'
+const KINDS = [...Object.keys(PIECES), 'mixed'] as Kind[]
+
+/** How many tokens a server puts into its next delta; `pace` is drawn for each stream. */
+type Packing = (random: Random, pace: number) => number
+const one: Packing = () => 1
+const few: Packing = random => 1 + Math.floor(random() * 4)
+const batched: Packing = (random, pace) => {
+  const mean = 2 + 10 * pace
+  return Math.min(16, Math.max(1, Math.round(mean + normal(random) * Math.sqrt(mean))))
+}
+const SERVERS: Record<string, Packing> = {
+  '1 token a delta': one,
+  '8 (a fixed interval)': () => 8,
+  '1 to 4 at random': few,
+  'batched by time, up to 16': batched,
+  'one by one or batched, by load': (random, pace) =>
+    pace < 0.5 ? 1 : batched(random, 2 * pace - 1)
+}
+
+type Random = () => number
+
+/** mulberry32 */
+function randomFrom(seed: number): Random {
+  let state = seed
+  return () => {
+    state = (state + 0x6d2b79f5) | 0
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state)
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32
+  }
+}
+
+function normal(random: Random): number {
+  return Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random())
+}
+
+/** Whole pieces, until it is as long as drawn: half of the answers are longer than 400 tokens. */
+function answer(kind: Kind, half: number, random: Random): Unit[] {
+  const length = Math.min(MAX_LENGTH, 400 * Math.exp(normal(random)))
+  const found: Unit[] = []
+  while (found.length < length) {
+    const from =
+      kind === 'mixed'
+        ? Object.values(PIECES)[Math.floor(random() * KINDS.length - 1)]
+        : PIECES[kind]
+    const pieces = (from ?? PIECES.prose).filter((_, index) => index % 2 === half)
+    found.push(...pieces[Math.floor(random() * pieces.length)]!)
+  }
+  return found
+}
+
+interface Delta {
+  event: string
+  tokens: number
+}
+
+function deltas(kind: Kind, answer: Unit[], packing: Packing, random: Random): Delta[] {
+  const pace = random()
+  const escapes = random() < 0.3
+  const found: Delta[] = []
+  for (let at = 0; at < answer.length; ) {
+    const packed: Unit[] = []
+    for (let room = packing(random, pace); room > 0 && at < answer.length; at++) {
+      packed.push(answer[at]!)
+      room -= answer[at]!.tokens
+    }
+    const text = packed.map(each => each.text).join('')
+    const delta =
+      kind === 'tool arguments'
+        ? { tool_calls: [{ index: 0, function: { arguments: text } }] }
+        : { content: text }
+    const json = JSON.stringify({ id: 'c', choices: [{ index: 0, delta, finish_reason: null }] })
+    found.push({
+      event: `data: ${escapes ? escaped(json) : json}\n\n`,
+      tokens: packed.reduce((sum, each) => sum + each.tokens, 0)
+    })
+  }
+  return found
+}
+
+/** As Python's json.dumps has it. */
+function escaped(json: string): string {
+  return json.replace(
+    /[^\0-\x7f]/g,
+    unit => `\\u${unit.charCodeAt(0).toString(16).padStart(4, '0')}`
+  )
+}
+
+/** Sends a stream, or its beginning, through a meter; sometimes two events come in one chunk. */
+function metered(stream: Delta[], random: Random): Meter {
+  const meter = new Meter({ framing: 'sse', dialect: openai, takeOut: false })
+  meter.pass(
+    Buffer.from(
+      'data: {"id":"c","choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+    )
+  )
+  let waiting = ''
+  for (const { event } of stream) {
+    waiting += event
+    if (random() < 0.05) continue
+    meter.pass(Buffer.from(waiting))
+    waiting = ''
+  }
+  if (waiting !== '') meter.pass(Buffer.from(waiting))
+  return meter
+}
+
+const sum = (numbers: number[]) => numbers.reduce((total, each) => total + each, 0)
+const tokensOf = (stream: Delta[]) => sum(stream.map(each => each.tokens))
+
+interface Cut {
+  server: string
+  kind: Kind
+  truth: number
+  error: number
+}
+
+/** Cuts streams of the texts that nothing was learned from. */
+function cutStreams(lessons: number): Cut[] {
+  const teacher = randomFrom(1)
+  const random = randomFrom(2)
+  const estimates = new Estimates(10)
+  const servers = Object.entries(SERVERS)
+  for (const [server, packing] of servers) {
+    for (let lesson = 0; lesson < lessons; lesson++) {
+      const kind = KINDS[lesson % KINDS.length]!
+      const stream = deltas(kind, answer(kind, 0, teacher), packing, teacher)
+      // The token that ends an answer is counted, and has no text.
+      estimates.learnOutput(server, metered(stream, teacher).passed(true), tokensOf(stream) + 1)
+    }
+  }
+  return Array.from({ length: CUTS }, (_, index) => {
+    const [server, packing] = servers[index % servers.length]!
+    const kind = KINDS[Math.floor(index / servers.length) % KINDS.length]!
+    const whole = deltas(kind, answer(kind, 1, random), packing, random)
+    const passed = whole.slice(0, 1 + Math.floor(random() * whole.length))
+    const { tokens, since } = metered(passed, random).counted
+    const truth = tokensOf(passed)
+    return { server, kind, truth, error: tokens + estimates.output(server, since) - truth }
+  })
+}
+
+interface Errors {
+  mean: number
+  p95: number
+  max: number
+  /** Share of cuts that are more than 15 % off. */
+  far: number
+  /** Of the sum of all tokens. */
+  total: number
+  /** Mean error in tokens, of short cuts. */
+  short: number
+}
+
+function errors(cuts: Cut[]): Errors {
+  const long = cuts.filter(each => each.truth >= SHORT)
+  const short = cuts.filter(each => each.truth < SHORT)
+  const relative = long.map(each => Math.abs(each.error) / each.truth).sort((a, b) => a - b)
+  return {
+    mean: sum(relative) / relative.length,
+    p95: relative[Math.floor(relative.length * 0.95)]!,
+    max: relative.at(-1)!,
+    far: relative.filter(each => each > 0.15).length / relative.length,
+    total: sum(cuts.map(each => each.error)) / sum(cuts.map(each => each.truth)),
+    short: short.length === 0 ? 0 : sum(short.map(each => Math.abs(each.error))) / short.length
+  }
+}
+
+function row(name: string, { mean, p95, max, far, total, short }: Errors): string {
+  const percent = [mean, p95, max, far, total].map(each => `${(100 * each).toFixed(1)} %`)
+  return `| ${[name, ...percent, short.toFixed(1)].join(' | ')} |`
+}
+
+/** Rows of cuts of at least so many tokens. */
+const LENGTHS = [200, 1000]
+
+function table(cuts: Cut[]): string {
+  const by = (member: 'server' | 'kind', names: string[]) =>
+    names.map(name => row(name, errors(cuts.filter(each => each[member] === name))))
+  const byLength = LENGTHS.map(least =>
+    row(`from ${least} tokens`, errors(cuts.filter(each => each.truth >= least)))
+  )
+  const all = row('all', errors(cuts))
+  return [...by('server', Object.keys(SERVERS)), ...by('kind', KINDS), ...byLength, all].join('\n')
+}
+
+const HEAD = `| | mean | 95 of 100 within | worst | further off than 15 % | all together | short cuts, tokens |
+|---|---|---|---|---|---|---|`
+
+test(`the tokens of ${CUTS} streams, cut at random points`, t => {
+  const learned = cutStreams(LESSONS)
+  const cold = cutStreams(0)
+  t.diagnostic(`after ${LESSONS} whole answers\n${HEAD}\n${table(learned)}`)
+  t.diagnostic(`of a model that nothing is known of\n${HEAD}\n${table(cold)}`)
+  const of = (cuts: Cut[], server: string) => errors(cuts.filter(each => each.server === server))
+  const all = errors(learned)
+  assert.ok(all.mean < 0.025 && all.far < 0.015 && Math.abs(all.total) < 0.015)
+  assert.ok(of(learned, '1 token a delta').mean < 0.015 && of(learned, '1 token a delta').far === 0)
+  assert.ok(of(learned, '8 (a fixed interval)').mean < 0.01)
+  assert.ok(of(learned, '8 (a fixed interval)').far === 0)
+  assert.ok(of(learned, '1 to 4 at random').mean < 0.035)
+  assert.ok(of(learned, 'batched by time, up to 16').mean < 0.055)
+  assert.ok(errors(cold).mean < 0.05 && of(cold, '1 token a delta').mean < 0.015)
+})
+
+test('the tokens of prompts', t => {
+  const estimates = new Estimates(10)
+  const random = randomFrom(4)
+  /** Some messages in a template: 20 tokens for all, 4 for each message. */
+  const prompt = (half: number) => {
+    const kind = KINDS[Math.floor(random() * KINDS.length)]!
+    const asked = Array.from({ length: 1 + Math.floor(random() * 6) }, () =>
+      answer(kind, half, random)
+    )
+    const messages = asked.map(each => ({
+      role: 'user',
+      content: each.map(({ text }) => text).join('')
+    }))
+    const body = JSON.stringify({ model: 'm', messages, stream: true, temperature: 0.7 })
+    const tokens = asked.map(each => 4 + sum(each.map(unit => unit.tokens)))
+    return { counts: promptText(Buffer.from(body)).counts, truth: 20 + sum(tokens) }
+  }
+  const error = () => {
+    const { counts, truth } = prompt(1)
+    return Math.abs(estimates.input('m', counts) / truth - 1)
+  }
+  const cold = sum(Array.from({ length: 1000 }, error)) / 1000
+  for (let lesson = 0; lesson < LESSONS; lesson++) {
+    const { counts, truth } = prompt(0)
+    estimates.learnInput('m', counts, truth)
+  }
+  const learned = Array.from({ length: 1000 }, error).sort((a, b) => a - b)
+  const mean = sum(learned) / 1000
+  t.diagnostic(
+    `mean error ${mean}, 95 of 100 within ${learned[950]}, worst ${learned[999]}; cold: ${cold}`
+  )
+  assert.ok(mean < 0.05 && cold < 0.1)
+})
+
+test('a server that changes its ways is soon known again', t => {
+  const random = randomFrom(3)
+  const estimates = new Estimates(10)
+  const send = (size: number) => deltas('prose', answer('prose', 0, random), () => size, random)
+  const lessons = [...new Array(500).fill(8), ...new Array(20).fill(4)]
+  for (const size of lessons) {
+    const stream = send(size)
+    estimates.learnOutput('m', metered(stream, random).passed(true), tokensOf(stream) + 1)
+  }
+  const streams = Array.from({ length: 20 }, () => send(4))
+  const estimate = sum(
+    streams.map(each => estimates.output('m', metered(each, random).passed(false)))
+  )
+  const truth = sum(streams.map(tokensOf))
+  t.diagnostic(`${estimate} for ${truth} tokens`)
+  assert.ok(Math.abs(estimate / truth - 1) < 0.15)
+})
+
+test('what cannot be the tokens of a text teaches nothing', () => {
+  const estimates = new Estimates(10)
+  const text = noText()
+  const bytes = Buffer.from('The answer is short, and much was thought before it.')
+  addText(text, bytes, 0, bytes.length)
+  const passed = { text, deltas: 0, isWhole: true }
+  const before = estimates.output('m', passed)
+  for (let call = 0; call < 50; call++) {
+    estimates.learnOutput('m', passed, 5000)
+    estimates.learnInput('m', text, 100_000)
+  }
+  assert.equal(estimates.output('m', passed), before)
+  for (let call = 0; call < 50; call++) estimates.learnOutput('m', passed, 20)
+  assert.equal(estimates.output('m', passed), 20)
+})
+
+function counts(json: string): number[] {
+  const found = noText()
+  const bytes = Buffer.from(json)
+  addText(found, bytes, 0, bytes.length)
+  return found
+}
+
+test('escapes count as what they stand for', () => {
+  const texts = [...Object.values(CORPUS).flat(), '🦊 „Grüße“, Ж, ㄅ and ❤️', 'a\u2028\t\b"\\/']
+  for (const text of texts) {
+    const json = JSON.stringify(text).slice(1, -1)
+    assert.deepEqual(counts(escaped(json)), counts(json), text)
+  }
+})
+
+test('long text is counted in samples', () => {
+  const pieces = Object.values(CORPUS).flatMap(texts => [0, 1, 2, 3].flatMap(() => texts))
+  const sum = noText()
+  for (const piece of pieces) {
+    for (const [at, count] of counts(piece).entries()) sum[at]! += count
+  }
+  const sampled = counts(pieces.join(''))
+  assert.ok(Math.abs(characters(sampled) / characters(sum) - 1) < 0.05)
+  const cold = new Estimates(1)
+  assert.ok(Math.abs(cold.input('m', sampled) / cold.input('m', sum) - 1) < 0.1)
+})
+
+test('pictures in a prompt are no text', () => {
+  const prompt = (url: string) =>
+    promptText(
+      Buffer.from(JSON.stringify({ messages: [{ content: [{ text: 'What is it?' }, url] }] }))
+    )
+  const bare = prompt('')
+  const picture = prompt(`data:image/png;base64,${'iVBORw0KGgo/+A'.repeat(50_000)}`)
+  assert.deepEqual([bare.hasData, picture.hasData], [false, true])
+  assert.ok(characters(picture.counts) < characters(bare.counts) + 50)
+})
+
+test('the models that were heard of last are remembered', () => {
+  const estimates = new Estimates(2)
+  const text = noText()
+  addText(text, Buffer.from('word '.repeat(20)), 0, 100)
+  const learn = (model: string) => {
+    for (let call = 0; call < 20; call++) estimates.learnInput(model, text, 40)
+  }
+  const cold = estimates.input('?', text)
+  for (const model of ['a', 'b', 'a', 'c', 'x'.repeat(1000)]) learn(model)
+  assert.deepEqual(
+    ['a', 'b', 'c', 'x'.repeat(1000)].map(model => estimates.input(model, text)),
+    [40, cold, 40, cold]
+  )
+})
