@@ -46,6 +46,8 @@ export class Courier {
   readonly #stopping = new AbortController()
   #queue: Waiting[] = []
   #length = 0
+  /** Records outside of any page. */
+  #unsafe = 0
   /** The last page that was taken into the queue; undefined until the ledger has told the mark. */
   #position: number | undefined
   #isFilling = false
@@ -74,12 +76,14 @@ export class Courier {
     this.#retrying = setInterval(() => void this.#retryDeferred(), DEFERRED_INTERVAL).unref()
   }
 
-  /** Those of them that are on no disk. */
-  unsafe = 0
-
   /** Records that are known here and not delivered; there may be more in the ledger. */
   get pending(): number {
     return this.#queue.length + this.#sendingRecords
+  }
+
+  /** Those of them that are on no disk. */
+  get unsafe(): number {
+    return this.#outbox.isDurable ? this.#unsafe : this.pending
   }
 
   async start(): Promise<void> {
@@ -174,7 +178,7 @@ export class Courier {
       else if (!this.#reporter.accepts(entry)) {
         if (page !== undefined) page.left--
       } else {
-        if (page === undefined) this.unsafe++
+        if (page === undefined) this.#unsafe++
         this.#queue.push({ entry, page, at })
         this.#length += entry.length
       }
@@ -248,7 +252,7 @@ export class Courier {
   }
 
   #close(page: OpenPage | undefined): void {
-    if (page === undefined) this.unsafe--
+    if (page === undefined) this.#unsafe--
     else page.left--
   }
 

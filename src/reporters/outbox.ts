@@ -102,6 +102,10 @@ export class Outbox implements Sink {
 
   // What couriers need of the ledger.
 
+  get isDurable(): boolean {
+    return this.#file !== ':memory:'
+  }
+
   async markOf(reporter: string): Promise<number> {
     return (await this.#ask({ kind: 'markOf', reporter })) as number
   }
