@@ -29,8 +29,9 @@ const BACKSLASH = 0x5c
 const LETTER_U = 0x75
 const QUOTE = 0x22
 
-/** Longer text is counted in samples, so that none takes longer than about 20 us. */
+/** Longer text is counted in samples, so that no delta takes longer than about 20 us, and no prompt than 5. */
 const MAX_READ = 4 * 1024
+const MAX_PROMPT_READ = 1024
 const SAMPLE = 128
 
 /** The kind of each first byte of a character in UTF-8, inside a JSON text. */
@@ -76,9 +77,15 @@ function sumFrom(first: number, counts: TextCounts): number {
  * addText(counts, text, 0, text.length)
  * characters(counts) // 9
  */
-export function addText(counts: TextCounts, bytes: Buffer, begin: number, end: number): void {
-  if (end - begin <= MAX_READ) addAll(counts, bytes, begin, end)
-  else addSamples(counts, bytes, begin, end)
+export function addText(
+  counts: TextCounts,
+  bytes: Buffer,
+  begin: number,
+  end: number,
+  maxRead = MAX_READ
+): void {
+  if (end - begin <= maxRead) addAll(counts, bytes, begin, end)
+  else addSamples(counts, bytes, begin, end, maxRead / SAMPLE)
 }
 
 function addAll(counts: TextCounts, bytes: Buffer, begin: number, end: number): void {
@@ -99,9 +106,14 @@ function addAll(counts: TextCounts, bytes: Buffer, begin: number, end: number): 
   }
 }
 
-function addSamples(counts: TextCounts, bytes: Buffer, begin: number, end: number): void {
+function addSamples(
+  counts: TextCounts,
+  bytes: Buffer,
+  begin: number,
+  end: number,
+  samples: number
+): void {
   const sampled = noText()
-  const samples = MAX_READ / SAMPLE
   const step = (end - begin) / samples
   for (let index = 0; index < samples; index++) {
     const at = begin + Math.floor(index * step)
@@ -132,12 +144,12 @@ export function promptText(bytes: Buffer): PromptText {
   for (let at = STEP; at < bytes.length && found < MAX_DATA; at += STEP) {
     if (!isData(bytes, at)) continue
     found++
-    addText(counts, bytes, from, bytes.lastIndexOf(QUOTE, at) + 1)
+    addText(counts, bytes, from, bytes.lastIndexOf(QUOTE, at) + 1, MAX_PROMPT_READ)
     from = bytes.indexOf(QUOTE, at)
     if (from === -1) from = bytes.length
     at = from
   }
-  addText(counts, bytes, from, bytes.length)
+  addText(counts, bytes, from, bytes.length, MAX_PROMPT_READ)
   return { counts, hasData: found > 0 }
 }
 
