@@ -1,6 +1,6 @@
 /** Text of the kinds that models write, for tests that need real tokens. All of it was written for this project. */
 
-const PROSE = `The ferry left an hour late, which nobody on the island would have called late. Marta stood at the rail with two bags and a cat in a basket, and watched the harbour shrink until the lighthouse was a pencil stuck upright in the sand. She had promised to write every week. She knew already that she would write twice, perhaps three times, and that the letters would be about the weather.
+const PROSE = `The ferry left an hour late, which nobody on the island would have called late. A woman stood at the rail with two bags and a cat in a basket, and watched the harbour shrink until the lighthouse was a pencil stuck upright in the sand. She had promised to write every week. She knew already that she would write twice, perhaps three times, and that the letters would be about the weather.
 
 "You'll be seasick," said the man beside her, not unkindly. He had the look of someone who sold things: insurance, perhaps, or second-hand tractors.
 
@@ -22,7 +22,7 @@ It was Grandfather who taught us to read the river. Not the words people use, th
 
 Negotiations over the fishing grounds broke down again on Tuesday, the fourth time since spring. Both delegations blamed quotas; observers blamed elections. Cod stocks in the northern sector have recovered to about 70% of their 1990 level, according to figures published last month, while herring remains well below the limit that scientists consider safe. A spokeswoman said talks would resume "when there is something to talk about".
 
-Dear Ms Okafor, thank you for your application for the position of laboratory technician. We were impressed by your experience with mass spectrometry and would like to invite you to an interview on Thursday, 14 May, at 10:30 in building C. Please bring proof of your qualifications and, if you have them, copies of any publications. Travel expenses will be reimbursed up to £85. If the date doesn't suit you, do let us know and we'll find another. Yours sincerely, Harold Whitcombe, Head of Human Resources.
+Dear applicant, thank you for your application for the position of laboratory technician. We were impressed by your experience with mass spectrometry and would like to invite you to an interview on Thursday, 14 May, at 10:30 in building C. Please bring proof of your qualifications and, if you have them, copies of any publications. Travel expenses will be reimbursed up to £85. If the date doesn't suit you, do let us know and we'll find another. Yours sincerely, the personnel office.
 
 `
 
@@ -395,7 +395,7 @@ const CALLS: unknown[] = [
   { ticker: 'SAP', from: '2023-01-01', to: '2024-12-31', interval: '1mo', adjusted: true },
   {
     question: 'Which of these suppliers can deliver before the end of the month?',
-    options: ['Hofer & Sons', 'Nordwind Logistics', 'Blue Crane Ltd'],
+    options: ['the first one', 'the second', 'both'],
     allow_multiple: true
   },
   { selector: '#checkout > form button[type="submit"]', action: 'click', wait_for: 'networkidle' },
