@@ -1,4 +1,4 @@
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -6,6 +6,7 @@ import { parseArgs } from 'node:util'
 import {
   ENTRANTS,
   type Entrant,
+  llmproxyRelaxed,
   llmproxyWithWorkers,
   type Running,
   type Surroundings,
@@ -29,7 +30,10 @@ const { values: options } = parseArgs({
   options: {
     rounds: { type: 'string', default: '5' },
     only: { type: 'string' },
-    figures: { type: 'string', default: 'start,streams,requests,ttft,blocking,memory,workers' },
+    figures: {
+      type: 'string',
+      default: 'start,streams,requests,ttft,blocking,memory,workers,durability'
+    },
     save: { type: 'boolean', default: false },
     smoke: { type: 'boolean', default: false }
   }
@@ -98,6 +102,7 @@ async function measure(stage: Stage): Promise<void> {
   if (wanted.includes('start')) await inTurns(stage, 'start', startUp)
   if (wanted.includes('memory')) await inTurns(stage, 'memory', holdStreams, 1)
   if (wanted.includes('workers')) await manyStreams(stage)
+  if (wanted.includes('durability')) await durability(stage)
   const perRound = { streams, requests, ttft, blocking }
   for (const participant of stage.participants) await begin(stage, participant)
   await inTurns(stage, 'warm up', warmUp, 1)
@@ -244,6 +249,50 @@ async function manyStreams(stage: Stage): Promise<void> {
   )
   await job(stage.load, { kind: 'release' })
   await running.stop()
+}
+
+/** What an answer waits because its usage record must be on the disk first: beside one that does not wait. */
+async function durability(stage: Stage): Promise<void> {
+  const participant = stage.participants.find(each => each.entrant.name === 'llmproxy')
+  if (participant === undefined) return
+  const runs = await Promise.all(
+    [participant.entrant, llmproxyRelaxed].map((entrant, index) => {
+      const folder = join(stage.surroundings.folder, `durability-${index}`)
+      mkdirSync(folder)
+      return start(entrant, { ...stage.surroundings, folder })
+    })
+  )
+  const [strict, relaxed] = runs.map(({ target }) => target) as [
+    Running['target'],
+    Running['target']
+  ]
+  for (const running of runs) await warmUp(stage, { ...participant, running })
+  for (let round = 1; round <= rounds; round++) {
+    say(`durability ${round}/${rounds}: llmproxy`)
+    const targets: [typeof relaxed, typeof strict] = [relaxed, strict]
+    const first = await job<Spread[]>(stage.load, { kind: 'ttft', targets, pairs: 400 })
+    const load = { kind: 'requests', connections: 1, requests: 500, promptBytes: 2048 } as const
+    const alone: Spread[] = []
+    const paced: Spread[] = []
+    for (const target of targets) {
+      const one = await job<RequestsResult>(stage.load, { ...load, target })
+      const many = { ...load, target, connections: 64, requests: 10_000, perSecond: 2_000 }
+      const rush = await job<RequestsResult>(stage.load, many)
+      alone.push(one.latency)
+      paced.push(rush.latency)
+      if (target === strict)
+        add(participant.figures, 'strict: exchanges/s', (rush.requests / rush.ms) * 1000)
+    }
+    for (const [name, [base, own]] of Object.entries({
+      'added ttft': first,
+      'added to the end of an answer': alone,
+      'added to the end of an answer at 2,000/s': paced
+    })) {
+      add(participant.figures, `strict: ${name} p50 ms`, (own!.p50 - base!.p50) / 1000)
+      add(participant.figures, `strict: ${name} p99 ms`, (own!.p99 - base!.p99) / 1000)
+    }
+  }
+  for (const running of runs) await running.stop()
 }
 
 async function hold(stage: Stage, entrant: Entrant, { target }: Running, streams: number) {

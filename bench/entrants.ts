@@ -102,6 +102,22 @@ const llmproxy: Entrant = {
   reports: true
 }
 
+/** Answers do not wait for their usage records. */
+export const llmproxyRelaxed: Entrant = {
+  ...llmproxy,
+  command: (port, surroundings) => {
+    const { usage, ...config } = llmproxyConfig(surroundings, port)
+    const text = JSON.stringify({ ...config, usage: { ...usage, durability: 'relaxed' } })
+    return [
+      process.execPath,
+      ...nodeFlags(),
+      CLI,
+      '--config',
+      write(surroundings, 'relaxed.yaml', text)
+    ]
+  }
+}
+
 /** Limits are off: they are counted in one process so far. */
 export const llmproxyWithWorkers: Entrant = {
   ...llmproxy,

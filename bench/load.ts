@@ -11,7 +11,15 @@ export interface Target {
 
 export type Job =
   | { kind: 'streams'; target: Target; streams: number; chunks: number; interval: number }
-  | { kind: 'requests'; target: Target; connections: number; requests: number; promptBytes: number }
+  | {
+      kind: 'requests'
+      target: Target
+      connections: number
+      requests: number
+      promptBytes: number
+      /** As many as can be, where nothing is said. */
+      perSecond?: number
+    }
   | { kind: 'ttft'; targets: [Target, Target]; pairs: number }
   | { kind: 'blocking'; target: Target; prompts: number; promptBytes: number }
   | { kind: 'hold'; target: Target; streams: number; perSecond: number }
@@ -166,7 +174,10 @@ async function requests(job: Extract<Job, { kind: 'requests' }>): Promise<Reques
     Array.from({ length: job.connections }, async () => {
       const client = new Client(job.target)
       while (begun < job.requests) {
-        begun++
+        const due =
+          ((begun++ / (job.perSecond ?? Number.POSITIVE_INFINITY)) * 1e6 + startedAt) / 1000
+        const wait = due - now() / 1000
+        if (wait > 0) await sleep(wait)
         const sent = now()
         if (!(await client.request(body, () => {}))) failed++
         times.push(now() - sent)
