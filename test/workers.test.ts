@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { execFileSync } from 'node:child_process'
-import { readFileSync } from 'node:fs'
+import { mkdirSync, readFileSync } from 'node:fs'
 import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { test } from 'node:test'
@@ -163,4 +163,34 @@ test('memory that is not in use goes back', () => {
   garbage = undefined
   collectGarbage()
   assert.ok(process.memoryUsage().heapTotal < before * 0.8)
+})
+
+test('all workers know how usage records fare that the primary writes down', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const sink = await fakeBackend(t, () => {})
+  const dataDir = folder(t)
+  // No file can be where a folder is.
+  mkdirSync(join(dataDir, 'usage.db'))
+  const file = writeConfig(join(dataDir, 'config.yaml'), {
+    ...TWO,
+    backends: [{ url: backend.url }],
+    usage: { enabled: true, reporters: [{ type: 'webhook', webhook: { url: sink.url } }] }
+  })
+  const gateway = await start(t, [CLI, '--config', file], { LLMPROXY_DATA_DIR: dataDir })
+  for (let count = 0; count < 3; count++) await (await call(gateway.url)).text()
+  await sink.request(2)
+  const metrics = await (await fetch(`${gateway.url}/metrics`)).text()
+  assert.match(metrics, /llmproxy_webhook_queue 3\n/)
+  // Each connection comes to the next worker.
+  const health = async () => {
+    const answer = await rawClient(
+      t,
+      gateway.port,
+      'GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n'
+    )
+    await answer.until(/\}\}$/)
+    return /"usage":"(\w+)"/.exec(answer.received)?.[1]
+  }
+  let unsafe = 0
+  while (unsafe < 4) unsafe = (await health()) === 'not_safe' ? unsafe + 1 : 0
 })
