@@ -18,6 +18,7 @@ COPY package.json ./
 COPY config/llmproxy.* ./config/
 COPY --from=build /build/node_modules ./node_modules
 COPY --from=build /build/dist ./dist
+RUN chmod 755 dist/cli.js && ln -s /opt/llmproxy/dist/cli.js /usr/local/bin/llmproxy
 
 USER llmproxy
 WORKDIR /home/llmproxy

@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { readFileSync } from 'node:fs'
 import { type TestContext, test } from 'node:test'
 import { Ledger } from '../src/reporters/ledger.ts'
 import { answerChat, CHAT, fakeBackend, post } from './helper.ts'
@@ -174,6 +175,29 @@ test('replay: the records of a period go to one reporter again, past its filter 
   const unknown = await replay('--reporter', 'none', '--since', '1d')
   assert.equal(unknown.status, 2)
   assert.match(unknown.stderr, /there is no reporter "none"; there are: one, some/)
+})
+
+test('the commands of the documentation', async t => {
+  const dataDir = filled(t)
+  const { state, url } = await receiver(t)
+  const ledger = new Ledger(`${dataDir}/usage.db`)
+  for (let id = 1; id <= 17; id++) ledger.bury('billing', 'status 400', recordAt(`dead-${id}`, 1))
+  ledger.close()
+  const config = writeConfig(`${dataDir}/config.json`, {
+    backends: [{ url: 'http://127.0.0.1:1' }],
+    usage: { enabled: true, reporters: [{ name: 'billing', type: 'webhook', webhook: { url } }] }
+  })
+  const page = readFileSync(new URL('../docs/metering.md', import.meta.url), 'utf8')
+  const commands = page.match(/^llmproxy usage .*$/gm)!
+  assert.equal(commands.length, 5)
+  for (const command of commands) {
+    const result = await usage(dataDir, ...command.split(' ').slice(2), ...configFor(command))
+    assert.deepEqual([result.status, result.stderr], [0, ''], command)
+  }
+  assert.equal(state.ids.length, 4)
+  function configFor(command: string): string[] {
+    return command.includes('replay') ? ['--config', config] : []
+  }
 })
 
 test('dead letters of a running gateway: listed, tried again, deleted', async t => {
