@@ -59,9 +59,10 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   let wait = FIRST_WAIT
   const log = createLog(config.log, dataDir)
   const all = new AggregatorRegistry()
+  const reporters = ({ usage, storage }: Config) => toReporters(usage, { storage, dataDir, log })
   const outbox = new Outbox(
     usageFile(dataDir),
-    toReporters(config.usage),
+    reporters(config),
     toKeeping(config.usage),
     log,
     countDelivery
@@ -143,7 +144,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     async reload(changed) {
       config = changed
       log.level = changed.log.level
-      await outbox.update(toReporters(config.usage), toKeeping(config.usage))
+      await outbox.update(reporters(config), toKeeping(config.usage))
       await Promise.all(
         workers().map(async worker => {
           send(worker, { kind: 'reload', config })

@@ -1,9 +1,9 @@
 import { resolve } from 'node:path'
-import type { FastifyPluginAsync } from 'fastify'
+import type { FastifyBaseLogger, FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { withExchanges } from '../exchange.ts'
-import type { Distinct } from '../issues.ts'
+import type { Distinct, Issue } from '../issues.ts'
 import { matchesModel } from '../keys/key.ts'
 import {
   checkOptions,
@@ -11,15 +11,21 @@ import {
   type Given,
   HeaderName,
   NotBuilt,
+  OptionsError,
   Section,
   Size
 } from '../options.ts'
+import { Builtin, BuiltinOptions, builtinFile } from '../reporters/builtin.ts'
 import type { OnDelivery } from '../reporters/courier.ts'
+import { DatabaseReporter, DatabaseReporterOptions } from '../reporters/database.ts'
 import { type Keeping, Outbox } from '../reporters/outbox.ts'
 import type { Sink } from '../reporters/posts.ts'
 import { type Price, toRecord, type UsageRecord } from '../reporters/record.ts'
-import { type Reporter, recordJson, toEntry } from '../reporters/reporter.ts'
+import { RedisReporter, RedisReporterOptions } from '../reporters/redis.ts'
+import { type Receiver, type Reporter, recordJson, toEntry } from '../reporters/reporter.ts'
 import { Webhook, WebhookOptions } from '../reporters/webhook.ts'
+import { Redis } from '../store/redis.ts'
+import { openDatabase, StorageOptions, storageIssues } from '../store/storage.ts'
 
 /**
  * Writes down what every exchange that reached a backend has spent, and reports it until it has been taken.
@@ -56,8 +62,8 @@ const ReporterOptions = Type.Object(
         description: 'Name in logs and metrics, and of its place in the outbox'
       })
     ),
-    type: Type.Enum(['webhook'], {
-      later: ['database', 'builtin', 'redis', 'file'],
+    type: Type.Enum(['webhook', 'database', 'redis', 'builtin'], {
+      later: ['file'],
       description: 'What it is'
     }),
     enabled: Type.Boolean({ default: true, description: 'Switches it on' }),
@@ -67,8 +73,9 @@ const ReporterOptions = Type.Object(
       'How old a record may be that is still tried; then it is a dead letter'
     ),
     webhook: Type.Optional(WebhookOptions),
-    database: NotBuilt('A database that receives usage records'),
-    builtin: NotBuilt('The embedded store'),
+    database: Type.Optional(DatabaseReporterOptions),
+    redis: Type.Optional(RedisReporterOptions),
+    builtin: Type.Optional(BuiltinOptions),
     script: NotBuilt('Script that reports')
   },
   {
@@ -139,30 +146,37 @@ export interface UsageReports {
   /** Why records cannot be made safe at the moment. */
   readonly trouble: string | undefined
   readonly onDelivery: OnDelivery[]
-  update(options: UsageOptions): Promise<void>
+  update(options: UsageOptions, storage: StorageOptions): Promise<void>
   /** Delivers what is pending until the signal fires. */
   flush(signal: AbortSignal): Promise<void>
 }
 
 const DAY = 24 * 60 * 60 * 1000
 
-const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usage(fastify, given) {
+/** The options of the plugin; `storage` has what its reporters name. */
+export type GivenUsageOptions = Given<UsageOptions> & { storage?: Given<StorageOptions> }
+
+const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(fastify, given) {
   const { log } = fastify
+  const { storage: givenStorage, ...givenOptions } = given
   const onDelivery: UsageReports['onDelivery'] = []
   const delivered: OnDelivery = (result, records) => {
     for (const listener of onDelivery) listener(result, records)
   }
-  let options = checkOptions(UsageOptions, { enabled: true, ...given })
+  let options = checkOptions(UsageOptions, { enabled: true, ...givenOptions })
   let rules = toRules(options)
   let outbox: Outbox | undefined
-  await update(options)
+  const storage = checkOptions(StorageOptions, givenStorage)
+  const issues = usageIssues(options, storage)
+  if (issues.length > 0) throw new OptionsError(issues)
+  await update(options, storage)
 
-  async function update(changed: UsageOptions): Promise<void> {
+  async function update(changed: UsageOptions, storage: StorageOptions): Promise<void> {
     options = changed
     rules = toRules(changed)
     // Of several processes another one delivers.
     if (fastify.peers !== undefined) return
-    const reporters = toReporters(changed)
+    const reporters = toReporters(changed, { storage, dataDir: fastify.dataDir, log })
     if (changed.enabled && reporters.length === 0) log.warn('usage is enabled but has no reporters')
     if (outbox !== undefined) await outbox.update(reporters, toKeeping(changed))
     else if (reporters.length > 0) {
@@ -226,28 +240,66 @@ function toRules({ enabled, reporters, tags, prices }: UsageOptions) {
   }
 }
 
-/** The reporters that are switched on. */
-export function toReporters({ enabled, reporters }: UsageOptions): Reporter[] {
-  if (!enabled) return []
-  const names = new Set<string>()
-  return reporters.filter(each => each.enabled).map(each => toReporter(each, names))
+/** Why reporters can't use what they name of the storage. */
+export function usageIssues(options: UsageOptions, storage: StorageOptions): Issue[] {
+  return options.reporters.flatMap(({ enabled, type, database, redis }, at) => {
+    if (!options.enabled || !enabled) return []
+    const path = ['reporters', at, type, 'storage']
+    if (type === 'database') return storageIssues(storage, 'databases', database!.storage, path)
+    return type === 'redis' ? storageIssues(storage, 'caches', redis!.storage, path) : []
+  })
 }
 
-function toReporter(options: ReporterOptions, names: Set<string>): Reporter {
+/** What reporters need beside their own options. */
+export interface Surroundings {
+  storage: StorageOptions
+  dataDir: string | undefined
+  log: FastifyBaseLogger
+}
+
+/** The reporters that are switched on. */
+export function toReporters(
+  { enabled, reporters }: UsageOptions,
+  around: Surroundings
+): Reporter[] {
+  if (!enabled) return []
+  const names = new Set<string>()
+  return reporters.filter(each => each.enabled).map(each => toReporter(each, names, around))
+}
+
+function toReporter(options: ReporterOptions, names: Set<string>, around: Surroundings): Reporter {
   const { type, filter, max_age } = options
   let name = options.name ?? type
   for (let count = 2; names.has(name); count++) name = `${type}-${count}`
   names.add(name)
-  const webhook = new Webhook(options.webhook!)
+  const receiver = toReceiver(options, around)
   return {
     name,
     maxAge: max_age,
-    wantsBody: webhook.wantsBody,
-    concurrency: webhook.concurrency,
-    batch: webhook.batch,
+    wantsBody: receiver.wantsBody,
+    concurrency: receiver.concurrency,
+    batch: receiver.batch,
     accepts: entry => isWanted(entry, filter),
-    send: (entries, signal) => webhook.send(entries, signal),
-    close: () => webhook.close()
+    send: (entries, signal) => receiver.send(entries, signal),
+    close: () => receiver.close()
+  }
+}
+
+function toReceiver(options: ReporterOptions, { storage, dataDir, log }: Surroundings): Receiver {
+  const { type, webhook, database, redis, builtin } = options
+  switch (type) {
+    case 'webhook':
+      return new Webhook(webhook!)
+    case 'database': {
+      const found = storage.databases.find(({ name }) => name === database!.storage)!
+      return new DatabaseReporter(openDatabase(found, dataDir, database!.timeout), database!)
+    }
+    case 'redis': {
+      const found = storage.caches.find(({ name }) => name === redis!.storage)!
+      return new RedisReporter(new Redis(found), redis!)
+    }
+    case 'builtin':
+      return new Builtin(builtinFile(dataDir), builtin!, log)
   }
 }
 
