@@ -18,8 +18,9 @@ import metering from './plugins/metering.ts'
 import metrics, { MetricsOptions } from './plugins/metrics.ts'
 import payload from './plugins/payload.ts'
 import proxy, { ProxyOptions } from './plugins/proxy.ts'
-import usage, { UsageOptions, usageIssues } from './plugins/usage.ts'
+import usage, { UsageOptions } from './plugins/usage.ts'
 import type { OnDelivery } from './reporters/courier.ts'
+import { reporterIssues } from './reporters/reporters.ts'
 import anthropicRoutes from './routes/anthropic.ts'
 import healthRoutes from './routes/health.ts'
 import metricsRoutes from './routes/metrics.ts'
@@ -193,7 +194,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
 
 /** What sections ask of the storage that it doesn't have. */
 export function storageUseIssues({ usage, storage }: GatewayOptions): Issue[] {
-  return usageIssues(usage, storage).map(({ path, message }) => ({
+  return reporterIssues(usage, storage).map(({ path, message }) => ({
     path: path[0] === 'storage' ? path : ['usage', ...path],
     message
   }))

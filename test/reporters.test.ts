@@ -5,6 +5,8 @@ import { createClient } from '@redis/client'
 import { checkOptions } from '../src/options.ts'
 import { DatabaseReporter, DatabaseReporterOptions } from '../src/reporters/database.ts'
 import type { UsageRecord } from '../src/reporters/record.ts'
+import { RedisReporter, RedisReporterOptions } from '../src/reporters/redis.ts'
+import { Redis } from '../src/store/redis.ts'
 import { type Database, quoteName } from '../src/store/sql.ts'
 import { openDatabase, StorageOptions } from '../src/store/storage.ts'
 import { answerChat, CHAT, fakeBackend, post, startGateway, type TestGateway } from './helper.ts'
@@ -348,19 +350,38 @@ test('redis: away, silent and back: every record is in the stream', {
   }
 })
 
+function redisReporter(t: TestContext, port: number, options: object) {
+  const storage = checkOptions(StorageOptions, redisCaches(`${REDIS.host}:${port}`))
+  const reporter = new RedisReporter(
+    new Redis(storage.caches[0]!),
+    checkOptions(RedisReporterOptions, { storage: 'main', ...options })
+  )
+  t.after(() => reporter.close())
+  return reporter
+}
+
+test('redis: a server that hangs does not keep the end from coming', {
+  skip: REDIS.skip
+}, async t => {
+  const way = await door(t, REDIS)
+  way.set('silent')
+  const reporter = redisReporter(t, way.port, { stream: uniqueName('stream') })
+  assert.deepEqual(await reporter.send([entry()], SIGNAL), {
+    kind: 'unavailable',
+    reason: 'no answer in 150 ms',
+    retryAfter: 0
+  })
+  const stop = new AbortController()
+  const sent = reporter.send([entry()], stop.signal)
+  stop.abort()
+  assert.equal((await sent).kind, 'unavailable')
+  await reporter.close()
+})
+
 test('redis: the stream stays about as long as it may be', { skip: REDIS.skip }, async t => {
   const stream = uniqueName('stream')
   const client = await redisClient(t, stream)
-  const { RedisReporter, RedisReporterOptions } = await import('../src/reporters/redis.ts')
-  const { Redis } = await import('../src/store/redis.ts')
-  const { host, port } = REDIS
-  const storage = checkOptions(StorageOptions, redisCaches(`${host}:${port}`))
-  const options = { storage: 'main', stream, max_length: 200 }
-  const reporter = new RedisReporter(
-    new Redis(storage.caches[0]!),
-    checkOptions(RedisReporterOptions, options)
-  )
-  t.after(() => reporter.close())
+  const reporter = redisReporter(t, REDIS.port, { stream, max_length: 200 })
   for (let batch = 0; batch < 5; batch++) {
     const entries = Array.from({ length: 200 }, () => entry())
     assert.deepEqual(await reporter.send(entries, SIGNAL), { kind: 'delivered' })

@@ -1,31 +1,18 @@
 import { resolve } from 'node:path'
-import type { FastifyBaseLogger, FastifyPluginAsync } from 'fastify'
+import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { withExchanges } from '../exchange.ts'
-import type { Distinct, Issue } from '../issues.ts'
+import type { Distinct } from '../issues.ts'
 import { matchesModel } from '../keys/key.ts'
-import {
-  checkOptions,
-  Duration,
-  type Given,
-  HeaderName,
-  NotBuilt,
-  OptionsError,
-  Section,
-  Size
-} from '../options.ts'
-import { Builtin, BuiltinOptions, builtinFile } from '../reporters/builtin.ts'
+import { checkOptions, type Given, HeaderName, OptionsError, Section, Size } from '../options.ts'
 import type { OnDelivery } from '../reporters/courier.ts'
-import { DatabaseReporter, DatabaseReporterOptions } from '../reporters/database.ts'
 import { type Keeping, Outbox } from '../reporters/outbox.ts'
 import type { Sink } from '../reporters/posts.ts'
-import { type Price, toRecord, type UsageRecord } from '../reporters/record.ts'
-import { RedisReporter, RedisReporterOptions } from '../reporters/redis.ts'
-import { type Receiver, type Reporter, recordJson, toEntry } from '../reporters/reporter.ts'
-import { Webhook, WebhookOptions } from '../reporters/webhook.ts'
-import { Redis } from '../store/redis.ts'
-import { openDatabase, StorageOptions, storageIssues } from '../store/storage.ts'
+import { type Price, toRecord } from '../reporters/record.ts'
+import { toEntry } from '../reporters/reporter.ts'
+import { ReporterOptions, reporterIssues, toReporters } from '../reporters/reporters.ts'
+import { StorageOptions } from '../store/storage.ts'
 
 /**
  * Writes down what every exchange that reached a backend has spent, and reports it until it has been taken.
@@ -35,55 +22,6 @@ import { openDatabase, StorageOptions, storageIssues } from '../store/storage.ts
  *   reporters: [{ name: 'billing', type: 'webhook', webhook: { url: 'http://127.0.0.1:9000/usage' } }]
  * })
  */
-
-const OUTCOMES = ['ok', 'client_gone', 'backend_failed', 'timed_out'] as const
-
-const Names = (description: string) =>
-  Type.Array(Type.String({ minLength: 1 }), { default: [], description })
-
-const Filter = Type.Object(
-  {
-    models: Names('Models, * as a wildcard; none: all'),
-    callers: Names('Names or ids of API keys; none: all'),
-    outcomes: Type.Array(Type.Enum([...OUTCOMES]), {
-      default: [],
-      description: 'How exchanges ended; none: all'
-    })
-  },
-  { additionalProperties: false, default: {}, description: 'Which records it gets' }
-)
-type Filter = Static<typeof Filter>
-
-const ReporterOptions = Type.Object(
-  {
-    name: Type.Optional(
-      Type.String({
-        minLength: 1,
-        description: 'Name in logs and metrics, and of its place in the outbox'
-      })
-    ),
-    type: Type.Enum(['webhook', 'database', 'redis', 'builtin'], {
-      later: ['file'],
-      description: 'What it is'
-    }),
-    enabled: Type.Boolean({ default: true, description: 'Switches it on' }),
-    filter: Filter,
-    max_age: Duration(
-      '7d',
-      'How old a record may be that is still tried; then it is a dead letter'
-    ),
-    webhook: Type.Optional(WebhookOptions),
-    database: Type.Optional(DatabaseReporterOptions),
-    redis: Type.Optional(RedisReporterOptions),
-    builtin: Type.Optional(BuiltinOptions),
-    script: NotBuilt('Script that reports')
-  },
-  {
-    additionalProperties: false,
-    partOfType: true
-  }
-)
-type ReporterOptions = Static<typeof ReporterOptions>
 
 const Money = (description: string) => Type.Number({ minimum: 0, description })
 
@@ -167,7 +105,7 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
   let rules = toRules(options)
   let outbox: Outbox | undefined
   const storage = checkOptions(StorageOptions, givenStorage)
-  const issues = usageIssues(options, storage)
+  const issues = reporterIssues(options, storage)
   if (issues.length > 0) throw new OptionsError(issues)
   await update(options, storage)
 
@@ -238,80 +176,6 @@ function toRules({ enabled, reporters, tags, prices }: UsageOptions) {
         : prices.find(each => matchesModel([each.model], model))
     }
   }
-}
-
-/** Why reporters can't use what they name of the storage. */
-export function usageIssues(options: UsageOptions, storage: StorageOptions): Issue[] {
-  return options.reporters.flatMap(({ enabled, type, database, redis }, at) => {
-    if (!options.enabled || !enabled) return []
-    const path = ['reporters', at, type, 'storage']
-    if (type === 'database') return storageIssues(storage, 'databases', database!.storage, path)
-    return type === 'redis' ? storageIssues(storage, 'caches', redis!.storage, path) : []
-  })
-}
-
-/** What reporters need beside their own options. */
-export interface Surroundings {
-  storage: StorageOptions
-  dataDir: string | undefined
-  log: FastifyBaseLogger
-}
-
-/** The reporters that are switched on. */
-export function toReporters(
-  { enabled, reporters }: UsageOptions,
-  around: Surroundings
-): Reporter[] {
-  if (!enabled) return []
-  const names = new Set<string>()
-  return reporters.filter(each => each.enabled).map(each => toReporter(each, names, around))
-}
-
-function toReporter(options: ReporterOptions, names: Set<string>, around: Surroundings): Reporter {
-  const { type, filter, max_age } = options
-  let name = options.name ?? type
-  for (let count = 2; names.has(name); count++) name = `${type}-${count}`
-  names.add(name)
-  const receiver = toReceiver(options, around)
-  return {
-    name,
-    maxAge: max_age,
-    wantsBody: receiver.wantsBody,
-    concurrency: receiver.concurrency,
-    batch: receiver.batch,
-    accepts: entry => isWanted(entry, filter),
-    send: (entries, signal) => receiver.send(entries, signal),
-    close: () => receiver.close()
-  }
-}
-
-function toReceiver(options: ReporterOptions, { storage, dataDir, log }: Surroundings): Receiver {
-  const { type, webhook, database, redis, builtin } = options
-  switch (type) {
-    case 'webhook':
-      return new Webhook(webhook!)
-    case 'database': {
-      const found = storage.databases.find(({ name }) => name === database!.storage)!
-      return new DatabaseReporter(openDatabase(found, dataDir, database!.timeout), database!)
-    }
-    case 'redis': {
-      const found = storage.caches.find(({ name }) => name === redis!.storage)!
-      return new RedisReporter(new Redis(found), redis!)
-    }
-    case 'builtin':
-      return new Builtin(builtinFile(dataDir), builtin!, log)
-  }
-}
-
-function isWanted(entry: string, { models, callers, outcomes }: Filter): boolean {
-  if (models.length + callers.length + outcomes.length === 0) return true
-  const record: UsageRecord = JSON.parse(recordJson(entry, false))
-  return (
-    (models.length === 0 || matchesModel(models, record.model ?? '')) &&
-    (callers.length === 0 ||
-      callers.some(each => each === record.caller || each === record.api_key_id)) &&
-    (outcomes.length === 0 || outcomes.some(each => each === record.outcome))
-  )
 }
 
 export default fp(usagePlugin, { name: 'usage', fastify: '5.x' })

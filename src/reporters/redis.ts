@@ -39,7 +39,7 @@ export class RedisReporter implements Receiver {
         return { kind: 'delivered' }
       } catch (error) {
         // Redis looks into no record: whatever it says is about itself or the stream.
-        return { kind: 'unavailable', reason: reasonOf(error), retryAfter: 0 }
+        return { kind: 'unavailable', reason: (error as Error).message, retryAfter: 0 }
       }
     })
   }
@@ -64,11 +64,4 @@ export class RedisReporter implements Receiver {
       await transaction.exec()
     })
   }
-}
-
-/** Of a transaction the first thing that went wrong in it. */
-function reasonOf(error: unknown): string {
-  const { replies = [], message } = error as Error & { replies?: unknown[] }
-  const first = replies.find(each => each instanceof Error)
-  return first?.message ?? message
 }

@@ -1,3 +1,4 @@
+import { reasonOf } from './reason.ts'
 import { type Database, DatabaseError, type Dialect, type Row, type Value } from './sql.ts'
 
 /** A connection to a server, as its driver makes it. */
@@ -145,10 +146,4 @@ export class Connections implements Database {
     connection.end()
     setTimeout(() => connection.destroy(), LEAVE_TIMEOUT).unref()
   }
-}
-
-/** What went wrong, in the server's or the system's own words; where there are none, its code. */
-function reasonOf(error: unknown): string {
-  const { message, code } = error as NodeJS.ErrnoException
-  return message || code || 'failed'
 }

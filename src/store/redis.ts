@@ -1,4 +1,5 @@
 import type { RedisClientType } from '@redis/client'
+import { reasonOf } from './reason.ts'
 import type { CacheOptions } from './storage.ts'
 import { tlsOf } from './tls.ts'
 
@@ -10,6 +11,7 @@ export class Redis {
   readonly #options: CacheOptions
   #client: RedisClientType | undefined
   #connecting: Promise<RedisClientType> | undefined
+  #isClosed = false
 
   constructor(options: CacheOptions) {
     this.#options = options
@@ -18,7 +20,7 @@ export class Redis {
   /**
    * Does some work with the connection.
    *
-   * @throws with the server's or the system's own words when it could not be done
+   * @throws {Error} with the server's or the system's own words, fit for a log
    */
   async run<T>(work: (client: RedisClientType) => Promise<T>): Promise<T> {
     const { read_timeout } = this.#options
@@ -33,13 +35,14 @@ export class Redis {
       return await Promise.race([work(client), late.promise])
     } catch (error) {
       this.#drop()
-      throw error
+      throw new Error(reasonOf(firstOf(error)))
     } finally {
       clearTimeout(timer)
     }
   }
 
   async close(): Promise<void> {
+    this.#isClosed = true
     this.#drop()
   }
 
@@ -61,34 +64,51 @@ export class Redis {
       tls: tls.enabled ? (tls.verify ? 'verified' : 'unverified') : 'off',
       caFile: tls.ca_file
     })
-    const socket = { host, port: Number(port), connectTimeout: dial_timeout }
     const client = createClient({
       ...(username ? { username } : {}),
       ...(password ? { password } : {}),
       database: db,
       disableOfflineQueue: true,
       socket: {
-        ...socket,
+        host,
+        port: Number(port),
+        connectTimeout: dial_timeout,
         reconnectStrategy: false,
         ...(checked === undefined ? {} : { tls: true, ...checked })
       }
     } as never) as RedisClientType
+    if (this.#isClosed) throw new Error('closed')
     this.#client = client
     // Whoever waits for it gets the error, too.
     client.on('error', () => {})
     // The handshake may hang where connecting does not.
-    const timer = setTimeout(() => client.destroy(), dial_timeout)
+    let isLate = false
+    const timer = setTimeout(() => {
+      isLate = true
+      this.#drop()
+    }, dial_timeout)
     try {
       await client.connect()
+    } catch (error) {
+      throw isLate ? new Error(`no answer in ${dial_timeout} ms`) : error
     } finally {
       clearTimeout(timer)
     }
-    return client
+    // One that is given up while it dials goes on dialling.
+    if (this.#client === client) return client
+    client.destroy()
+    throw new Error('closed')
   }
 
   #drop(): void {
     const client = this.#client
     this.#client = undefined
-    if (client?.isOpen) client.destroy()
+    client?.destroy()
   }
+}
+
+/** Of a transaction the first thing that went wrong in it. */
+function firstOf(error: unknown): unknown {
+  const { replies = [] } = error as { replies?: unknown[] }
+  return replies.find(each => each instanceof Error) ?? error
 }
