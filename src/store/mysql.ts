@@ -27,6 +27,8 @@ function connect(library: typeof import('mysql2'), target: Target): Connection {
   const { host, port = 3306, user, database, password } = target
   const socket = host.startsWith('/') ? dial(host) : dial(port, host)
   socket.setKeepAlive(true)
+  // mysql2 tells Node's TLS no host where it is an address; without this it would be taken for localhost.
+  Object.assign(socket, { _host: host })
   const ssl = tlsOf(target)
   const connection = library.createConnection({
     host,
