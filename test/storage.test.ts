@@ -1,9 +1,18 @@
 import assert from 'node:assert/strict'
 import { spawnSync } from 'node:child_process'
 import { once } from 'node:events'
-import { cpSync, mkdirSync, readdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs'
+import {
+  cpSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  symlinkSync,
+  writeFileSync
+} from 'node:fs'
 import { type AddressInfo, connect, createServer } from 'node:net'
 import { join } from 'node:path'
+import { DatabaseSync } from 'node:sqlite'
 import { type TestContext, test } from 'node:test'
 import { createServer as createTlsServer, TLSSocket } from 'node:tls'
 import Fastify from 'fastify'
@@ -14,6 +23,7 @@ import usage from '../src/plugins/usage.ts'
 import { Connections } from '../src/store/connections.ts'
 import { parseDsn } from '../src/store/dsn.ts'
 import { Redis } from '../src/store/redis.ts'
+import { Sqlite } from '../src/store/sqlite.ts'
 import { openDatabase, StorageOptions } from '../src/store/storage.ts'
 import { folder } from './process.ts'
 import { POSTGRES, REDIS } from './servers.ts'
@@ -325,4 +335,26 @@ test('connections: as many as there may be, kept as long as they may be', async 
   await db.close()
   await assert.rejects(cut, { kind: 'unavailable' })
   await assert.rejects(db.run('6'), { kind: 'unavailable', message: 'closed' })
+})
+
+test('a SQLite file that another one holds, and a statement that takes too long', async t => {
+  const file = join(folder(t), 'sub/some.db')
+  const db = new Sqlite(file, 150)
+  await db.run('CREATE TABLE words (word TEXT UNIQUE)')
+  assert.equal(statSync(file).mode & 0o777, 0o600)
+  assert.equal(statSync(join(file, '..')).mode & 0o777, 0o700)
+  const holder = new DatabaseSync(file)
+  holder.exec('BEGIN IMMEDIATE')
+  const late = { kind: 'unavailable', message: 'no answer in 150 ms' }
+  await assert.rejects(db.run('INSERT INTO words VALUES (?)', ['a']), late)
+  holder.exec('ROLLBACK')
+  holder.close()
+  await db.run('INSERT INTO words VALUES (?)', ['b'])
+  await assert.rejects(db.run('INSERT INTO words VALUES (?)', ['b']), { kind: 'refused' })
+  await assert.rejects(db.run('INSERT INTO nothing VALUES (1)', []), { kind: 'unavailable' })
+  const script = "INSERT INTO words VALUES ('c'); INSERT INTO words VALUES ('b')"
+  await assert.rejects(db.run(script), { kind: 'refused' })
+  assert.deepEqual(await db.run("SELECT word FROM words WHERE word != 'a'", []), [{ word: 'b' }])
+  await db.close()
+  await assert.rejects(db.run('SELECT 1', []), { message: 'closed' })
 })

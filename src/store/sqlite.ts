@@ -26,6 +26,7 @@ export class Sqlite implements Database {
   #thread: Worker | undefined
   readonly #asked = new Map<number, PromiseWithResolvers<Row[]>>()
   #lastId = 0
+  #isClosed = false
 
   /** @param timeout how long (ms) a statement may take */
   constructor(file: string, timeout: number) {
@@ -33,16 +34,18 @@ export class Sqlite implements Database {
     this.#timeout = timeout
   }
 
-  run(sql: string, values?: readonly Value[]): Promise<Row[]> {
+  async run(sql: string, values?: readonly Value[]): Promise<Row[]> {
+    if (this.#isClosed) throw new DatabaseError('unavailable', 'closed')
     return this.#ask({ sql, values }, this.#timeout)
   }
 
   async close(): Promise<void> {
+    this.#isClosed = true
     const thread = this.#thread
     if (thread === undefined) return
     thread.ref()
     await this.#ask({}, CLOSE_TIMEOUT).catch(() => {})
-    this.#giveUp(new Error('closed'))
+    this.#giveUp('closed')
     await Promise.race([thread.terminate(), sleep(CLOSE_TIMEOUT)])
   }
 
@@ -50,11 +53,14 @@ export class Sqlite implements Database {
     const id = ++this.#lastId
     const asked = Promise.withResolvers<Row[]>()
     this.#asked.set(id, asked)
-    const timer = setTimeout(() => {
-      asked.reject(new DatabaseError('unavailable', `no answer in ${timeout} ms`))
-    }, timeout)
     this.#thread ??= this.#start()
-    this.#thread.postMessage({ id, ...order })
+    const thread = this.#thread
+    // What hangs would be asked more and more.
+    const timer = setTimeout(() => {
+      this.#giveUp(`no answer in ${timeout} ms`)
+      void thread.terminate()
+    }, timeout)
+    thread.postMessage({ id, ...order })
     try {
       return await asked.promise
     } finally {
@@ -67,7 +73,7 @@ export class Sqlite implements Database {
     const thread = new Worker(THREAD, { workerData: { file: this.#file } })
     thread.unref()
     thread.on('message', (answer: Answer) => this.#hear(answer))
-    thread.on('error', error => this.#giveUp(error as Error))
+    thread.on('error', error => this.#giveUp((error as Error).message))
     return thread
   }
 
@@ -81,8 +87,8 @@ export class Sqlite implements Database {
   }
 
   /** A thread that is gone is replaced by the next statement. */
-  #giveUp({ message }: Error): void {
+  #giveUp(reason: string): void {
     this.#thread = undefined
-    for (const { reject } of this.#asked.values()) reject(new DatabaseError('unavailable', message))
+    for (const { reject } of this.#asked.values()) reject(new DatabaseError('unavailable', reason))
   }
 }
