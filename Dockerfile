@@ -5,7 +5,11 @@ COPY package.json package-lock.json .npmrc ./
 RUN npm ci --ignore-scripts
 COPY tsconfig.json ./
 COPY src ./src
-RUN npm run build && npm prune --omit=dev --ignore-scripts
+# The clients of databases and of Redis are left to who installs the package; in a container nobody can.
+RUN npm run build \
+  && npm pkg delete devDependencies.pg devDependencies.mysql2 'devDependencies[@redis/client]' \
+  && npm pkg set dependencies.pg='*' dependencies.mysql2='*' 'dependencies[@redis/client]=*' \
+  && npm prune --omit=dev --ignore-scripts
 
 FROM node:26-slim
 # The base image's user "node" holds the uid that bind mounts usually belong to.

@@ -7,6 +7,7 @@ import { ollama } from './dialects/ollama.ts'
 import { openai } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { type Exchanges, withExchanges } from './exchange.ts'
+import type { Issue } from './issues.ts'
 import { checkOptions, Duration, type Given, OptionsError } from './options.ts'
 import type { Peers } from './peers.ts'
 import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
@@ -19,12 +20,14 @@ import payload from './plugins/payload.ts'
 import proxy, { ProxyOptions } from './plugins/proxy.ts'
 import usage, { UsageOptions } from './plugins/usage.ts'
 import type { OnDelivery } from './reporters/courier.ts'
+import { reporterIssues } from './reporters/reporters.ts'
 import anthropicRoutes from './routes/anthropic.ts'
 import healthRoutes from './routes/health.ts'
 import metricsRoutes from './routes/metrics.ts'
 import modelRoutes from './routes/models.ts'
 import ollamaRoutes from './routes/ollama.ts'
 import openaiRoutes from './routes/openai.ts'
+import { StorageOptions } from './store/storage.ts'
 
 /** What the gateway can be told, in a file and in code alike. */
 export const GatewayOptions = Type.Object(
@@ -33,6 +36,7 @@ export const GatewayOptions = Type.Object(
     auth: AuthOptions,
     rate_limit: LimitsOptions,
     usage: UsageOptions,
+    storage: StorageOptions,
     metrics: MetricsOptions,
     proxy: Type.Optional(ProxyOptions),
     drain_timeout: Type.Optional(
@@ -96,6 +100,8 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   const { onGateway, ownsNotFound, peers, dataDir, prefix, logLevel, logSerializers, ...sections } =
     given as GivenOptions & RegisterOptions
   const options = checkOptions(GatewayOptions, sections, 'llmproxy')
+  const issues = storageUseIssues(options)
+  if (issues.length > 0) throw new OptionsError(issues, 'llmproxy')
   if (/[:*]/.test(fastify.prefix)) {
     throw new OptionsError(
       [{ path: ['prefix'], message: 'must be a path without parameters' }],
@@ -140,7 +146,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   await fastify.register(proxy, options.proxy ?? {})
   // What did it cost? Read from the answer as it passes, and reported when it is over.
   await fastify.register(metering)
-  await fastify.register(usage, options.usage)
+  await fastify.register(usage, { ...options.usage, storage: options.storage })
   // What happened? Counted and logged after everything else.
   await fastify.register(metrics, options.metrics)
   await fastify.register(log)
@@ -181,9 +187,17 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       await fastify.backends.update({ backends, routing, health_check })
       fastify.keys.update(changed.auth)
       fastify.limits.update(changed.rate_limit)
-      await fastify.usage.update(changed.usage)
+      await fastify.usage.update(changed.usage, changed.storage)
     }
   })
+}
+
+/** What sections ask of the storage that it doesn't have. */
+export function storageUseIssues({ usage, storage }: GatewayOptions): Issue[] {
+  return reporterIssues(usage, storage).map(({ path, message }) => ({
+    path: path[0] === 'storage' ? path : ['usage', ...path],
+    message
+  }))
 }
 
 /** Answers an error in the dialect of its route. */

@@ -3,7 +3,7 @@ import { existsSync, readFileSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { basename } from 'node:path'
 import { type Static, Type } from 'typebox'
-import { GatewayOptions } from './app.ts'
+import { GatewayOptions, storageUseIssues } from './app.ts'
 import { formatPath, type Issue } from './issues.ts'
 import { isNetwork } from './keys/key.ts'
 import { Duration, findIssues, NotBuilt, Section, Size } from './options.ts'
@@ -122,7 +122,6 @@ export const ConfigSchema = Type.Object(
     server: ServerOptions,
     log: LogOptions,
     ...gatewaySections,
-    storage: NotBuilt('Databases and caches'),
     discovery: NotBuilt('Backends that are found'),
     admin: NotBuilt('The admin API'),
     logging: NotBuilt('Request and access logs'),
@@ -172,6 +171,8 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
   withoutFile(root as RootMapping)
   const known = new Set(issues.map(issue => formatPath(issue.path)))
   issues.push(...findIssues(ConfigSchema, root).filter(({ path }) => !known.has(formatPath(path))))
+  const isWrong = issues.some(({ path }) => path[0] === 'usage' || path[0] === 'storage')
+  if (!isWrong) issues.push(...storageUseIssues(root as Config))
   issues.push(...incomplete(root as Config))
   if (issues.length > 0) throw new ConfigError(file.complaints().join('\n'))
   return freeze(root) as Config

@@ -197,7 +197,7 @@ function suggestion(schema: Described, value: unknown): string {
 }
 
 /** Says what was probably meant: the same letters, the beginning, or all but a third of the text. */
-function didYouMean(text: string, known: string[]): string {
+export function didYouMean(text: string, known: string[]): string {
   if (text === '' || known.length === 0) return ''
   const best = closest(text, known)
   const near =

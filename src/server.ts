@@ -193,8 +193,9 @@ class QuietLog extends LogController {
 }
 
 /** The sections of the file that the gateway plugin takes. */
-function sections({ backends, routing, health_check, auth, rate_limit, usage, metrics }: Config) {
-  return { backends, routing, health_check, auth, rate_limit, usage, metrics }
+function sections(config: Config) {
+  const { backends, routing, health_check, auth, rate_limit, usage, storage, metrics } = config
+  return { backends, routing, health_check, auth, rate_limit, usage, storage, metrics }
 }
 
 /** Names of the settings that differ but can't be changed while running. */

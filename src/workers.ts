@@ -7,10 +7,11 @@ import type { Gateway } from './app.ts'
 import type { Config } from './config.ts'
 import { collectGarbage } from './memory.ts'
 import type { News, OutboxState, Peers } from './peers.ts'
-import { toKeeping, toReporters, usageFile } from './plugins/usage.ts'
+import { toKeeping, usageFile } from './plugins/usage.ts'
 import type { Delivery } from './reporters/courier.ts'
 import { Outbox } from './reporters/outbox.ts'
 import { Posts } from './reporters/posts.ts'
+import { toReporters } from './reporters/reporters.ts'
 import { createLog, flushLog, LISTENING, type Server, startServer } from './server.ts'
 import { VERSION } from './version.ts'
 
@@ -62,9 +63,10 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   let wait = FIRST_WAIT
   const log = createLog(config.log, dataDir)
   const all = new AggregatorRegistry()
+  const reporters = ({ usage, storage }: Config) => toReporters(usage, { storage, dataDir, log })
   const outbox = new Outbox(
     usageFile(dataDir),
-    toReporters(config.usage),
+    reporters(config),
     toKeeping(config.usage),
     log,
     countDelivery
@@ -155,7 +157,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     async reload(changed) {
       config = changed
       log.level = changed.log.level
-      await outbox.update(toReporters(config.usage), toKeeping(config.usage))
+      await outbox.update(reporters(config), toKeeping(config.usage))
       await Promise.all(
         workers().map(async worker => {
           send(worker, { kind: 'reload', config })

@@ -128,8 +128,6 @@ test('YAML that is none, and files that are no mapping', () => {
 })
 
 const NOT_BUILT = [
-  'storage: {databases: [{name: a, driver: mysql, enabled: true}]}',
-  'storage: {caches: [{name: a, driver: redis}]}',
   'discovery: {enabled: true}',
   'admin: {enabled: true, token: x}',
   'logging: {enabled: true}',
@@ -143,7 +141,8 @@ const NOT_BUILT = [
   'auth: {pipeline: [{type: redis, redis: {storage: a}}]}',
   'auth: {pipeline: [{type: lua, lua: {script: x}}]}',
   'auth: {keys: [{key: a, total_quota: 5}]}',
-  'usage: {reporters: [{type: database, database: {storage: a}}]}',
+  'usage: {reporters: [{type: webhook, script: x.lua, webhook: {url: "http://h"}}]}',
+  'usage: {reporters: [{type: file}]}',
   'health_check: {script: x}'
 ]
 
@@ -160,7 +159,6 @@ test('what is not built yet is refused by name when it is switched on', () => {
 
 test('what is not built yet may be there when it is switched off', () => {
   for (const section of [
-    'storage: {databases: [{name: a, driver: mysql, enabled: false}]}',
     'discovery: {enabled: false, mode: merge, sources: []}',
     'admin: {enabled: false, db_path: ./data/keys.db}',
     'logging: {enabled: false, access: {enabled: false}}',
@@ -478,7 +476,7 @@ test('what is switched on in any spelling is not ignored', () => {
     'admin: {enabled: "${ADMIN:-true}"}',
     'admin: {enabled: yes}',
     'hooks: {enabled: "true"}',
-    'storage: {databases: [{name: a, enabled: "true"}]}'
+    'discovery: {enabled: "on"}'
   ]) {
     assert.match(
       complaint(`${BACKEND}${section}\n`)[0]!,

@@ -229,13 +229,23 @@ test('the Dockerfile copies what is there or is built, and .dockerignore lets it
   const copied = inBuild.flatMap(({ sources }) => sources)
   assert.deepEqual(without(needed, copied), [])
   const runs = dockerfile.filter(({ stage, keyword }) => stage === 'build' && keyword === 'RUN')
-  assert.match(runs.map(({ rest }) => rest).join('\n'), /npm ci .*\nnpm run build && npm prune/s)
+  const commands = runs.map(({ rest }) => rest).join('\n')
+  assert.match(commands, /npm ci .*\nnpm run build && .* && npm prune/s)
+  // What a container can't install is made a dependency before the others go.
+  for (const name of Object.keys(packageJson.peerDependenciesMeta)) {
+    const member = name.startsWith('@') ? `[${name}]` : `.${name}`
+    assert.ok(commands.includes(`devDependencies${member}`), name)
+    assert.ok(
+      commands.includes(` dependencies${member}=`) || commands.includes(`'dependencies${member}=`),
+      name
+    )
+  }
 })
 
 test("the image's user, folders and environment are those of the command line", () => {
   const user = instruction('USER')
   const home = `/home/${user}`
-  const setUp = dockerfile.findLast(({ keyword }) => keyword === 'RUN')!.rest
+  const setUp = dockerfile.find(({ rest }) => rest.startsWith('userdel'))!.rest
   assert.match(setUp, new RegExp(`useradd --uid 1000 .*--create-home .*${user}`))
   assert.equal(dirname(containerConfig), home)
   assert.equal(dockerfile.findLast(({ keyword }) => keyword === 'WORKDIR')!.rest, home)

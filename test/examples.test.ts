@@ -11,6 +11,7 @@ import { AuthOptions } from '../src/plugins/auth.ts'
 import backends from '../src/plugins/backends.ts'
 import payload from '../src/plugins/payload.ts'
 import proxy from '../src/plugins/proxy.ts'
+import { Sqlite } from '../src/store/sqlite.ts'
 
 /** Runs the `@example` of every docstring; `expression // value` must hold. */
 
@@ -65,6 +66,7 @@ for (const file of globSync('**/*.ts', { cwd: SRC }).sort()) {
         openai,
         backends,
         gateway,
+        Sqlite,
         log: name === 'log' ? exports.default : fastify.log,
         codes: checkOptions(AuthOptions, {}).status_codes,
         sources: [new StaticKeys('keys', [{ key: 'sk-alice', name: 'alice' }])],

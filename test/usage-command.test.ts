@@ -4,6 +4,8 @@ import { once } from 'node:events'
 import { readFileSync } from 'node:fs'
 import { type TestContext, test } from 'node:test'
 import { Ledger } from '../src/reporters/ledger.ts'
+import { prepareStore } from '../src/reporters/usage-store.ts'
+import { Sqlite } from '../src/store/sqlite.ts'
 import { answerChat, CHAT, fakeBackend, post } from './helper.ts'
 import { CLI, folder, start, writeConfig } from './process.ts'
 
@@ -177,6 +179,31 @@ test('replay: the records of a period go to one reporter again, past its filter 
   assert.match(unknown.stderr, /there is no reporter "none"; there are: one, some/)
 })
 
+test('sums: what the builtin reporter has, by what is asked for', async t => {
+  const dataDir = filled(t)
+  const config = writeConfig(`${dataDir}/config.json`, {
+    backends: [{ url: 'http://127.0.0.1:1' }],
+    usage: { enabled: true, reporters: [{ type: 'builtin', builtin: {} }] }
+  })
+  const none = await usage(dataDir, 'sums', '--by', 'model')
+  assert.equal(none.status, 1)
+  assert.match(none.stderr, /no .*usage-builtin\.db; a reporter of type builtin makes it/)
+  await usage(dataDir, 'replay', '--config', config, '--reporter', 'builtin', '--since', '1d')
+  const sums = async (...args: string[]) => {
+    const { stdout } = await usage(dataDir, 'sums', '--json', ...args)
+    return stdout
+      .split('\n')
+      .filter(line => line !== '')
+      .map(line => JSON.parse(line))
+  }
+  const [first, second] = await sums('--by', 'model')
+  assert.deepEqual([first.value, first.requests, first.output_tokens], ['=HYPERLINK("x")', 1, 4])
+  assert.deepEqual([second.value, second.requests, second.output_tokens], ['m', 3, 12])
+  assert.equal((await sums('--by', 'tag:team'))[0].value, 'a "b"')
+  assert.deepEqual(await sums('--by', 'day', '--until', '2026-01-01'), [])
+  assert.equal((await usage(dataDir, 'sums', '--by', 'moon')).status, 2)
+})
+
 test('the commands of the documentation', async t => {
   const dataDir = filled(t)
   const { state, url } = await receiver(t)
@@ -189,7 +216,10 @@ test('the commands of the documentation', async t => {
   })
   const page = readFileSync(new URL('../docs/metering.md', import.meta.url), 'utf8')
   const commands = page.match(/^llmproxy usage .*$/gm)!
-  assert.equal(commands.length, 5)
+  assert.equal(commands.length, 6)
+  const db = new Sqlite(`${dataDir}/usage-builtin.db`, 5_000)
+  await prepareStore(db)
+  await db.close()
   for (const command of commands) {
     const result = await usage(dataDir, ...command.split(' ').slice(2), ...configFor(command))
     assert.deepEqual([result.status, result.stderr], [0, ''], command)

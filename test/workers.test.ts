@@ -3,6 +3,7 @@ import { execFileSync } from 'node:child_process'
 import { mkdirSync, readFileSync } from 'node:fs'
 import { createServer } from 'node:net'
 import { join } from 'node:path'
+import { DatabaseSync } from 'node:sqlite'
 import { test } from 'node:test'
 import { parseConfig } from '../src/config.ts'
 import { collectGarbage } from '../src/memory.ts'
@@ -154,6 +155,32 @@ test('what each process would count by itself is refused together with workers',
   for (const wrong of [0, 1.5, 'many', -1, 129, true]) {
     assert.throws(() => parse(wrong), /server\.workers: must be a number of processes/)
   }
+})
+
+test('the primary keeps the records of all workers, in the store and in a database', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const dataDir = folder(t)
+  const file = writeConfig(join(dataDir, 'config.yaml'), {
+    ...TWO,
+    backends: [{ url: backend.url }],
+    storage: { databases: [{ name: 'main', driver: 'sqlite' }] },
+    usage: {
+      enabled: true,
+      reporters: [
+        { type: 'builtin', builtin: {} },
+        { type: 'database', database: { storage: 'main', table: 'spent' } }
+      ]
+    }
+  })
+  const gateway = await start(t, [CLI, '--config', file], { LLMPROXY_DATA_DIR: dataDir })
+  for (let count = 0; count < 6; count++) await (await call(gateway.url)).text()
+  gateway.child.kill('SIGTERM')
+  assert.equal(await gateway.exit, 0)
+  const count = (name: string, query: string) =>
+    new DatabaseSync(join(dataDir, name)).prepare(query).get()!.n
+  assert.equal(count('llmproxy.db', 'SELECT count(*) AS n FROM spent'), 6)
+  const sums = "SELECT requests AS n FROM usage_sums WHERE dimension = 'model'"
+  assert.equal(count('usage-builtin.db', sums), 6)
 })
 
 test('memory that is not in use goes back', () => {

@@ -1,13 +1,18 @@
 import { existsSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type ParseArgsConfig, parseArgs } from 'node:util'
+import { pino } from 'pino'
 import { loadConfig } from '../config.ts'
 import { parseQuantity } from '../options.ts'
-import { toReporters, usageFile } from '../plugins/usage.ts'
+import { usageFile } from '../plugins/usage.ts'
+import { builtinFile } from '../reporters/builtin.ts'
 import { toCsv } from '../reporters/csv.ts'
 import { type DeadLetter, Ledger } from '../reporters/ledger.ts'
 import type { UsageRecord } from '../reporters/record.ts'
 import { type Reporter, recordJson } from '../reporters/reporter.ts'
+import { toReporters } from '../reporters/reporters.ts'
+import { type Dimension, prepareStore, readSums } from '../reporters/usage-store.ts'
+import { Sqlite } from '../store/sqlite.ts'
 
 /**
  * `llmproxy usage ...`: what can be done with the records on the disk, whether the gateway runs or not.
@@ -18,12 +23,15 @@ export const USAGE_HELP = `Usage
       writes records to the standard output
   llmproxy usage replay --reporter NAME --since TIME [--until TIME] [--config FILE]
       reports records again, under the same ids
+  llmproxy usage sums --by WHAT [--since TIME] [--until TIME] [--json]
+      what was spent, from the builtin reporter, by whole days in UTC
   llmproxy usage dead-letters list [--reporter NAME] [--json]
   llmproxy usage dead-letters retry ID... | --all [--reporter NAME]
       has the gateway try again what was given up
   llmproxy usage dead-letters drop ID... | --all [--reporter NAME]
       deletes what was given up
 
+WHAT is day, key, user, model, backend, or tag: and a tag's name.
 TIME is a date (2026-01-31), a time (2026-01-31T12:00:00Z), or how long ago (24h, 7d).
 Records are below LLMPROXY_DATA_DIR (default: ./data).
 `
@@ -44,6 +52,7 @@ export class CommandError extends Error {
 const TRIES = 6
 const FIRST_WAIT = 500
 const MAX_WAIT = 10_000
+const STATEMENT_TIMEOUT = 30_000
 
 /**
  * @param args what stands behind `llmproxy usage`
@@ -59,6 +68,7 @@ export async function runUsage(
   const [command, ...rest] = args
   if (command === 'export') return exportRecords(rest, dataDir)
   if (command === 'replay') return replay(rest, dataDir, defaultConfig)
+  if (command === 'sums') return sums(rest, dataDir)
   if (command === 'dead-letters') return deadLetters(rest, dataDir)
   if (command !== undefined && !/^(--help|-h|help)$/.test(command)) {
     throw new CommandError(`there is no command "usage ${command}"`)
@@ -99,7 +109,8 @@ async function replay(args: string[], dataDir: string, defaultConfig: string): P
   const period = toPeriod(values)
   if (values.reporter === undefined) throw new CommandError('--reporter NAME is missing')
   const config = await loadConfig(values.config)
-  const reporters = toReporters(config.usage)
+  const log = pino({ level: 'error' }, pino.destination(2))
+  const reporters = toReporters(config.usage, { storage: config.storage, dataDir, log })
   const reporter = reporters.find(({ name }) => name === values.reporter)
   if (reporter === undefined) {
     const names = reporters.map(({ name }) => name).join(', ') || 'none'
@@ -156,6 +167,32 @@ async function send(
   }
 }
 
+async function sums(args: string[], dataDir: string): Promise<number> {
+  const { values } = read(args, {
+    ...PERIOD,
+    by: { type: 'string' },
+    json: { type: 'boolean', default: false }
+  })
+  const { by = '', since, until } = values
+  if (!/^(day|key|user|model|backend|tag:.+)$/.test(by)) {
+    throw new CommandError('--by must be day, key, user, model, backend, or such as tag:team')
+  }
+  const file = builtinFile(dataDir)
+  if (!existsSync(file)) {
+    throw new CommandError(`there is no ${file}; a reporter of type builtin makes it`, 1)
+  }
+  const db = new Sqlite(file, STATEMENT_TIMEOUT)
+  await prepareStore(db)
+  const rows = await readSums(db, {
+    by: by as Dimension,
+    ...(since === undefined ? {} : { since: toDay(toTime('--since', since)) }),
+    ...(until === undefined ? {} : { until: toDay(toTime('--until', until) - 1) })
+  })
+  await db.close()
+  show(rows, values.json, 'Nothing was spent.')
+  return 0
+}
+
 function deadLetters([command = 'list', ...rest]: string[], dataDir: string): number {
   if (!['list', 'retry', 'drop'].includes(command)) {
     throw new CommandError(`there is no command "usage dead-letters ${command}"`)
@@ -186,9 +223,13 @@ function list(letters: DeadLetter[], asJson: boolean): void {
     const given_up = new Date(at).toISOString()
     return { id, reporter, given_up, reason, record, timestamp, caller, model, total_tokens }
   })
+  show(rows, asJson, 'There are no dead letters.')
+}
+
+function show(rows: object[], asJson: boolean, nothing: string): void {
   if (asJson) for (const row of rows) console.log(JSON.stringify(row))
-  else if (rows.length === 0) console.log('There are no dead letters.')
-  else console.table(Object.fromEntries(rows.map(({ id, ...row }) => [id, row])))
+  else if (rows.length === 0) console.log(nothing)
+  else console.table(rows)
 }
 
 function toIds(positionals: string[], letters: DeadLetter[]): number[] {
@@ -233,6 +274,10 @@ function toTime(name: string, text: string): number {
     throw new CommandError(`${name} must be a time such as 2026-01-31 or 24h (got "${text}")`)
   }
   return time
+}
+
+function toDay(time: number): string {
+  return new Date(time).toISOString().slice(0, 10)
 }
 
 function read<T extends ParseArgsConfig['options']>(args: string[], options: T) {

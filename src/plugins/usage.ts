@@ -5,22 +5,15 @@ import { type Static, Type } from 'typebox'
 import { withExchanges } from '../exchange.ts'
 import type { Distinct } from '../issues.ts'
 import { matchesModel } from '../keys/key.ts'
-import {
-  checkOptions,
-  Duration,
-  type Given,
-  HeaderName,
-  NotBuilt,
-  Section,
-  Size
-} from '../options.ts'
+import { checkOptions, type Given, HeaderName, OptionsError, Section, Size } from '../options.ts'
 import type { OutboxState } from '../peers.ts'
 import type { OnDelivery } from '../reporters/courier.ts'
 import { type Keeping, Outbox } from '../reporters/outbox.ts'
 import type { Sink } from '../reporters/posts.ts'
-import { type Price, toRecord, type UsageRecord } from '../reporters/record.ts'
-import { type Reporter, recordJson, toEntry } from '../reporters/reporter.ts'
-import { Webhook, WebhookOptions } from '../reporters/webhook.ts'
+import { type Price, toRecord } from '../reporters/record.ts'
+import { toEntry } from '../reporters/reporter.ts'
+import { ReporterOptions, reporterIssues, toReporters } from '../reporters/reporters.ts'
+import { StorageOptions } from '../store/storage.ts'
 
 /**
  * Writes down what every exchange that reached a backend has spent, and reports it until it has been taken.
@@ -30,54 +23,6 @@ import { Webhook, WebhookOptions } from '../reporters/webhook.ts'
  *   reporters: [{ name: 'billing', type: 'webhook', webhook: { url: 'http://127.0.0.1:9000/usage' } }]
  * })
  */
-
-const OUTCOMES = ['ok', 'client_gone', 'backend_failed', 'timed_out'] as const
-
-const Names = (description: string) =>
-  Type.Array(Type.String({ minLength: 1 }), { default: [], description })
-
-const Filter = Type.Object(
-  {
-    models: Names('Models, * as a wildcard; none: all'),
-    callers: Names('Names or ids of API keys; none: all'),
-    outcomes: Type.Array(Type.Enum([...OUTCOMES]), {
-      default: [],
-      description: 'How exchanges ended; none: all'
-    })
-  },
-  { additionalProperties: false, default: {}, description: 'Which records it gets' }
-)
-type Filter = Static<typeof Filter>
-
-const ReporterOptions = Type.Object(
-  {
-    name: Type.Optional(
-      Type.String({
-        minLength: 1,
-        description: 'Name in logs and metrics, and of its place in the outbox'
-      })
-    ),
-    type: Type.Enum(['webhook'], {
-      later: ['database', 'builtin', 'redis', 'file'],
-      description: 'What it is'
-    }),
-    enabled: Type.Boolean({ default: true, description: 'Switches it on' }),
-    filter: Filter,
-    max_age: Duration(
-      '7d',
-      'How old a record may be that is still tried; then it is a dead letter'
-    ),
-    webhook: Type.Optional(WebhookOptions),
-    database: NotBuilt('A database that receives usage records'),
-    builtin: NotBuilt('The embedded store'),
-    script: NotBuilt('Script that reports')
-  },
-  {
-    additionalProperties: false,
-    partOfType: true
-  }
-)
-type ReporterOptions = Static<typeof ReporterOptions>
 
 const Money = (description: string) => Type.Number({ minimum: 0, description })
 
@@ -136,30 +81,37 @@ declare module 'fastify' {
 
 export interface UsageReports extends Readonly<OutboxState> {
   readonly onDelivery: OnDelivery[]
-  update(options: UsageOptions): Promise<void>
+  update(options: UsageOptions, storage: StorageOptions): Promise<void>
   /** Delivers what is pending until the signal fires. */
   flush(signal: AbortSignal): Promise<void>
 }
 
 const DAY = 24 * 60 * 60 * 1000
 
-const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usage(fastify, given) {
+/** The options of the plugin; `storage` has what its reporters name. */
+export type GivenUsageOptions = Given<UsageOptions> & { storage?: Given<StorageOptions> }
+
+const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(fastify, given) {
   const { log } = fastify
+  const { storage: givenStorage, ...givenOptions } = given
   const onDelivery: UsageReports['onDelivery'] = []
   const delivered: OnDelivery = (result, records) => {
     for (const listener of onDelivery) listener(result, records)
   }
-  let options = checkOptions(UsageOptions, { enabled: true, ...given })
+  let options = checkOptions(UsageOptions, { enabled: true, ...givenOptions })
   let rules = toRules(options)
   let outbox: Outbox | undefined
-  await update(options)
+  const storage = checkOptions(StorageOptions, givenStorage)
+  const issues = reporterIssues(options, storage)
+  if (issues.length > 0) throw new OptionsError(issues)
+  await update(options, storage)
 
-  async function update(changed: UsageOptions): Promise<void> {
+  async function update(changed: UsageOptions, storage: StorageOptions): Promise<void> {
     options = changed
     rules = toRules(changed)
     // Of several processes another one delivers.
     if (fastify.peers !== undefined) return
-    const reporters = toReporters(changed)
+    const reporters = toReporters(changed, { storage, dataDir: fastify.dataDir, log })
     if (changed.enabled && reporters.length === 0) log.warn('usage is enabled but has no reporters')
     if (outbox !== undefined) await outbox.update(reporters, toKeeping(changed))
     else if (reporters.length > 0) {
@@ -224,42 +176,6 @@ function toRules({ enabled, reporters, tags, prices }: UsageOptions) {
         : prices.find(each => matchesModel([each.model], model))
     }
   }
-}
-
-/** The reporters that are switched on. */
-export function toReporters({ enabled, reporters }: UsageOptions): Reporter[] {
-  if (!enabled) return []
-  const names = new Set<string>()
-  return reporters.filter(each => each.enabled).map(each => toReporter(each, names))
-}
-
-function toReporter(options: ReporterOptions, names: Set<string>): Reporter {
-  const { type, filter, max_age } = options
-  let name = options.name ?? type
-  for (let count = 2; names.has(name); count++) name = `${type}-${count}`
-  names.add(name)
-  const webhook = new Webhook(options.webhook!)
-  return {
-    name,
-    maxAge: max_age,
-    wantsBody: webhook.wantsBody,
-    concurrency: webhook.concurrency,
-    batch: webhook.batch,
-    accepts: entry => isWanted(entry, filter),
-    send: (entries, signal) => webhook.send(entries, signal),
-    close: () => webhook.close()
-  }
-}
-
-function isWanted(entry: string, { models, callers, outcomes }: Filter): boolean {
-  if (models.length + callers.length + outcomes.length === 0) return true
-  const record: UsageRecord = JSON.parse(recordJson(entry, false))
-  return (
-    (models.length === 0 || matchesModel(models, record.model ?? '')) &&
-    (callers.length === 0 ||
-      callers.some(each => each === record.caller || each === record.api_key_id)) &&
-    (outcomes.length === 0 || outcomes.some(each => each === record.outcome))
-  )
 }
 
 export default fp(usagePlugin, { name: 'usage', fastify: '5.x' })

@@ -1,6 +1,5 @@
-import { closeSync, mkdirSync, openSync } from 'node:fs'
-import { dirname } from 'node:path'
-import { DatabaseSync, type StatementSync } from 'node:sqlite'
+import type { DatabaseSync, StatementSync } from 'node:sqlite'
+import { openSqliteFile } from '../store/sqlite-file.ts'
 
 /**
  * Where usage records stay until every reporter has them: a SQLite file that one thread owns.
@@ -72,12 +71,7 @@ export class Ledger {
 
   /** @throws when the file cannot be opened, is no ledger, or is of a newer version */
   constructor(file: string) {
-    if (file !== ':memory:') makePrivate(file)
-    this.#db = new DatabaseSync(file)
-    // What is committed is on the disk, whatever happens to the machine then.
-    this.#db.exec(
-      'PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000'
-    )
+    this.#db = openSqliteFile(file)
     const { user_version } = this.#db.prepare('PRAGMA user_version').get() as {
       user_version: number
     }
@@ -223,10 +217,4 @@ export class Ledger {
       .get()!
     return Number(bytes)
   }
-}
-
-/** Nobody else may read who has spent what. */
-function makePrivate(file: string): void {
-  mkdirSync(dirname(file), { recursive: true, mode: 0o700 })
-  closeSync(openSync(file, 'a', 0o600))
 }

@@ -3,7 +3,7 @@ import { type Static, Type } from 'typebox'
 import { type Dispatcher, Pool } from 'undici'
 import { parseRetryAfter } from '../http.ts'
 import { Duration, HeadersToSend, Url } from '../options.ts'
-import { type Reporter, recordJson, type Verdict } from './reporter.ts'
+import { type Receiver, recordJson, type Verdict } from './reporter.ts'
 
 const SECRET = /^(whsec_)?[A-Za-z0-9+/_-]+={0,2}$/
 
@@ -58,9 +58,7 @@ export type WebhookOptions = Static<typeof WebhookOptions>
 const TEMPORARY = new Set([401, 403, 404, 408, 409, 423, 425, 429])
 
 /** Sends usage records to a service, each by itself or several together. */
-export class Webhook
-  implements Pick<Reporter, 'concurrency' | 'batch' | 'wantsBody' | 'send' | 'close'>
-{
+export class Webhook implements Receiver {
   readonly concurrency: number
   readonly batch: WebhookOptions['batch']
   readonly wantsBody: boolean
