@@ -61,7 +61,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   const all = new AggregatorRegistry()
   const outbox = new Outbox(
     usageFile(dataDir),
-    toReporters(config.usage),
+    toReporters(config.usage, dataDir),
     toKeeping(config.usage),
     log,
     countDelivery
@@ -143,7 +143,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     async reload(changed) {
       config = changed
       log.level = changed.log.level
-      await outbox.update(toReporters(config.usage), toKeeping(config.usage))
+      await outbox.update(toReporters(config.usage, dataDir), toKeeping(config.usage))
       await Promise.all(
         workers().map(async worker => {
           send(worker, { kind: 'reload', config })

@@ -15,6 +15,7 @@ import {
   Size
 } from '../options.ts'
 import type { OnDelivery } from '../reporters/courier.ts'
+import { FileReporter, FileReporterOptions } from '../reporters/file.ts'
 import { type Keeping, Outbox } from '../reporters/outbox.ts'
 import type { Sink } from '../reporters/posts.ts'
 import { type Price, toRecord, type UsageRecord } from '../reporters/record.ts'
@@ -56,8 +57,8 @@ const ReporterOptions = Type.Object(
         description: 'Name in logs and metrics, and of its place in the outbox'
       })
     ),
-    type: Type.Enum(['webhook'], {
-      later: ['database', 'builtin', 'redis', 'file'],
+    type: Type.Enum(['webhook', 'file'], {
+      later: ['database', 'builtin', 'redis'],
       description: 'What it is'
     }),
     enabled: Type.Boolean({ default: true, description: 'Switches it on' }),
@@ -67,6 +68,7 @@ const ReporterOptions = Type.Object(
       'How old a record may be that is still tried; then it is a dead letter'
     ),
     webhook: Type.Optional(WebhookOptions),
+    file: Type.Optional(FileReporterOptions),
     database: NotBuilt('A database that receives usage records'),
     builtin: NotBuilt('The embedded store'),
     script: NotBuilt('Script that reports')
@@ -116,7 +118,8 @@ export const UsageOptions = Section(
     reporters: Type.Array(ReporterOptions, {
       default: [],
       distinct: [
-        { by: given => (typeof given === 'string' ? undefined : given.name), what: 'name' }
+        { by: given => (typeof given === 'string' ? undefined : given.name), what: 'name' },
+        { by: given => (given as { file?: { path?: unknown } }).file?.path, what: 'file' }
       ] satisfies Distinct[],
       description: 'Who is told'
     })
@@ -162,7 +165,7 @@ const usagePlugin: FastifyPluginAsync<Given<UsageOptions>> = async function usag
     rules = toRules(changed)
     // Of several processes another one delivers.
     if (fastify.peers !== undefined) return
-    const reporters = toReporters(changed)
+    const reporters = toReporters(changed, fastify.dataDir)
     if (changed.enabled && reporters.length === 0) log.warn('usage is enabled but has no reporters')
     if (outbox !== undefined) await outbox.update(reporters, toKeeping(changed))
     else if (reporters.length > 0) {
@@ -227,27 +230,35 @@ function toRules({ enabled, reporters, tags, prices }: UsageOptions) {
 }
 
 /** The reporters that are switched on. */
-export function toReporters({ enabled, reporters }: UsageOptions): Reporter[] {
+export function toReporters(
+  { enabled, reporters }: UsageOptions,
+  dataDir: string | undefined
+): Reporter[] {
   if (!enabled) return []
   const names = new Set<string>()
-  return reporters.filter(each => each.enabled).map(each => toReporter(each, names))
+  return reporters.filter(each => each.enabled).map(each => toReporter(each, names, dataDir))
 }
 
-function toReporter(options: ReporterOptions, names: Set<string>): Reporter {
+function toReporter(
+  options: ReporterOptions,
+  names: Set<string>,
+  dataDir: string | undefined
+): Reporter {
   const { type, filter, max_age } = options
   let name = options.name ?? type
   for (let count = 2; names.has(name); count++) name = `${type}-${count}`
   names.add(name)
-  const webhook = new Webhook(options.webhook!)
+  const receiver =
+    type === 'file' ? new FileReporter(options.file!, dataDir) : new Webhook(options.webhook!)
   return {
     name,
     maxAge: max_age,
-    wantsBody: webhook.wantsBody,
-    concurrency: webhook.concurrency,
-    batch: webhook.batch,
+    wantsBody: receiver.wantsBody,
+    concurrency: receiver.concurrency,
+    batch: receiver.batch,
     accepts: entry => isWanted(entry, filter),
-    send: (entries, signal) => webhook.send(entries, signal),
-    close: () => webhook.close()
+    send: (entries, signal) => receiver.send(entries, signal),
+    close: () => receiver.close()
   }
 }
 

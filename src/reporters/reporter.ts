@@ -24,6 +24,25 @@ export type Verdict =
   | { kind: 'delivered' }
   | { kind: 'refused' | 'unavailable'; reason: string; retryAfter: number }
 
+/** Where a reporter brings records to. */
+export type Receiver = Pick<Reporter, 'concurrency' | 'batch' | 'wantsBody' | 'send' | 'close'>
+
+/** A delivery that is given up when the signal fires; what comes of it then nobody learns. */
+export async function whileRunning(
+  signal: AbortSignal,
+  deliver: () => Promise<Verdict>
+): Promise<Verdict> {
+  const stopped = Promise.withResolvers<Verdict>()
+  const stop = () => stopped.resolve({ kind: 'unavailable', reason: 'STOPPED', retryAfter: 0 })
+  signal.addEventListener('abort', stop, { once: true })
+  if (signal.aborted) stop()
+  try {
+    return await Promise.race([stopped.promise, deliver()])
+  } finally {
+    signal.removeEventListener('abort', stop)
+  }
+}
+
 /** Stands between a record and the request's body, which some reporters send. */
 const BODY = '\0'
 
