@@ -77,6 +77,7 @@ export class RotatingFile {
   #isPlain = false
   #size = 0
   #isTorn = false
+  #hasComplained = false
   #checkedAt = 0
   #movedAt = 0
   #tidiedAt = Number.NEGATIVE_INFINITY
@@ -194,13 +195,20 @@ export class RotatingFile {
 
   /** A file that cannot be moved is written on: too large is better than lost. */
   async #moveAway(): Promise<boolean> {
+    const { path } = this.#options
     this.#movedAt = Math.max(Date.now(), this.#movedAt + 1)
     try {
-      await rename(this.#options.path, oldName(this.#options.path, this.#movedAt))
+      await rename(path, oldName(path, this.#movedAt))
     } catch (error) {
+      const { code } = error as NodeJS.ErrnoException
       // Another process was faster.
-      return (error as NodeJS.ErrnoException).code === 'ENOENT'
+      if (code === 'ENOENT') return true
+      if (!this.#hasComplained)
+        console.error(`llmproxy: ${path} grows on: it cannot be moved (${code})`)
+      this.#hasComplained = true
+      return false
     }
+    this.#hasComplained = false
     this.#tidySoon()
     return true
   }
