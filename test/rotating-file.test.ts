@@ -1,25 +1,22 @@
 import assert from 'node:assert/strict'
-import { execFileSync, spawn, spawnSync } from 'node:child_process'
+import { execFileSync, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import {
   appendFileSync,
+  closeSync,
   existsSync,
-  mkdirSync,
-  mkdtempSync,
-  readdirSync,
+  openSync,
   readFileSync,
+  readSync,
   renameSync,
-  rmSync,
   statSync,
   utimesSync,
   writeFileSync
 } from 'node:fs'
-import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { type TestContext, test } from 'node:test'
-import { setTimeout as sleep } from 'node:timers/promises'
-import { gunzipSync } from 'node:zlib'
 import { type FileOptions, RotatingFile } from '../src/logs/rotating-file.ts'
+import { mounted, NO_MOUNT, oldOnes, readAll, smallDisk, until } from './disk.ts'
 import { folder } from './process.ts'
 
 const OPTIONS: FileOptions = {
@@ -35,23 +32,6 @@ function rotating(t: TestContext, options: Partial<FileOptions> & { path: string
   const file = new RotatingFile({ ...OPTIONS, ...options }, { mode: 0o600, isSafe: true })
   t.after(() => file.close())
   return { file, write: (text: string) => file.write(Buffer.from(text)) }
-}
-
-/** Names of the old files beside this one, oldest first. */
-function oldOnes(path: string): string[] {
-  const names = readdirSync(dirname(path)).sort()
-  return names.map(name => join(dirname(path), name)).filter(each => each.startsWith(`${path}.`))
-}
-
-function readAll(path: string): string {
-  const texts = oldOnes(path).map(each =>
-    each.endsWith('.gz') ? gunzipSync(readFileSync(each)).toString() : readFileSync(each, 'utf8')
-  )
-  return texts.join('') + readFileSync(path, 'utf8')
-}
-
-async function until(condition: () => boolean): Promise<void> {
-  while (!condition()) await sleep(10)
 }
 
 const lines = (from: number, to: number) =>
@@ -139,22 +119,6 @@ test('half a line of one who died is ended', async t => {
   assert.equal(readFileSync(path, 'utf8'), '{"a":1}\n{"b":\n{"c":3}\n{"d":4}\n')
 })
 
-/** Mounts something at a path of its own; undefined where that is not allowed. */
-function mounted(t: TestContext, isFile: boolean, ...what: string[]): string | undefined {
-  const home = mkdtempSync(join(tmpdir(), 'llmproxy-'))
-  const path = join(home, 'mount')
-  if (isFile) writeFileSync(path, '')
-  else mkdirSync(path)
-  const { status } = spawnSync('mount', [...what, path])
-  t.after(() => {
-    if (status === 0) execFileSync('umount', ['-l', path])
-    rmSync(home, { recursive: true })
-  })
-  return status === 0 ? path : undefined
-}
-
-const NO_MOUNT = 'mounting is not allowed here'
-
 test('what cannot be moved away is written on, and that is said once', async t => {
   const source = join(folder(t), 'x.log')
   writeFileSync(source, '')
@@ -176,8 +140,6 @@ test('devices are written to, and left where they are', async t => {
   assert.ok(statSync('/dev/null').isCharacterDevice())
   await assert.rejects(rotating(t, { path: '/dev/full' }).write('a\n'), { code: 'ENOSPC' })
 })
-
-const smallDisk = (t: TestContext) => mounted(t, false, '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs')
 
 test('a full disk leaves no half line, and goes on when there is room', async t => {
   const disk = smallDisk(t)
@@ -211,6 +173,19 @@ test('half a line stays where others have written behind it, and is ended', asyn
   execFileSync('truncate', ['-s', '1000', path])
   await write('b\n')
   assert.match(readFileSync(path, 'utf8'), /^a\nthe other’s\nx+\nb\n$/)
+})
+
+test('a disk that hangs does not keep the end from coming', async t => {
+  const path = join(folder(t), 'pipe')
+  execFileSync('mkfifo', [path])
+  const { file, write } = rotating(t, { path })
+  // More than a pipe takes while nobody reads it.
+  const stuck = write('x'.repeat(100_000))
+  await file.close()
+  const reader = openSync(path, 'r')
+  while (readSync(reader, Buffer.alloc(65_536)) === 65_536) {}
+  await stuck
+  closeSync(reader)
 })
 
 test('several processes write to one file, and rotate it: no line is lost or torn', async t => {
