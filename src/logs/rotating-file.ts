@@ -1,20 +1,10 @@
-import { randomBytes } from 'node:crypto'
-import {
-  closeSync,
-  createReadStream,
-  createWriteStream,
-  mkdirSync,
-  openSync,
-  type Stats,
-  writeSync
-} from 'node:fs'
-import { type FileHandle, mkdir, open, readdir, rename, rm, stat } from 'node:fs/promises'
-import { basename, dirname, join } from 'node:path'
-import { pipeline } from 'node:stream/promises'
+import { closeSync, mkdirSync, openSync, type Stats, writeSync } from 'node:fs'
+import { type FileHandle, mkdir, open, rename } from 'node:fs/promises'
+import { dirname } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { createGzip } from 'node:zlib'
 import { type Static, Type } from 'typebox'
 import { Age, Size } from '../options.ts'
+import { oldName, statOf, tidy } from './old-files.ts'
 
 /** The members of a section that describe a file of lines. */
 export function fileOptions(path: string | undefined, max_files: number) {
@@ -47,8 +37,6 @@ const CHECK_INTERVAL = 100
 /** Old files are left alone until every process has noticed that they are old (ms). */
 const TIDY_AFTER = 1_000
 const TIDY_INTERVAL = 60 * 60 * 1000
-/** What is left of a compression that nobody finishes is taken away after so long (ms). */
-const STALE = 60 * 60 * 1000
 /** How long (ms) a disk that hangs may keep the end from coming. */
 const CLOSE_TIMEOUT = 1_000
 const NEWLINE = Buffer.from('\n')
@@ -242,74 +230,15 @@ export class RotatingFile {
     this.#tidiedAt = performance.now()
     clearTimeout(this.#timer)
     this.#timer = setTimeout(() => {
-      this.#tidying = Promise.resolve(this.#tidying).then(() => this.#tidy())
+      const { signal } = this.#closing
+      const before = Promise.resolve(this.#tidying)
+      this.#tidying = before.then(() => tidy(this.#options, this.#mode, signal))
     }, TIDY_AFTER).unref()
   }
-
-  /** Compresses old files, and removes those that are too many or too old. What fails is tried again later. */
-  async #tidy(): Promise<void> {
-    const { path, max_files, max_age, compress } = this.#options
-    const folder = dirname(path)
-    const names = await readdir(folder).catch(() => [])
-    const old = names.flatMap(name => movedAt(basename(path), name) ?? [])
-    old.sort((a, b) => b.time - a.time)
-    for (const [at, { name, time }] of old.entries()) {
-      const file = join(folder, name)
-      const isTooMany = max_files > 0 && at >= max_files
-      const isTooOld = max_age > 0 && Date.now() - time > max_age
-      if (isTooMany || isTooOld) await rm(file, { force: true }).catch(() => {})
-      else if (compress && !name.endsWith('.gz')) await this.#compress(file).catch(() => {})
-    }
-  }
-
-  async #compress(file: string): Promise<void> {
-    const part = `${file}.gz.part`
-    const before = await statOf(part)
-    if (before !== undefined && Date.now() - before.mtimeMs > STALE) await rm(part, { force: true })
-    // wx: of several processes one does it.
-    const handle = await open(part, 'wx', this.#mode)
-    try {
-      const { signal } = this.#closing
-      const source = createReadStream(file)
-      await pipeline(source, createGzip(), createWriteStream(part, { fd: handle, flush: true }), {
-        signal
-      })
-      const { size } = await stat(file)
-      if (size !== source.bytesRead) throw new Error('somebody still writes to it')
-      await rename(part, `${file}.gz`)
-      await rm(file, { force: true })
-    } catch (error) {
-      await handle.close().catch(() => {})
-      await rm(part, { force: true })
-      throw error
-    }
-  }
-}
-
-/** Names of old files sort by age, and no two processes make the same. */
-function oldName(path: string, time: number): string {
-  const stamp = new Date(time).toISOString().replaceAll(':', '-')
-  return `${path}.${stamp}-${randomBytes(3).toString('hex')}`
-}
-
-/** When an old file was moved away, by its name; undefined for other files. */
-function movedAt(current: string, name: string): { name: string; time: number } | undefined {
-  if (!name.startsWith(`${current}.`)) return undefined
-  const [, day, hour, minute, rest] =
-    /^(\d{4}-\d\d-\d\dT)(\d\d)-(\d\d)-(\d\d\.\d{3}Z)-[0-9a-f]{6}(?:\.gz)?$/.exec(
-      name.slice(current.length + 1)
-    ) ?? []
-  return day === undefined
-    ? undefined
-    : { name, time: Date.parse(`${day}${hour}:${minute}:${rest}`) }
 }
 
 function identityOf({ dev, ino }: Stats): string {
   return `${dev}:${ino}`
-}
-
-async function statOf(path: string): Promise<Stats | undefined> {
-  return stat(path).catch(() => undefined)
 }
 
 async function endsLine(handle: FileHandle, size: number): Promise<boolean> {
