@@ -14,6 +14,7 @@ import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
 import backends, { BackendsOptions } from './plugins/backends.ts'
 import limits, { LimitsOptions } from './plugins/limits.ts'
 import log from './plugins/log.ts'
+import logging, { LoggingOptions } from './plugins/logging.ts'
 import metering from './plugins/metering.ts'
 import metrics, { MetricsOptions } from './plugins/metrics.ts'
 import payload from './plugins/payload.ts'
@@ -37,6 +38,7 @@ export const GatewayOptions = Type.Object(
     rate_limit: LimitsOptions,
     usage: UsageOptions,
     storage: StorageOptions,
+    logging: LoggingOptions,
     metrics: MetricsOptions,
     proxy: Type.Optional(ProxyOptions),
     drain_timeout: Type.Optional(
@@ -150,6 +152,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   // What happened? Counted and logged after everything else.
   await fastify.register(metrics, options.metrics)
   await fastify.register(log)
+  await fastify.register(logging, options.logging)
 
   await fastify.register(openaiRoutes)
   await fastify.register(anthropicRoutes)
@@ -183,6 +186,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       return fastify.backends.demoUrl
     },
     async reload(changed) {
+      await fastify.logging.update(changed.logging)
       const { backends, routing, health_check } = changed
       await fastify.backends.update({ backends, routing, health_check })
       fastify.keys.update(changed.auth)

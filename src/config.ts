@@ -6,6 +6,7 @@ import { type Static, Type } from 'typebox'
 import { GatewayOptions, storageUseIssues } from './app.ts'
 import { formatPath, type Issue } from './issues.ts'
 import { isNetwork } from './keys/key.ts'
+import { fileOptions } from './logs/rotating-file.ts'
 import { Duration, findIssues, NotBuilt, Section, Size } from './options.ts'
 import { readYaml } from './yaml.ts'
 
@@ -96,20 +97,7 @@ const LogOptions = Section(
       description: 'auto: text on a terminal, json elsewhere'
     }),
     output: Type.Enum(['stdout', 'stderr', 'file'], { default: 'stdout', description: 'Where to' }),
-    file: Section(
-      {
-        path: Type.String({
-          minLength: 1,
-          default: 'llmproxy.log',
-          description: 'File, below the data directory if relative'
-        }),
-        rotate: NotBuilt('Rotation'),
-        max_size: NotBuilt('Rotation'),
-        max_age: NotBuilt('Rotation'),
-        compress: NotBuilt('Rotation')
-      },
-      'For output: file'
-    )
+    file: Section(fileOptions('llmproxy.log', 10), 'For output: file')
   },
   'The log'
 )
@@ -124,7 +112,6 @@ export const ConfigSchema = Type.Object(
     ...gatewaySections,
     discovery: NotBuilt('Backends that are found'),
     admin: NotBuilt('The admin API'),
-    logging: NotBuilt('Request and access logs'),
     hooks: NotBuilt('Scripts')
   },
   { additionalProperties: false }
@@ -167,6 +154,7 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
   }
   const schema = ConfigSchema as SchemaNode
   retype(schema, root, [], file.fromEnv)
+  completeUnits(schema, root)
   issues.push(...numbersWithoutUnit(schema, root, []))
   withoutFile(root as RootMapping)
   const known = new Set(issues.map(issue => formatPath(issue.path)))
@@ -227,13 +215,33 @@ function isPem(name: 'cert_file' | 'key_file' | 'client_ca_file', path: string):
   }
 }
 
+interface Outlet {
+  output?: unknown
+  file?: unknown
+}
 interface RootMapping {
-  log?: { output?: unknown; file?: unknown }
+  log?: Outlet | null
+  logging?: { access?: Outlet | null } | null
 }
 
 /** Settings of a log file say nothing where the log goes elsewhere. */
-function withoutFile({ log }: RootMapping): void {
-  if (typeof log === 'object' && log !== null && log.output !== 'file') delete log.file
+function withoutFile({ log, logging }: RootMapping): void {
+  for (const outlet of [log, logging?.access]) {
+    if (typeof outlet === 'object' && outlet !== null && outlet.output !== 'file') {
+      delete outlet.file
+    }
+  }
+}
+
+/** Some numbers of the original's dialect mean megabytes, and some days. */
+function completeUnits(schema: SchemaNode, value: unknown): void {
+  if (typeof value !== 'object' || value === null) return
+  const members = value as Record<string, unknown>
+  for (const [name, member] of Object.entries(members)) {
+    const inner = (Array.isArray(value) ? schema.items : schema.properties?.[name]) ?? {}
+    if (inner.bare !== undefined && typeof member === 'number') members[name] = member + inner.bare
+    else completeUnits(inner, member)
+  }
 }
 
 /** In a file a number without a unit could be anything: seconds, or the original's nanoseconds. */
@@ -282,6 +290,7 @@ function retype(
 interface SchemaNode {
   type?: string | string[]
   unit?: 'ms' | 'bytes'
+  bare?: 'MB' | 'd'
   items?: SchemaNode
   properties?: Record<string, SchemaNode>
 }

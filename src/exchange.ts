@@ -100,6 +100,8 @@ export class Exchange {
   readonly request: FastifyRequest
   readonly reply: FastifyReply
   readonly endpoint: Endpoint | undefined
+  /** Asked at once: a socket that is closed does not know it any more. */
+  readonly clientIp: string | undefined
   /** Wall clock (Unix ms) and monotonic clock (ms) at the beginning. */
   readonly time = Date.now()
   readonly startedAt = performance.now()
@@ -145,6 +147,7 @@ export class Exchange {
     this.request = request
     this.reply = reply
     this.endpoint = request.routeOptions.config.endpoint
+    this.clientIp = request.ip
   }
 
   /** Ends it honestly now: with an error, or an error event and a broken connection. */
@@ -249,7 +252,7 @@ export class Exchanges {
   /** How many of forwarded routes have begun since the start. */
   forwarded = 0
   /** What is told of requests that were refused before they could become an exchange. */
-  readonly onStillborn: ((error: GatewayError) => void)[] = []
+  readonly onStillborn: ((error: GatewayError, id: string, clientIp?: string) => void)[] = []
   readonly #finishers = new Map<Stage, Finisher[]>()
   readonly #log: FastifyBaseLogger
   #concluding: Finisher[] = []
@@ -281,11 +284,11 @@ export class Exchanges {
    * A request that cannot even be routed is refused: it is logged and counted as others are.
    * Returns its id, for the answer.
    */
-  stillborn(error: GatewayError): string {
+  stillborn(error: GatewayError, clientIp?: string): string {
     const requestId = newRequestId()
     const { statusCode: status, code } = error
     this.#log.info({ requestId, status, outcome: 'rejected', error: code }, 'exchange')
-    for (const listener of this.onStillborn) listener(error)
+    for (const listener of this.onStillborn) listener(error, requestId, clientIp)
     return requestId
   }
 

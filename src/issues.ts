@@ -27,7 +27,11 @@ const MOVED: Record<string, string> = {
   'auth.storage': 'auth.pipeline',
   'auth.redis': 'auth.pipeline',
   'auth.defaults': 'auth.status_codes',
-  'routing.load_balance_strategy': 'routing.load_balance'
+  'routing.load_balance_strategy': 'routing.load_balance',
+  'log.file.max_size_mb': 'log.file.max_size',
+  'log.file.max_backups': 'log.file.max_files',
+  'logging.access.file.max_size_mb': 'logging.access.file.max_size',
+  'logging.access.file.max_backups': 'logging.access.file.max_files'
 }
 
 /** Names of the original's documents that never did anything, and do nothing here. */

@@ -7,7 +7,7 @@ import { dropSwitchedOff, isSwitchedOn, type SchemaNode } from './not-built.ts'
 /**
  * Options are described once, as JSON Schema made with TypeBox: the type, the check, the defaults,
  * the editor's schema and the reference manual all come from it. A few keywords of our own say what
- * JSON Schema can't: `unit` (text such as `30s` or `64MB`), `notBuilt` and `later` (parts and values
+ * JSON Schema can't: `unit` (text such as `30s` or `64MB`), `bare` (what a number without one is in a file), `notBuilt` and `later` (parts and values
  * that this version doesn't have), `shorthand` (text that stands for an object with that one member),
  * `distinct`, `partOfType`, `check` (a function) with `expects` (what it wants, in words), `hashed`, and
  * `secret` (never shown, nor anything inside).
@@ -40,11 +40,31 @@ export function Duration(
   })
 }
 
-/** A size in bytes: text with a unit (`64MB`, 1 KB = 1024 bytes) or a number of bytes. */
-export function Size(defaultValue: string, description: string): TUnsafe<number> {
+/**
+ * How long something is kept: as a {@link Duration}, but no timer has to take it, and a bare number in a file
+ * is days.
+ */
+export function Age(defaultValue: string, description: string): TUnsafe<number> {
+  return Type.Unsafe<number>({
+    type: ['string', 'number'],
+    unit: 'ms',
+    bare: 'd',
+    least: 0,
+    most: Number.MAX_SAFE_INTEGER,
+    description,
+    default: defaultValue
+  })
+}
+
+/**
+ * A size in bytes: text with a unit (`64MB`, 1 KB = 1024 bytes) or a number of bytes. `bare`: what a bare
+ * number in a file is, where the original counts in something else.
+ */
+export function Size(defaultValue: string, description: string, bare?: 'MB'): TUnsafe<number> {
   return Type.Unsafe<number>({
     type: ['string', 'number'],
     unit: 'bytes',
+    ...(bare === undefined ? {} : { bare }),
     least: 1,
     most: Number.MAX_SAFE_INTEGER,
     description,

@@ -1,8 +1,8 @@
-import { mkdirSync, readFileSync, unwatchFile, watchFile } from 'node:fs'
+import { readFileSync, unwatchFile, watchFile } from 'node:fs'
 import { STATUS_CODES } from 'node:http'
 import type { Server as TlsServer } from 'node:https'
 import type { AddressInfo, Socket } from 'node:net'
-import { dirname, resolve } from 'node:path'
+import { resolve } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import cors from '@fastify/cors'
 
@@ -20,9 +20,10 @@ import gateway, { answerError, type Gateway } from './app.ts'
 import { type Config, loadConfig } from './config.ts'
 import { openaiError } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
+import { RotatingFile } from './logs/rotating-file.ts'
+import { LogSink } from './logs/sink.ts'
 import { giveMemoryBack, keepYoung } from './memory.ts'
 import type { Peers } from './peers.ts'
-import { LogSink } from './sink.ts'
 import { VERSION } from './version.ts'
 
 /** What serves: this process, or workers that it looks after. */
@@ -130,7 +131,10 @@ export async function createApp(
   }
   let control!: Gateway
   /** A request that no hook sees. */
-  const refuseEarly = (error: GatewayError) => ({ error, id: control.exchanges.stillborn(error) })
+  const refuseEarly = (error: GatewayError, clientIp: string | undefined) => ({
+    error,
+    id: control.exchanges.stillborn(error, clientIp)
+  })
   const fastify = Fastify({
     ...(server.tls.enabled ? { https: { ...http, ...readTls(server.tls) } } : { http }),
     // 0: the time for the body is limited, the time an answer takes is not.
@@ -146,11 +150,11 @@ export async function createApp(
     childLoggerFactory: (logger: FastifyBaseLogger) => logger,
     logController: new QuietLog({ disableRequestLogging: true }),
     clientErrorHandler: (error: NodeJS.ErrnoException, socket: Socket) => {
-      if (isAnswerable(error, socket)) answerRaw(socket, refuseEarly(toClientError(error)))
-      else socket.destroy()
+      if (!isAnswerable(error, socket)) socket.destroy()
+      else answerRaw(socket, refuseEarly(toClientError(error), socket.remoteAddress))
     },
-    frameworkErrors: (error: unknown, _request: FastifyRequest, reply: FastifyReply) => {
-      const refused = refuseEarly(toGatewayError(error))
+    frameworkErrors: (error: unknown, request: FastifyRequest, reply: FastifyReply) => {
+      const refused = refuseEarly(toGatewayError(error), request.ip)
       reply
         .code(refused.error.statusCode)
         .headers(idHeaders(refused.id))
@@ -163,8 +167,11 @@ export async function createApp(
   fastify.setErrorHandler(answerError)
   if (server.cors.enabled) await fastify.register(cors, corsOptions(server.cors))
 
-  fastify.server.on('checkExpectation', (_request, response) => {
-    const { error, id } = refuseEarly(new GatewayError('unknown_expectation', UNKNOWN_EXPECTATION))
+  fastify.server.on('checkExpectation', (request, response) => {
+    const { error, id } = refuseEarly(
+      new GatewayError('unknown_expectation', UNKNOWN_EXPECTATION),
+      request.socket.remoteAddress
+    )
     response
       .writeHead(error.statusCode, { ...idHeaders(id), 'content-type': JSON_TYPE })
       .end(JSON.stringify(openaiError(error)))
@@ -194,8 +201,9 @@ class QuietLog extends LogController {
 
 /** The sections of the file that the gateway plugin takes. */
 function sections(config: Config) {
-  const { backends, routing, health_check, auth, rate_limit, usage, storage, metrics } = config
-  return { backends, routing, health_check, auth, rate_limit, usage, storage, metrics }
+  const { backends, routing, health_check, auth, rate_limit, usage, storage, logging, metrics } =
+    config
+  return { backends, routing, health_check, auth, rate_limit, usage, storage, logging, metrics }
 }
 
 /** Names of the settings that differ but can't be changed while running. */
@@ -243,13 +251,13 @@ function corsOptions(options: Config['server']['cors']) {
 export function createLog(options: Config['log'], dataDir: string): Logger {
   const settings = { level: options.level, base: null }
   if (options.output === 'file') {
-    const path = resolve(dataDir, options.file.path)
-    mkdirSync(dirname(path), { recursive: true })
-    return pino(settings, new LogSink(path))
+    const file = new RotatingFile({ ...options.file, path: resolve(dataDir, options.file.path) })
+    file.touch()
+    return pino(settings, new LogSink(file, 'log'))
   }
   // Asking for the stream also makes a pipe one that never blocks.
   const { isTTY } = options.output === 'stdout' ? process.stdout : process.stderr
-  const sink = new LogSink(options.output === 'stdout' ? 1 : 2)
+  const sink = new LogSink(options.output === 'stdout' ? 1 : 2, 'log')
   const isText = options.format === 'text' || (options.format === 'auto' && isTTY)
   if (!isText) return pino(settings, sink)
   const format = prettyFactory({

@@ -130,13 +130,13 @@ test('YAML that is none, and files that are no mapping', () => {
 const NOT_BUILT = [
   'discovery: {enabled: true}',
   'admin: {enabled: true, token: x}',
-  'logging: {enabled: true}',
+  'logging: {enabled: true, request: {enabled: true, storage: a}}',
   'hooks: {enabled: true}',
   'routing: {fallback: [{primary: "http://a:1"}]}',
   'routing: {script: x.lua}',
   'rate_limit: {per_key: {tokens_per_minute: 5}}',
   'rate_limit: {storage: redis}',
-  'log: {output: file, file: {rotate: daily}}',
+  'logging: {enabled: true, access: {enabled: true, script: x.lua}}',
   'metrics: {custom_labels: [a]}',
   'auth: {pipeline: [{type: redis, redis: {storage: a}}]}',
   'auth: {pipeline: [{type: lua, lua: {script: x}}]}',
@@ -497,7 +497,9 @@ test('the dialect’s other parts may stay in a file where they are switched off
     'health_check: {enabled: false, script: {path: x}}',
     'routing: {enabled: false, fallback: [{primary: "http://a:1"}]}',
     'server: {tls: {enabled: false, cert_file: "", key_file: ""}}',
-    'log: {level: info, output: stdout, file: {path: x, rotate: daily, max_size: 100, compress: true}}'
+    'log: {level: info, output: stdout, file: {path: x, rotate: daily, max_size: 100, compress: true}}',
+    'logging: {enabled: true, request: {enabled: false, storage: a, table: b, include_body: false}}',
+    'logging: {enabled: true, access: {enabled: true, output: stdout, file: {path: "", rotate: weekly}}}'
   ]) {
     assert.deepEqual(complaint(`${BACKEND}${section}\n`), [], section)
   }
@@ -507,6 +509,33 @@ test('the dialect’s other parts may stay in a file where they are switched off
   assert.deepEqual(
     config.auth.pipeline.map(({ type }) => type),
     ['static']
+  )
+})
+
+test('files of logs rotate as the dialect has it, where a bare number is MB or days', () => {
+  const file = '{path: x, rotate: hourly, max_size: 100, max_age: 30, compress: true}'
+  const { log, logging } = parse(
+    `${BACKEND}log: {output: file, file: ${file}}\n` +
+      `logging: {enabled: true, access: {enabled: true, output: file, file: ${file}}}\n`
+  )
+  const expected = {
+    path: 'x',
+    rotate: 'hourly',
+    max_size: 100 * 1024 ** 2,
+    max_files: 10,
+    max_age: 30 * 24 * 60 * 60 * 1000,
+    compress: true
+  }
+  assert.deepEqual([log.file, logging.access.file], [expected, expected])
+  const env = parse(`${BACKEND}log: {output: file, file: {max_size: "\${SIZE}"}}`, { SIZE: '5' })
+  assert.equal(env.log.file.max_size, 5 * 1024 ** 2)
+  assert.match(
+    complaint(`${BACKEND}log: {output: file, file: {max_backups: 3}}`)[0]!,
+    /max_backups: is an old name; use log\.file\.max_files/
+  )
+  assert.match(
+    complaint(`${BACKEND}log: {output: file, file: {max_age: -1}}`)[0]!,
+    /max_age: must be a duration/
   )
 })
 

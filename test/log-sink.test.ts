@@ -1,10 +1,11 @@
 import assert from 'node:assert/strict'
 import { execFileSync, type StdioOptions, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { constants, openSync } from 'node:fs'
+import { closeSync, constants, createReadStream, openSync } from 'node:fs'
 import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { LogSink } from '../src/logs/sink.ts'
 import { CHAT, closedPort, fakeBackend, post, rawClient, rawPost } from './helper.ts'
 import { CLI, folder, writeConfig } from './process.ts'
 
@@ -71,6 +72,26 @@ test('serving goes on, and ends, when nobody reads the log', { timeout: 30_000 }
   for (let call = 0; call < 600; call++) await gateway.health()
   assert.equal(await gateway.stop('SIGTERM'), 0)
   assert.equal(gateway.stderr(), '')
+})
+
+test('two sinks on one pipe that is full: no line gets into another', async t => {
+  const path = join(folder(t), 'pipe')
+  execFileSync('mkfifo', [path])
+  const pipe = openSync(path, constants.O_RDWR | constants.O_NONBLOCK)
+  const sinks = [new LogSink(pipe, 'log'), new LogSink(pipe, 'access log')]
+  // Much more than a pipe holds (64 KB).
+  for (let count = 0; count < 2000; count++) {
+    for (const [at, sink] of sinks.entries()) sink.write(`${`${at}`.repeat(100 + (count % 50))}\n`)
+  }
+  let read = ''
+  const reader = createReadStream(path, { highWaterMark: 1000 })
+  for await (const data of reader) {
+    read += data
+    if (read.split('\n').length > 4000) break
+  }
+  for (const line of read.trimEnd().split('\n')) assert.match(line, /^(0+|1+)$/)
+  for (const sink of sinks) await sink.close()
+  closeSync(pipe)
 })
 
 test('a second signal ends the process at once', { timeout: 30_000 }, async t => {

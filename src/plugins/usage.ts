@@ -62,7 +62,8 @@ export const UsageOptions = Section(
     reporters: Type.Array(ReporterOptions, {
       default: [],
       distinct: [
-        { by: given => (typeof given === 'string' ? undefined : given.name), what: 'name' }
+        { by: given => (typeof given === 'string' ? undefined : given.name), what: 'name' },
+        { by: given => (given as { file?: { path?: unknown } }).file?.path, what: 'file' }
       ] satisfies Distinct[],
       description: 'Who is told'
     })

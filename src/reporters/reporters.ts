@@ -7,6 +7,7 @@ import { Redis } from '../store/redis.ts'
 import { openDatabase, type StorageOptions, storageIssues } from '../store/storage.ts'
 import { Builtin, BuiltinOptions, builtinFile } from './builtin.ts'
 import { DatabaseReporter, DatabaseReporterOptions } from './database.ts'
+import { FileReporter, FileReporterOptions } from './file.ts'
 import type { UsageRecord } from './record.ts'
 import { RedisReporter, RedisReporterOptions } from './redis.ts'
 import { type Receiver, type Reporter, recordJson } from './reporter.ts'
@@ -40,8 +41,7 @@ export const ReporterOptions = Type.Object(
         description: 'Name in logs and metrics, and of its place in the outbox'
       })
     ),
-    type: Type.Enum(['webhook', 'database', 'redis', 'builtin'], {
-      later: ['file'],
+    type: Type.Enum(['webhook', 'database', 'redis', 'builtin', 'file'], {
       description: 'What it is'
     }),
     enabled: Type.Boolean({ default: true, description: 'Switches it on' }),
@@ -54,6 +54,7 @@ export const ReporterOptions = Type.Object(
     database: Type.Optional(DatabaseReporterOptions),
     redis: Type.Optional(RedisReporterOptions),
     builtin: Type.Optional(BuiltinOptions),
+    file: Type.Optional(FileReporterOptions),
     script: NotBuilt('Script that reports')
   },
   {
@@ -111,7 +112,7 @@ function toReporter(options: ReporterOptions, names: Set<string>, around: Surrou
 }
 
 function toReceiver(options: ReporterOptions, { storage, dataDir, log }: Surroundings): Receiver {
-  const { type, webhook, database, redis, builtin } = options
+  const { type, webhook, database, redis, builtin, file } = options
   switch (type) {
     case 'webhook':
       return new Webhook(webhook!)
@@ -125,6 +126,8 @@ function toReceiver(options: ReporterOptions, { storage, dataDir, log }: Surroun
     }
     case 'builtin':
       return new Builtin(builtinFile(dataDir), builtin!, log)
+    case 'file':
+      return new FileReporter(file!, dataDir)
   }
 }
 

@@ -6,7 +6,7 @@ import { VERSION } from '../version.ts'
  * no backend is available or the gateway is about to stop, so that no traffic is sent here.
  */
 const healthRoutes: FastifyPluginAsync = async function healthRoutes(fastify) {
-  const config = { rateLimit: false as const }
+  const config = { rateLimit: false as const, probe: true }
 
   fastify.get<{ Querystring: { ready?: string } }>('/health', { config }, (request, reply) => {
     reply.code('ready' in request.query && !isReady() ? 503 : 200).send(state())

@@ -7,7 +7,7 @@ const metricsRoutes: FastifyPluginAsync<{ path: string }> = async function metri
   { path }
 ) {
   const registry = fastify.metricsRegistry
-  fastify.get(path, { config: { rateLimit: false } }, async (_request, reply) => {
+  fastify.get(path, { config: { rateLimit: false, probe: true } }, async (_request, reply) => {
     return reply.type(registry.contentType).send(await (fastify.peers ?? registry).metrics())
   })
 }
