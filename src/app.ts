@@ -14,7 +14,7 @@ import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
 import backends, { BackendsOptions } from './plugins/backends.ts'
 import limits, { LimitsOptions } from './plugins/limits.ts'
 import log from './plugins/log.ts'
-import logging, { LoggingOptions } from './plugins/logging.ts'
+import logging, { LoggingOptions, requestLogIssues } from './plugins/logging.ts'
 import metering from './plugins/metering.ts'
 import metrics, { MetricsOptions } from './plugins/metrics.ts'
 import payload from './plugins/payload.ts'
@@ -152,7 +152,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   // What happened? Counted and logged after everything else.
   await fastify.register(metrics, options.metrics)
   await fastify.register(log)
-  await fastify.register(logging, options.logging)
+  await fastify.register(logging, { ...options.logging, storage: options.storage })
 
   await fastify.register(openaiRoutes)
   await fastify.register(anthropicRoutes)
@@ -186,7 +186,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       return fastify.backends.demoUrl
     },
     async reload(changed) {
-      await fastify.logging.update(changed.logging)
+      await fastify.logging.update(changed.logging, changed.storage)
       const { backends, routing, health_check } = changed
       await fastify.backends.update({ backends, routing, health_check })
       fastify.keys.update(changed.auth)
@@ -197,11 +197,16 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
 }
 
 /** What sections ask of the storage that it doesn't have. */
-export function storageUseIssues({ usage, storage }: GatewayOptions): Issue[] {
-  return reporterIssues(usage, storage).map(({ path, message }) => ({
-    path: path[0] === 'storage' ? path : ['usage', ...path],
-    message
-  }))
+export function storageUseIssues({ usage, logging, storage }: GatewayOptions): Issue[] {
+  const within = (section: string, issues: Issue[]) =>
+    issues.map(({ path, message }) => ({
+      path: path[0] === 'storage' ? path : [section, ...path],
+      message
+    }))
+  return [
+    ...within('usage', reporterIssues(usage, storage)),
+    ...within('logging', requestLogIssues(logging, storage))
+  ]
 }
 
 /** Answers an error in the dialect of its route. */

@@ -130,7 +130,7 @@ test('YAML that is none, and files that are no mapping', () => {
 const NOT_BUILT = [
   'discovery: {enabled: true}',
   'admin: {enabled: true, token: x}',
-  'logging: {enabled: true, request: {enabled: true, storage: a}}',
+  'logging: {enabled: true, request: {enabled: true, script: x.lua}}',
   'hooks: {enabled: true}',
   'routing: {fallback: [{primary: "http://a:1"}]}',
   'routing: {script: x.lua}',
@@ -142,7 +142,6 @@ const NOT_BUILT = [
   'auth: {pipeline: [{type: lua, lua: {script: x}}]}',
   'auth: {keys: [{key: a, total_quota: 5}]}',
   'usage: {reporters: [{type: webhook, script: x.lua, webhook: {url: "http://h"}}]}',
-  'usage: {reporters: [{type: file}]}',
   'health_check: {script: x}'
 ]
 

@@ -1,10 +1,16 @@
 import assert from 'node:assert/strict'
+import { join } from 'node:path'
 import { test } from 'node:test'
 import { pino } from 'pino'
-import { type Insert, REQUEST_COLUMNS, RequestLog } from '../src/logs/requests.ts'
+import { parseConfig } from '../src/config.ts'
+import { type Insert, REQUEST_TABLE, RequestLog } from '../src/logs/requests.ts'
 import { type RequestRow, toRow } from '../src/logs/row.ts'
+import { checkOptions } from '../src/options.ts'
+import { openDatabase, StorageOptions } from '../src/store/storage.ts'
 import { until } from './disk.ts'
 import { answerChat, CHAT, fakeBackend, post, startGateway } from './helper.ts'
+import { folder } from './process.ts'
+import { MYSQL, POSTGRES, uniqueName } from './servers.ts'
 
 /** Rows of requests on their way into a database. */
 
@@ -34,7 +40,7 @@ test('the row of a call, with its body only where that is asked for', async t =>
   await requests.close()
   const [plain, withBody] = rows
   assert.equal(withBody!.request_body, 'x'.repeat(64 * 1024 - 1), 'no half of a character')
-  assert.deepEqual(Object.keys(withBody!), Object.keys(REQUEST_COLUMNS))
+  assert.deepEqual(Object.keys(withBody!), Object.keys(REQUEST_TABLE.kinds))
   const { request_id, timestamp, latency_ms, ttft_ms, ...rest } = plain!
   assert.match(request_id, /^req_/)
   assert.match(timestamp, /Z$/)
@@ -136,4 +142,74 @@ test('a database that hangs does not keep the end from coming', { timeout: 20_00
   requests.add(row(1))
   await requests.close()
   assert.deepEqual([said[0]!.rows, said.length], [1, 1])
+})
+
+const DRIVERS = [
+  { driver: 'sqlite', server: undefined },
+  { driver: 'postgres', server: POSTGRES },
+  { driver: 'mysql', server: MYSQL }
+] as const
+
+for (const { driver, server } of DRIVERS) {
+  for (const include_body of [false, true]) {
+    const name = `${driver}${include_body ? ', with bodies' : ''}: a row for each request, also for one that was refused`
+    test(name, { skip: server?.skip ?? false }, async t => {
+      const table = uniqueName('requests')
+      const given =
+        server === undefined
+          ? { name: 'main', driver, path: join(folder(t), 'requests.db') }
+          : { name: 'main', driver, dsn: server.url }
+      const storage = { databases: [given] }
+      const db = openDatabase(checkOptions(StorageOptions, storage).databases[0]!, undefined, 5_000)
+      t.after(async () => {
+        await db.run(`DROP TABLE IF EXISTS ${table}`)
+        await db.close()
+      })
+      const backend = await fakeBackend(t, answerChat)
+      const gateway = await startGateway(t, {
+        backends: [{ name: 'gpu', url: backend.url }],
+        auth: { enabled: true, keys: [{ key: 'sk-1', name: 'laptop', user_id: 'alice' }] },
+        storage,
+        logging: { enabled: true, request: { enabled: true, storage: 'main', table, include_body } }
+      })
+      const url = `${gateway.url}/v1/chat/completions?secret=1`
+      const headers = { authorization: 'Bearer sk-1', 'user-agent': 'test/1' }
+      await (await post(url, { ...CHAT, user: '\0é' }, headers)).text()
+      await (await post(url, CHAT)).text()
+      await gateway.fastify.close()
+      const rows = await db.run(
+        `SELECT status_code, outcome, error, path, caller, user_id, model, backend, input_tokens, user_agent, request_body
+        FROM ${table} ORDER BY status_code`,
+        []
+      )
+      assert.deepEqual(
+        rows.map(({ status_code }) => Number(status_code)),
+        [200, 401]
+      )
+      const [taken, refused] = rows
+      assert.equal(taken!.path, '/v1/chat/completions')
+      assert.deepEqual(
+        [taken!.caller, taken!.user_id, taken!.backend, taken!.user_agent],
+        ['laptop', 'alice', 'gpu', 'test/1']
+      )
+      assert.deepEqual([refused!.outcome, refused!.error], ['rejected', 'missing_api_key'])
+      if (!include_body)
+        assert.deepEqual([taken!.request_body, refused!.request_body], [null, null])
+      else assert.equal(JSON.parse(String(taken!.request_body)).model, CHAT.model)
+    })
+  }
+}
+
+test('a request log without a database is refused, at its place', () => {
+  const parse = (request: string) =>
+    parseConfig(
+      `backends: [{url: "http://a:1"}]\nlogging: {enabled: true, request: ${request}}\n`,
+      'config.yaml',
+      {}
+    )
+  assert.throws(() => parse('{enabled: true, storage: x}'), {
+    message: /^config\.yaml:2:\d+ logging\.request\.storage: must be the name of a database/
+  })
+  assert.throws(() => parse('{enabled: true}'), /logging\.request.*must be the name of a database/)
+  assert.equal(parse('{enabled: false}').logging.request.enabled, false)
 })

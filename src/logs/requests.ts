@@ -2,6 +2,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
 import { type Static, Type } from 'typebox'
 import { NotBuilt, Section } from '../options.ts'
+import { type Kind, type TableColumns, tableName } from '../store/table.ts'
 import type { RequestRow } from './row.ts'
 
 export const RequestLogOptions = Section(
@@ -10,12 +11,7 @@ export const RequestLogOptions = Section(
     storage: Type.Optional(
       Type.String({ minLength: 1, description: 'Name of a database of storage.databases' })
     ),
-    table: Type.String({
-      pattern: '^\\w+(\\.\\w+)?$',
-      default: 'request_logs',
-      expects: 'the name of a table',
-      description: 'Table; made if it is not there'
-    }),
+    table: tableName('request_logs'),
     include_body: Type.Boolean({
       default: false,
       description:
@@ -29,7 +25,7 @@ export const RequestLogOptions = Section(
 export type RequestLogOptions = Static<typeof RequestLogOptions>
 
 /** What the columns of the table hold. */
-export const REQUEST_COLUMNS = {
+const kinds = {
   request_id: 'key',
   timestamp: 'time',
   client_ip: 'key',
@@ -51,8 +47,14 @@ export const REQUEST_COLUMNS = {
   input_tokens: 'count',
   output_tokens: 'count',
   user_agent: 'text',
-  request_body: 'text'
-} as const satisfies Record<keyof RequestRow, string>
+  request_body: 'body'
+} as const satisfies Record<keyof RequestRow, Kind>
+
+/** The table of the request log. */
+export const REQUEST_TABLE: TableColumns = {
+  kinds,
+  indexed: ['timestamp', 'api_key_id', 'user_id']
+}
 
 /** @throws when the rows are not taken; with `kind: 'refused'` they never will be */
 export type Insert = (rows: readonly RequestRow[]) => Promise<unknown>

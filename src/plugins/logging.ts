@@ -4,14 +4,20 @@ import fp from 'fastify-plugin'
 import type { Static } from 'typebox'
 import { Type } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
+import type { Issue } from '../issues.ts'
 import { AccessLogOptions, openAccessLog, toLine } from '../logs/access.ts'
+import { REQUEST_TABLE, RequestLog, RequestLogOptions } from '../logs/requests.ts'
 import { type RequestRow, toRow, toStillbornRow } from '../logs/row.ts'
 import type { LogSink } from '../logs/sink.ts'
-import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
+import { checkOptions, type Given, OptionsError, Section } from '../options.ts'
+import type { Database } from '../store/sql.ts'
+import { openDatabase, StorageOptions, storageIssues } from '../store/storage.ts'
+import { Table } from '../store/table.ts'
 
 /**
- * The access log: a line for each request, also for those that were refused. Never a key, a body or a
- * query string. Probes (health, metrics) have none as long as they are answered.
+ * The access log, a line for each request, and the request log, a row in a database: also for those that
+ * were refused. Never a key or a query string, and a body only where that is asked for. Probes (health,
+ * metrics) have none as long as they are answered.
  *
  * @example
  * await fastify.register(logging, { access: { enabled: true, format: 'json' } })
@@ -21,7 +27,7 @@ export const LoggingOptions = Section(
   {
     enabled: Type.Boolean({ default: false, description: 'Writes the logs below' }),
     access: AccessLogOptions,
-    request: NotBuilt('One row for each request in a database')
+    request: RequestLogOptions
   },
   'Logs of requests'
 )
@@ -31,7 +37,7 @@ declare module 'fastify' {
   interface FastifyInstance {
     logging: {
       /** @throws when the new file cannot be written; then the old one stays */
-      update(options: LoggingOptions): Promise<void>
+      update(options: LoggingOptions, storage: StorageOptions): Promise<void>
     }
   }
   interface FastifyContextConfig {
@@ -40,41 +46,92 @@ declare module 'fastify' {
   }
 }
 
-const loggingPlugin: FastifyPluginAsync<Given<LoggingOptions>> = async function logging(
+/** How long (ms) a statement may take. */
+const STATEMENT_TIMEOUT = 10_000
+
+/** Why the request log can't use what it names of the storage. */
+export function requestLogIssues(
+  { enabled, request }: LoggingOptions,
+  storage: StorageOptions
+): Issue[] {
+  if (!enabled || !request.enabled) return []
+  return storageIssues(storage, 'databases', request.storage ?? '', ['request', 'storage'])
+}
+
+/** What is written to. */
+interface Logs {
+  access: LogSink | undefined
+  requests: RequestLog | undefined
+  db: Database | undefined
+}
+
+/** The options of the plugin; `storage` has what the request log names. */
+export type GivenLoggingOptions = Given<LoggingOptions> & { storage?: Given<StorageOptions> }
+
+const loggingPlugin: FastifyPluginAsync<GivenLoggingOptions> = async function logging(
   fastify,
   given
 ) {
-  let options = checkOptions(LoggingOptions, { enabled: true, ...given })
-  let access = open(options)
+  const { storage: givenStorage, ...givenOptions } = given
+  let options = checkOptions(LoggingOptions, { enabled: true, ...givenOptions })
+  let storage = checkOptions(StorageOptions, givenStorage)
+  const issues = requestLogIssues(options, storage)
+  if (issues.length > 0) throw new OptionsError(issues)
+  let logs = open(options, storage)
 
-  function open({ enabled, access }: LoggingOptions): LogSink | undefined {
-    return enabled && access.enabled ? openAccessLog(access, fastify.dataDir) : undefined
+  function open({ enabled, access, request }: LoggingOptions, { databases }: StorageOptions): Logs {
+    const found = databases.find(({ name }) => name === request.storage)
+    const db =
+      enabled && request.enabled
+        ? openDatabase(found!, fastify.dataDir, STATEMENT_TIMEOUT)
+        : undefined
+    const table = db && new Table(db, request.table, REQUEST_TABLE)
+    return {
+      access: enabled && access.enabled ? openAccessLog(access, fastify.dataDir) : undefined,
+      requests: table && new RequestLog(rows => table.insert(rows), fastify.log),
+      db
+    }
   }
 
-  function write(row: RequestRow): void {
-    access?.write(toLine(row, options.access.format))
+  function write(row: RequestRow, body?: Buffer): void {
+    logs.access?.write(toLine(row, options.access.format))
+    logs.requests?.add(row, body)
   }
 
   const exchanges = withExchanges(fastify)
+  fastify.addHook('onRequest', ({ exchange }, _reply, done) => {
+    if (logs.requests !== undefined && options.request.include_body) exchange.keepsBody = true
+    done()
+  })
   exchanges.onEnd('log', exchange => {
-    if (access !== undefined && !isAnsweredProbe(exchange)) write(toRow(exchange))
+    if (logs.access === undefined && logs.requests === undefined) return
+    if (isAnsweredProbe(exchange)) return
+    const { payload } = exchange.request
+    write(toRow(exchange), options.request.include_body ? payload?.bytes : undefined)
   })
   exchanges.onStillborn.push((error, id, clientIp) => write(toStillbornRow(id, error, clientIp)))
 
   fastify.decorate('logging', {
-    async update(changed) {
-      if (isDeepStrictEqual(changed, options)) return
-      const before = access
-      access = open(changed)
+    async update(changed, changedStorage) {
+      const same = isDeepStrictEqual([changed, changedStorage], [options, storage])
+      if (same) return
+      const before = logs
+      logs = open(changed, changedStorage)
       options = changed
-      await before?.close()
+      storage = changedStorage
+      await close(before)
     }
   })
   fastify.addHook('onClose', async () => {
-    const last = access
-    access = undefined
-    await last?.close()
+    const last = logs
+    logs = { access: undefined, requests: undefined, db: undefined }
+    await close(last)
   })
+}
+
+async function close({ access, requests, db }: Logs): Promise<void> {
+  await Promise.all([access?.close(), requests?.close()])
+  await db?.close()
 }
 
 function isAnsweredProbe({ request, outcome }: Exchange): boolean {

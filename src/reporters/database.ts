@@ -1,20 +1,16 @@
 import { type Static, Type } from 'typebox'
 import { Duration } from '../options.ts'
 import type { Database, DatabaseError } from '../store/sql.ts'
+import { Table, tableName } from '../store/table.ts'
 import { batchOptions, storageName } from './options.ts'
 import type { UsageRecord } from './record.ts'
 import { type Receiver, recordJson, type Verdict, whileRunning } from './reporter.ts'
-import { insertRecords, prepareTable } from './usage-table.ts'
+import { USAGE_TABLE } from './usage-table.ts'
 
 export const DatabaseReporterOptions = Type.Object(
   {
     storage: storageName('The database, as storage.databases names it'),
-    table: Type.String({
-      pattern: '^([A-Za-z_][A-Za-z0-9_]{0,62}\\.)?[A-Za-z_][A-Za-z0-9_]{0,62}$',
-      expects: 'the name of a table, with or without its schema',
-      default: 'usage_records',
-      description: 'Table; it is made, or gets the columns that it lacks'
-    }),
+    table: tableName('usage_records'),
     timeout: Duration('10s', 'How long one delivery may take'),
     batch: batchOptions('one statement')
   },
@@ -29,12 +25,11 @@ export class DatabaseReporter implements Receiver {
   readonly wantsBody = false
   readonly batch: DatabaseReporterOptions['batch']
   readonly #db: Database
-  readonly #table: string
-  #prepared: Promise<void> | undefined
+  readonly #table: Table
 
   constructor(db: Database, { table, batch }: DatabaseReporterOptions) {
     this.#db = db
-    this.#table = table
+    this.#table = new Table(db, table, USAGE_TABLE)
     this.batch = batch
   }
 
@@ -49,19 +44,10 @@ export class DatabaseReporter implements Receiver {
 
   async #insert(records: readonly UsageRecord[]): Promise<Verdict> {
     try {
-      this.#prepared ??= prepareTable(this.#db, this.#table)
-      await this.#prepared
-    } catch (error) {
-      this.#prepared = undefined
-      return { kind: 'unavailable', reason: (error as Error).message, retryAfter: 0 }
-    }
-    try {
-      await insertRecords(this.#db, this.#table, records)
+      await this.#table.insert(records)
       return { kind: 'delivered' }
     } catch (error) {
-      const { kind, message } = error as DatabaseError
-      // The table may be gone, or another one.
-      if (kind === 'unavailable') this.#prepared = undefined
+      const { kind = 'unavailable', message } = error as DatabaseError
       return { kind, reason: message, retryAfter: 0 }
     }
   }
