@@ -339,13 +339,13 @@ test('connections: as many as there may be, kept as long as they may be', async 
 
 test('a SQLite file that another one holds, and a statement that takes too long', async t => {
   const file = join(folder(t), 'sub/some.db')
-  const db = new Sqlite(file, 150)
+  const db = new Sqlite(file, 500)
   await db.run('CREATE TABLE words (word TEXT UNIQUE)')
   assert.equal(statSync(file).mode & 0o777, 0o600)
   assert.equal(statSync(join(file, '..')).mode & 0o777, 0o700)
   const holder = new DatabaseSync(file)
   holder.exec('BEGIN IMMEDIATE')
-  const late = { kind: 'unavailable', message: 'no answer in 150 ms' }
+  const late = { kind: 'unavailable', message: 'no answer in 500 ms' }
   await assert.rejects(db.run('INSERT INTO words VALUES (?)', ['a']), late)
   holder.exec('ROLLBACK')
   holder.close()
