@@ -20,6 +20,8 @@ const texts = (description: string, fallback: string[] = []) =>
   Type.Array(Type.String(), { default: fallback, description })
 
 const MAX_WORKERS = 128
+/** Sections that must be right before it is asked whether they find what they name. */
+const USES_STORAGE = ['usage', 'logging', 'storage']
 
 const ServerOptions = Section(
   {
@@ -159,7 +161,7 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
   withoutFile(root as RootMapping)
   const known = new Set(issues.map(issue => formatPath(issue.path)))
   issues.push(...findIssues(ConfigSchema, root).filter(({ path }) => !known.has(formatPath(path))))
-  const isWrong = issues.some(({ path }) => path[0] === 'usage' || path[0] === 'storage')
+  const isWrong = issues.some(({ path }) => USES_STORAGE.includes(String(path[0])))
   if (!isWrong) issues.push(...storageUseIssues(root as Config))
   issues.push(...incomplete(root as Config))
   if (issues.length > 0) throw new ConfigError(file.complaints().join('\n'))

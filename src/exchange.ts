@@ -128,8 +128,6 @@ export class Exchange {
   keepsBody = false
   /** The text of the request, where its tokens may have to be estimated. */
   prompt: PromptText | undefined
-  /** Content deltas that passed. */
-  deltas = 0
   /** What it has spent is known, and given to the reporters. */
   concluded = false
   /** Resolves when that is safe, where the end of the answer must wait for it. */

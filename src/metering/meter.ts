@@ -73,10 +73,10 @@ export class Meter {
   /** The beginning of an event that may have to be taken out. */
   #held: Buffer | undefined
   #tooLong = false
-  /** What passed ended in the middle of a line, or of an event. */
   /** The last event, which waits until it is released. */
   #lastEvent: Buffer | undefined
   #isReleased = false
+  /** What passed ended in the middle of a line, or of an event. */
   #isMidLine = false
   #isMidEvent = false
   #tookOut = false

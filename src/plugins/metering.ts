@@ -82,7 +82,6 @@ const MAX_MODELS = 1000
 
 /** What the meter has seen becomes what the exchange has spent. */
 function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
-  exchange.deltas = meter.deltas
   const { usage, deltas } = meter
   if (meter.framing === 'json') {
     if (usage === undefined) estimate(exchange, meter, estimates, exchange.outcome === 'ok')

@@ -1,34 +1,7 @@
 import type { UsageRecord } from './record.ts'
+import { USAGE_TABLE } from './usage-table.ts'
 
-const COLUMNS = [
-  'id',
-  'timestamp',
-  'user_id',
-  'api_key_id',
-  'caller',
-  'requested_model',
-  'model',
-  'input_tokens',
-  'output_tokens',
-  'total_tokens',
-  'cached_tokens',
-  'reasoning_tokens',
-  'exactness',
-  'cost',
-  'currency',
-  'tags',
-  'endpoint',
-  'method',
-  'path',
-  'stream',
-  'backend',
-  'backend_url',
-  'attempts',
-  'outcome',
-  'status_code',
-  'ttft_ms',
-  'duration_ms'
-] as const satisfies (keyof UsageRecord)[]
+const COLUMNS = Object.keys(USAGE_TABLE.kinds) as (keyof UsageRecord)[]
 
 /**
  * A line of CSV (RFC 4180), for undefined the line of names. Texts that a spreadsheet would take for a

@@ -4,7 +4,6 @@ import type { UsageRecord } from './record.ts'
 const kinds = {
   id: 'id',
   timestamp: 'time',
-  request_id: 'key',
   user_id: 'key',
   api_key_id: 'key',
   caller: 'key',
@@ -29,7 +28,8 @@ const kinds = {
   attempts: 'count',
   status_code: 'count',
   ttft_ms: 'count',
-  duration_ms: 'count'
+  duration_ms: 'count',
+  request_id: 'key'
 } as const satisfies { [Name in keyof UsageRecord]?: Kind }
 
 /** The table that usage records go into. */
