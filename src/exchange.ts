@@ -3,6 +3,7 @@ import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest }
 import type { Dialect } from './dialects/dialect.ts'
 import { openai } from './dialects/openai.ts'
 import { type GatewayError, toGatewayError } from './errors.ts'
+import type { OwnLimits } from './limits/limits.ts'
 import type { Reservation } from './limits/memory.ts'
 import type { Meter } from './metering/meter.ts'
 import type { PromptText } from './metering/text.ts'
@@ -46,6 +47,12 @@ export interface Caller {
   userId?: string | undefined
   /** Model names (`*` stands for any text) this caller may use; absent: all. */
   models?: string[] | undefined
+  /** Limits of its own. */
+  limits?: OwnLimits | undefined
+  /** What of its quota was spent before the gateway began to count, and when (Unix ms). */
+  spent?: { amount: number; at: number | undefined } | undefined
+  /** Tags of its usage records. */
+  tags?: Record<string, string> | undefined
 }
 
 /** One route that is forwarded to the backends. */

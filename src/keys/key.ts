@@ -17,8 +17,12 @@ export interface KeyRecord {
   allowedIps?: BlockList | undefined
   deniedIps?: BlockList | undefined
   models?: string[] | undefined
-  /** What is left to spend, where the source says so; 0 or less refuses. */
+  /** What is left to spend, where the source itself counts; 0 or less refuses. */
   quotaLeft?: number | undefined
+  /** Limits and a quota that the gateway counts; see {@link Caller}. */
+  limits?: Caller['limits']
+  spent?: Caller['spent']
+  tags?: Caller['tags']
 }
 
 export type KeyStatus = 'active' | 'disabled' | 'expired' | 'quota_exceeded'
@@ -115,8 +119,8 @@ function statusAt(record: KeyRecord, now: number): KeyStatus {
 }
 
 export function toCaller(record: KeyRecord): Caller {
-  const { id, name, userId, models } = record
-  return { id, name, userId, models }
+  const { id, name, userId, models, limits, spent, tags } = record
+  return { id, name, userId, models, limits, spent, tags }
 }
 
 /** SHA-256 of a key as lower-case hexadecimal digits: the only form in which keys are kept. */

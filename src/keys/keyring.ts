@@ -105,5 +105,6 @@ function merge(first: Caller, next: Caller): Caller {
           ...next.models.filter(model => matchesModel(first.models!, model))
         ]
   const { id, name = next.name, userId = next.userId } = first
-  return { id, name, userId, models }
+  const { limits = next.limits, spent = next.spent } = first
+  return { id, name, userId, models, limits, spent, tags: { ...next.tags, ...first.tags } }
 }
