@@ -1,0 +1,35 @@
+import { type Static, Type } from 'typebox'
+
+/** What may be limited, the same for everybody together, for a key, a user and a model. */
+
+const count = (description: string) => Type.Integer({ minimum: 0, default: 0, description })
+
+/** The members that each set of limits has, as options. */
+export const limitFields = {
+  requests_per_second: count('Average rate; 0: no limit'),
+  requests_per_minute: count('At most so many in any 60 s; 0: no limit'),
+  burst_size: count('Requests at once; 0: twice requests_per_second'),
+  tokens_per_minute: count('Tokens, of prompts and answers, in any 60 s; 0: no limit'),
+  max_concurrent: count('Requests in flight, until the last byte of the answer; 0: no limit'),
+  total_quota: Type.Number({
+    minimum: 0,
+    default: 0,
+    description: 'What may be spent in a period; 0: no limit'
+  }),
+  quota_unit: Type.Enum(['tokens', 'cost'], {
+    default: 'tokens',
+    description: 'What total_quota counts: tokens, or money in the currency of usage.prices'
+  }),
+  quota_reset_period: Type.Enum(['never', 'daily', 'weekly', 'monthly'], {
+    default: 'never',
+    description: 'When what was spent is forgotten, in the time zone of rate_limit.time_zone'
+  })
+}
+
+export const LimitSet = Type.Object(limitFields, { additionalProperties: false })
+
+/** Limits of one subject; 0: no such limit. */
+export type Limits = Static<typeof LimitSet>
+
+/** The limits that stand with a key replace, each for itself, those that every key has. */
+export type OwnLimits = Partial<Limits>
