@@ -19,7 +19,7 @@ interface Schema {
   items?: Schema
   properties?: Record<string, Schema>
   patternProperties?: Record<string, Schema>
-  required?: string[]
+  required?: string[] | undefined
   additionalProperties?: boolean
   minimum?: number
   maximum?: number

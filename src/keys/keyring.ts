@@ -7,6 +7,7 @@ import {
   type KeyRecord,
   type KeySource,
   matchesModel,
+  reasonFor,
   type StatusCodes,
   statusRefusal,
   toCaller
@@ -67,9 +68,8 @@ export class Keyring {
     try {
       return await source.lookup(key, hash)
     } catch (error) {
-      // Never the error itself: a service may repeat the key in what it says.
-      const { code, name } = error as { code?: string; name: string }
-      this.#log.error({ source: source.name, reason: code ?? name }, 'a key source is down')
+      const reason = reasonFor(error, key)
+      this.#log.error({ source: source.name, reason }, 'a key source is down')
       return 'down' as const
     }
   }

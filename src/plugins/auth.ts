@@ -136,11 +136,13 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
 
 function toKeyring(options: AuthOptions, log: FastifyRequest['log']): Keyring {
   const sources: KeySource[] = []
+  const onUnreadable = (member: string, keyId: string) =>
+    log.warn({ keyId, member }, 'a member of a key is unreadable')
   if (options.keys.length > 0) sources.push(new StaticKeys('keys', options.keys))
   for (const { name, type, enabled, webhook, static: keys } of options.pipeline) {
     if (!enabled) continue
     if (type === 'webhook') {
-      sources.push(new WebhookKeys(name ?? type, webhook!, options.status_codes, log))
+      sources.push(new WebhookKeys(name ?? type, webhook!, options.status_codes, onUnreadable))
     } else sources.push(new StaticKeys(name ?? type, keys?.keys ?? []))
   }
   if (options.enabled && sources.length === 0) {
