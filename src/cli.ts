@@ -5,7 +5,7 @@ import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import closeWithGrace from 'close-with-grace'
 import { CommandError, runUsage } from './commands/usage.ts'
-import { ConfigError, loadConfig } from './config.ts'
+import { loadConfig } from './config.ts'
 import { followFile, startServer } from './server.ts'
 import { VERSION } from './version.ts'
 import { runWorker, startWorkers, workerCount } from './workers.ts'
@@ -40,7 +40,7 @@ try {
   if (cluster.isWorker) runWorker(DATA_DIR)
   else process.exitCode = await run(process.argv.slice(2))
 } catch (error) {
-  console.error(error instanceof ConfigError ? error.message : explain(error as Error))
+  console.error(explain(error as Error))
   process.exit(isMisuse(error) ? 2 : 1)
 }
 
@@ -133,8 +133,12 @@ function misused(complaint: string): number {
   return 2
 }
 
+/** Errors that say all there is to say, and where. */
+const PLAIN = new Set(['ConfigError', 'OptionsError', 'KeyFileError'])
+
 /** An error of the operating system in a line; anything else with its stack, for a report. */
 function explain(error: NodeJS.ErrnoException): string {
+  if (PLAIN.has(error.name)) return error.message
   if (isMisuse(error)) return `llmproxy: ${error.message.split('. ')[0]}; see llmproxy --help`
   if (error instanceof CommandError) return `llmproxy: ${error.message}`
   return `llmproxy: ${error.code?.startsWith('E') ? error.message : error.stack}`

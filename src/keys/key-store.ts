@@ -1,4 +1,5 @@
 import { randomBytes } from 'node:crypto'
+import { isAbsolute, resolve } from 'node:path'
 import { type Static, Type } from 'typebox'
 import { checkOptions } from '../options.ts'
 import { DatabaseError, type Row } from '../store/sql.ts'
@@ -44,6 +45,11 @@ export interface FoundKey {
   isRevoked: boolean
   /** It was rotated away, and is valid until then (Unix ms). */
   until: number | undefined
+}
+
+/** The file of the embedded store. */
+export function keyFile(dataDir: string | undefined, path: string): string {
+  return dataDir === undefined && !isAbsolute(path) ? ':memory:' : resolve(dataDir ?? '', path)
 }
 
 /** Somebody has this key already. */
