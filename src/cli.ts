@@ -4,7 +4,9 @@ import { existsSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import closeWithGrace from 'close-with-grace'
-import { CommandError, runUsage } from './commands/usage.ts'
+import { CommandError } from './commands/command.ts'
+import { runKeys } from './commands/keys.ts'
+import { runUsage } from './commands/usage.ts'
 import { loadConfig } from './config.ts'
 import { followFile, startServer } from './server.ts'
 import { VERSION } from './version.ts'
@@ -15,6 +17,7 @@ const HELP = `LLMProxy ${VERSION}: a reverse proxy for LLM inference servers
 Usage
   llmproxy [serve] [--config FILE]   serve until SIGTERM or Ctrl-C; SIGHUP reloads the file
   llmproxy check [FILE]              check a configuration file and exit
+  llmproxy keys ...                  make, list, change and revoke API keys; see llmproxy keys --help
   llmproxy usage ...                 export usage records, report them again; see llmproxy usage --help
   llmproxy --version
   llmproxy --help
@@ -32,6 +35,8 @@ Whatever the gateway writes goes below LLMPROXY_DATA_DIR (default: ./data).
 const PARENT_INTERVAL = 500
 /** Interrupts so close together (ms) are one press of Ctrl-C. */
 const SAME_KEY = 300
+/** Errors that say all there is to say, and where. */
+const PLAIN = new Set(['ConfigError', 'OptionsError', 'KeyFileError'])
 const DATA_DIR = process.env.LLMPROXY_DATA_DIR ?? './data'
 const CONTAINER_CONFIG = '/home/llmproxy/config.yaml'
 const DEFAULT_CONFIG = fileURLToPath(new URL('../config/llmproxy.yaml', import.meta.url))
@@ -46,6 +51,7 @@ try {
 
 /** @returns the exit code, or undefined while the server runs */
 async function run(args: string[]): Promise<number | undefined> {
+  if (args[0] === 'keys') return runKeys(args.slice(1), DATA_DIR, defaultConfig())
   if (args[0] === 'usage') return runUsage(args.slice(1), DATA_DIR, defaultConfig())
   const { values, positionals } = parseArgs({
     // The original's only option was written with one dash.
@@ -132,9 +138,6 @@ function misused(complaint: string): number {
   console.error(`llmproxy: ${complaint}; see llmproxy --help`)
   return 2
 }
-
-/** Errors that say all there is to say, and where. */
-const PLAIN = new Set(['ConfigError', 'OptionsError', 'KeyFileError'])
 
 /** An error of the operating system in a line; anything else with its stack, for a report. */
 function explain(error: NodeJS.ErrnoException): string {

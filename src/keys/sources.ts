@@ -53,6 +53,12 @@ interface Asked {
   status_codes: StatusCodes
 }
 
+/** Are keys looked up in the embedded store? Also where nothing else is named. */
+export function looksIntoStore({ enabled, keys, pipeline }: Asked): boolean {
+  if (keys.length === 0 && pipeline.length === 0) return enabled
+  return enabled && pipeline.some(each => each.enabled && each.type === 'builtin')
+}
+
 /** Why sources can't use what they name. */
 export function sourceIssues({ enabled, pipeline }: Asked, storage: StorageOptions): Issue[] {
   return pipeline.flatMap(({ type, enabled: isOn, ...parts }, at) => {

@@ -62,7 +62,7 @@ export class Sqlite implements Database {
     thread.ref()
     await this.#ask({}, CLOSE_TIMEOUT).catch(() => {})
     this.#giveUp('closed')
-    await Promise.race([thread.terminate(), sleep(CLOSE_TIMEOUT)])
+    await Promise.race([thread.terminate(), sleep(CLOSE_TIMEOUT, undefined, { ref: false })])
   }
 
   async #ask<R extends Row[] | Row[][]>(order: Omit<Order, 'id'>, timeout: number): Promise<R> {
