@@ -238,7 +238,7 @@ test('what was spent of a quota outlives a restart', async t => {
   const config = {
     server: { listen: '127.0.0.1:0' },
     backends: [{ url: backend.url }],
-    auth: { enabled: true, keys: keys({ limits: { total_quota: 100 } }) }
+    auth: { enabled: true, keys: keys({ limits: { total_quota: 150 } }) }
   }
   const { CLI, start: startProcess, writeConfig } = await import('./process.ts')
   const file = writeConfig(`${dir}/config.json`, config)
@@ -246,7 +246,7 @@ test('what was spent of a quota outlives a restart', async t => {
   const first = await begin()
   const call = (url: string, max_tokens: number) =>
     post(`${url}/v1/chat/completions`, { ...CHAT, max_tokens }, { authorization: 'Bearer a' })
-  await (await call(first.url, 70)).text()
+  await (await call(first.url, 100)).text()
   first.child.kill('SIGTERM')
   await first.exit
   const second = await begin()

@@ -12,7 +12,7 @@ import { isRefusal, NOTHING } from '../src/limits/store.ts'
 import { checkOptions } from '../src/options.ts'
 import { StorageOptions } from '../src/store/storage.ts'
 import { chunk, fakeBackend } from './helper.ts'
-import { CLI, folder, type Process, start, writeConfig } from './process.ts'
+import { CLI, folder, start, writeConfig } from './process.ts'
 
 /**
  * Three gateways on one Redis, many callers, gateways that are killed and clients that leave: what reaches
@@ -23,8 +23,8 @@ const LASTS = process.env.LONG ? 60_000 : 6_000
 const GATEWAYS = 3
 const CALLERS = process.env.LONG ? 200 : 60
 const KEYS = Array.from({ length: 5 }, (_, at) => `key-${at}`)
-const PER_MINUTE = process.env.LONG ? 600 : 100
-const TOKENS_PER_MINUTE = process.env.LONG ? 12_000 : 2_000
+const PER_MINUTE = process.env.LONG ? 400 : 40
+const TOKENS_PER_MINUTE = process.env.LONG ? 12_000 : 1_200
 const SLOTS = 8
 const PROMPT = 5
 const MAX_TOKENS = 40
@@ -34,6 +34,8 @@ if (skip && process.env.CI === 'true') throw new Error(skip)
 
 interface Served {
   key: string
+  /** The process that it came through. */
+  gateway: number
   begin: number
   end: number
   tokens: number
@@ -50,6 +52,7 @@ for (const redisDies of [false, true]) {
       const { model: key } = JSON.parse(request.body)
       const call: Served = {
         key,
+        gateway: Number(/\d+/.exec(request.url)![0]),
         begin: performance.now(),
         end: Number.POSITIVE_INFINITY,
         tokens: PROMPT
@@ -83,16 +86,23 @@ for (const redisDies of [false, true]) {
       tokens_per_minute: TOKENS_PER_MINUTE,
       max_concurrent: SLOTS
     }
-    const file = writeConfig(`${dir}/config.json`, {
-      server: { listen: '127.0.0.1:0' },
-      backends: [{ url: backend.url }],
-      auth: { enabled: true, keys: KEYS.map(key => ({ key, name: key })) },
-      storage: { caches: [{ name: 'default', driver: 'redis', addr: `127.0.0.1:${redisPort}` }] },
-      rate_limit: { enabled: true, storage: 'redis', per_key: limits }
-    })
-    const begin = (at: number) =>
-      start(t, [CLI, '--config', file], { LLMPROXY_DATA_DIR: `${dir}/${at}` })
+    let started = 0
+    const begin = async (at: number) => {
+      const number = started++
+      const file = writeConfig(`${dir}/${number}.json`, {
+        server: { listen: '127.0.0.1:0' },
+        backends: [{ url: `${backend.url}/${number}` }],
+        auth: { enabled: true, keys: KEYS.map(key => ({ key, name: key })) },
+        storage: { caches: [{ name: 'default', driver: 'redis', addr: `127.0.0.1:${redisPort}` }] },
+        rate_limit: { enabled: true, storage: 'redis', per_key: limits }
+      })
+      const env = { LLMPROXY_DATA_DIR: `${dir}/data-${at}` }
+      return { ...(await start(t, [CLI, '--config', file], env)), number }
+    }
     const gateways = await Promise.all(Array.from({ length: GATEWAYS }, (_, at) => begin(at)))
+    /** Processes whose part of the count died with them and Redis. */
+    const forgotten = new Set<number>()
+    let isForgetting = redisDies
     const startedAt = performance.now()
     const isOver = () => performance.now() - startedAt > LASTS
     const seen = { ok: 0, refused: 0, broken: 0, other: 0 }
@@ -101,7 +111,8 @@ for (const redisDies of [false, true]) {
       const key = KEYS[index % KEYS.length]!
       while (!isOver()) {
         const { url } = gateways[Math.floor(Math.random() * GATEWAYS)]!
-        const leaving = Math.random() < 0.2 ? AbortSignal.timeout(Math.random() * 300) : undefined
+        const leaving =
+          Math.random() < 0.2 ? AbortSignal.timeout(Math.ceil(Math.random() * 300)) : undefined
         try {
           const answer = await fetch(`${url}/v1/chat/completions`, {
             method: 'POST',
@@ -131,8 +142,9 @@ for (const redisDies of [false, true]) {
       while (!isOver()) {
         await sleep(1_000 + Math.random() * 1_000)
         const at = Math.floor(Math.random() * GATEWAYS)
-        const { child } = gateways[at]!
+        const { child, number } = gateways[at]!
         child.kill('SIGKILL')
+        if (isForgetting) forgotten.add(number)
         kills++
         gateways[at] = await begin(at)
       }
@@ -143,6 +155,7 @@ for (const redisDies of [false, true]) {
       redis.kill('SIGKILL')
       await sleep(LASTS / 6)
       redis = await startRedis(t, redisPort)
+      isForgetting = false
     }
     await Promise.all([
       ...Array.from({ length: CALLERS }, (_, index) => caller(index)),
@@ -151,7 +164,7 @@ for (const redisDies of [false, true]) {
     ])
 
     const most = KEYS.map(key => {
-      const own = served.filter(each => each.key === key)
+      const own = served.filter(each => each.key === key && !forgotten.has(each.gateway))
       const inWindow = (weight: (call: Served) => number) =>
         Math.max(
           ...own.map(({ begin }) =>
@@ -176,11 +189,14 @@ for (const redisDies of [false, true]) {
     )
     assert.equal(seen.other, 0, 'an error of the gateway')
     assert.ok(top('requests') >= PER_MINUTE * 0.8, 'the storm was too weak')
-    assert.ok(top('requests') <= PER_MINUTE)
-    assert.ok(top('slots') <= SLOTS)
-    assert.ok(top('tokens') <= TOKENS_PER_MINUTE)
+    // In the minute in which Redis goes away each process has its share beside what it had taken.
+    const mostOf = (limit: number) => (redisDies ? limit * (2 - 1 / GATEWAYS) : limit)
+    assert.ok(top('requests') <= mostOf(PER_MINUTE))
+    assert.ok(top('tokens') <= mostOf(TOKENS_PER_MINUTE))
+    // A connection that is being closed reaches the backend a moment later.
+    assert.ok(top('slots') <= mostOf(SLOTS) + 2)
     await everySlotIsFree(t, redisPort)
-    for (const { child } of gateways as Process[]) child.kill('SIGTERM')
+    for (const { child } of gateways) child.kill('SIGTERM')
     await Promise.all(gateways.map(each => each.exit))
   })
 }

@@ -1,4 +1,6 @@
 import { hash, randomUUID } from 'node:crypto'
+import { readFileSync } from 'node:fs'
+import { writeFile } from 'node:fs/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
 import { Redis } from '../store/redis.ts'
@@ -36,6 +38,8 @@ export interface RedisStoreOptions {
   /** What happens to calls while Redis is away. */
   onError: 'allow' | 'deny' | 'local'
   log: FastifyBaseLogger
+  /** Where it is remembered how many processes there are, for a start without Redis. */
+  file?: string | undefined
   /** Something could not be asked of Redis. */
   onTrouble?: () => void
   /** A key was revoked somewhere: its hash. */
@@ -116,6 +120,7 @@ export class RedisStore implements LimitStore {
       now: () => CLOCK.now() + skew(),
       time: () => CLOCK.time() + skew()
     })
+    if (options.file !== undefined) this.#replicas = readCount(options.file)
     this.#timer = setInterval(() => void this.beat(), BEAT_INTERVAL).unref()
   }
 
@@ -306,7 +311,11 @@ export class RedisStore implements LimitStore {
   }
 
   #hear({ replicas, now, revoked }: Answers['beat']): void {
-    this.#replicas = Math.max(1, replicas)
+    const { file } = this.#options
+    if (file !== undefined && replicas !== this.#replicas) {
+      writeFile(file, `${replicas}\n`).catch(() => {})
+    }
+    this.#replicas = replicas
     // Redis' Lua makes an object of an empty list.
     for (const hash of Array.isArray(revoked) ? revoked : []) this.#options.onRevoked?.(hash)
     this.#heardSince = now
@@ -433,6 +442,14 @@ export class RedisStore implements LimitStore {
 }
 
 const NO_DEBT: Owed = { requests: 0, tokens: 0, cost: 0 }
+
+function readCount(file: string): number {
+  try {
+    return Math.max(1, Number.parseInt(readFileSync(file, 'utf8'), 10) || 1)
+  } catch {
+    return 1
+  }
+}
 
 function toLeft(state: LeftState | undefined): Left | undefined {
   if (state === undefined) return undefined

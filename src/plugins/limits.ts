@@ -142,10 +142,10 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   let options = checkOptions(LimitsOptions, { enabled: true, ...givenOptions })
   const issues = redisIssues(options, caches)
   if (issues.length > 0) throw new OptionsError(issues)
+  const observers: LimitObserver[] = []
   let cache = cacheOf(options, caches)
   let store = await openStore(options, caches)
   const exchanges = withExchanges(fastify)
-  const observers: LimitObserver[] = []
   const typical = new Typical()
   /** Streams whose reserve may have to grow. */
   const watched = new Set<Exchange>()
@@ -319,6 +319,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       periods,
       onError: options.on_store_error,
       log,
+      ...(dataDir === undefined ? {} : { file: resolve(dataDir, 'replicas') }),
       onTrouble: () => {
         for (const observer of observers) observer.trouble?.()
       },
