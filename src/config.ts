@@ -169,13 +169,8 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
 }
 
 /** Rules between members, which the schema can't say. */
-function incomplete({ server, rate_limit: limits }: Config): Issue[] {
+function incomplete({ server }: Config): Issue[] {
   const issues: Issue[] = []
-  if (server?.workers !== 1 && limits?.enabled === true && limits.storage === 'memory') {
-    const message =
-      'must be 1 together with rate_limit.storage: memory, which counts in one process; several share redis'
-    issues.push({ path: ['server', 'workers'], message })
-  }
   const tls = server?.tls
   if (server?.read_timeout < server?.header_timeout) {
     const message = 'must not be shorter than header_timeout, which is part of it'

@@ -6,6 +6,7 @@ import { LimitSet, type OwnLimits } from '../src/limits/limits.ts'
 import { MemoryStore } from '../src/limits/memory.ts'
 import { Periods } from '../src/limits/period.ts'
 import { RedisStore } from '../src/limits/redis.ts'
+import { RemoteLeases, RemoteStore } from '../src/limits/remote.ts'
 import {
   type Account,
   type Amount,
@@ -46,6 +47,26 @@ const STORES: [name: string, skip: string | false, open: (t: TestContext) => Pro
       const clock = { now: () => now, time: () => START + now }
       return {
         store: new MemoryStore(UTC, undefined, clock),
+        async later(ms) {
+          now += ms
+        }
+      }
+    }
+  ],
+  [
+    'remote',
+    false,
+    async () => {
+      let now = 0
+      const clock = { now: () => now, time: () => START + now }
+      const leases = new RemoteLeases(new MemoryStore(UTC, undefined, clock), answer =>
+        setImmediate(() => store.hear(JSON.parse(JSON.stringify(answer))))
+      )
+      const store: RemoteStore = new RemoteStore(question => {
+        setImmediate(() => void leases.hear(JSON.parse(JSON.stringify(question))))
+      })
+      return {
+        store,
         async later(ms) {
           now += ms
         }
