@@ -28,7 +28,7 @@ function answering(t: TestContext, { pause = 0 } = {}) {
     }
     if (!stream) {
       response.writeHead(200, { 'content-type': 'application/json' })
-      return response.end(JSON.stringify({ choices: [], usage }))
+      return void response.end(JSON.stringify({ choices: [], usage }))
     }
     response.writeHead(200, { 'content-type': 'text/event-stream' })
     for (let at = 0; at < length && !response.destroyed; at++) {

@@ -1,12 +1,7 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
+import { createClient } from '@redis/client'
 import fc from 'fast-check'
-import { pino } from 'pino'
-import { LimitSet, type OwnLimits } from '../src/limits/limits.ts'
-import { MemoryStore } from '../src/limits/memory.ts'
-import { Periods } from '../src/limits/period.ts'
-import { RedisStore } from '../src/limits/redis.ts'
-import { RemoteLeases, RemoteStore } from '../src/limits/remote.ts'
 import {
   type Account,
   type Amount,
@@ -14,97 +9,26 @@ import {
   isRefusal,
   type Lease,
   type LimitStore,
-  NOTHING,
-  type Scope
+  NOTHING
 } from '../src/limits/store.ts'
-import { checkOptions } from '../src/options.ts'
-import { StorageOptions } from '../src/store/storage.ts'
-import { REDIS, uniqueName } from './servers.ts'
+import {
+  account,
+  joinRedis,
+  type Opened,
+  openMemory,
+  openRedis,
+  openRemote
+} from './limit-stores.ts'
+import { door, REDIS, uniqueName } from './servers.ts'
 
-/** One contract, and everything that holds limits: in memory, and in a real Redis. */
-
-interface Opened {
-  store: LimitStore
-  /** Time goes on (ms). */
-  later(ms: number): Promise<void>
-}
-
-const HOST = `${REDIS.host}:${REDIS.port}`
-const { caches } = checkOptions(StorageOptions, {
-  caches: [{ name: 'default', driver: 'redis', addr: HOST }]
-})
-const log = pino({ level: 'silent' })
-const UTC = new Periods('UTC')
-/** A Thursday. */
-const START = Date.parse('2026-01-15T12:00:00Z')
+/** One contract, and everything that holds limits: in memory, in another process, and in a real Redis. */
 
 const STORES: [name: string, skip: string | false, open: (t: TestContext) => Promise<Opened>][] = [
-  [
-    'memory',
-    false,
-    async () => {
-      let now = 0
-      const clock = { now: () => now, time: () => START + now }
-      return {
-        store: new MemoryStore(UTC, undefined, clock),
-        async later(ms) {
-          now += ms
-        }
-      }
-    }
-  ],
-  [
-    'remote',
-    false,
-    async () => {
-      let now = 0
-      const clock = { now: () => now, time: () => START + now }
-      const leases = new RemoteLeases(new MemoryStore(UTC, undefined, clock), answer =>
-        setImmediate(() => store.hear(JSON.parse(JSON.stringify(answer))))
-      )
-      const store: RemoteStore = new RemoteStore(question => {
-        setImmediate(() => void leases.hear(JSON.parse(JSON.stringify(question))))
-      })
-      return {
-        store,
-        async later(ms) {
-          now += ms
-        }
-      }
-    }
-  ],
+  ['memory', false, openMemory],
+  ['remote', false, openRemote],
   ['redis', REDIS.skip, openRedis]
 ]
 
-async function openRedis(t: TestContext, prefix = uniqueName('limits')): Promise<Opened> {
-  let skew = 0
-  const store = new RedisStore({
-    cache: caches[0]!,
-    prefix,
-    periods: UTC,
-    onError: 'deny',
-    log,
-    skew: () => skew
-  })
-  t.after(() => store.close())
-  await store.beat()
-  assert.ok(store.isJoined)
-  return {
-    store,
-    async later(ms) {
-      skew += ms
-      await store.beat()
-      assert.ok(store.isJoined)
-    }
-  }
-}
-
-const limits = (own: OwnLimits) => ({ ...checkOptions(LimitSet, {}), ...own })
-const account = (own: OwnLimits, id = 'alice', scope: Scope = 'per_key'): Account => ({
-  scope,
-  id,
-  limits: limits(own)
-})
 const tokens = (count: number): Amount => ({ tokens: count, cost: 0 })
 const call = (accounts: Account[], hold: Amount = NOTHING, least = 0): Call => ({
   accounts,
@@ -354,3 +278,93 @@ for (const [name, skip, open] of STORES) {
     )
   })
 }
+
+test('redis: what a crashed process had taken comes back within 10 s', {
+  skip: REDIS.skip
+}, async t => {
+  let skew = 0
+  const prefix = uniqueName('crash')
+  const way = await door(t, REDIS)
+  const itsRedis = { host: '127.0.0.1', port: way.port }
+  const crashed = await joinRedis(t, itsRedis, prefix, { skew: () => skew })
+  const other = await joinRedis(t, REDIS, prefix, { skew: () => skew })
+  const accounts = [account({ max_concurrent: 2, total_quota: 1000, tokens_per_minute: 1000 })]
+  await granted(crashed, call(accounts, tokens(500)))
+  const lease = await granted(crashed, call(accounts, tokens(500)))
+  // What it has said that it has spent stays spent.
+  await crashed.extend(lease, tokens(100), tokens(100), true)
+  await refused(other, call(accounts, tokens(1)))
+  way.set('shut')
+  skew += 7_000
+  await other.beat()
+  await refused(other, call(accounts, tokens(1)))
+  skew += 3_000
+  await other.beat()
+  await granted(other, call(accounts, tokens(900)))
+  await granted(
+    other,
+    call(accounts, NOTHING).accounts === accounts
+      ? call([account({ max_concurrent: 2 })])
+      : call([])
+  )
+})
+
+test('redis: a process that was not heard of for too long gets back what it has', {
+  skip: REDIS.skip
+}, async t => {
+  let skew = 0
+  const prefix = uniqueName('late')
+  const late = await joinRedis(t, REDIS, prefix, { skew: () => skew })
+  const other = await joinRedis(t, REDIS, prefix, { skew: () => skew })
+  const accounts = [account({ max_concurrent: 2 })]
+  const first = await granted(late, call(accounts))
+  await granted(late, call(accounts))
+  skew += 20_000
+  await other.beat()
+  const third = await granted(other, call(accounts))
+  other.settle(third, NOTHING)
+  await late.beat()
+  await refused(other, call(accounts))
+  late.settle(first, NOTHING)
+  await settled(late)
+  await granted(other, call(accounts))
+  await refused(other, call(accounts))
+})
+
+test('redis: one that has lost everything is told by those who know', {
+  skip: REDIS.skip
+}, async t => {
+  const prefix = uniqueName('lost')
+  const [one, two] = [await joinRedis(t, REDIS, prefix), await joinRedis(t, REDIS, prefix)]
+  const accounts = [account({ requests_per_minute: 10, max_concurrent: 5, total_quota: 1000 })]
+  const lease = await granted(one, call(accounts, tokens(10)))
+  for (const store of [one, two, two]) {
+    store.settle(await granted(store, call(accounts, tokens(100))), tokens(100))
+    await settled(store)
+  }
+  const client = createClient({ url: REDIS.url })
+  await client.connect()
+  t.after(() => client.destroy())
+  await client.del(await client.keys(`${prefix}:*`))
+  for (const store of [one, two]) {
+    while (!(await store.reserve(call([account({}, 'nobody')])).catch(() => false)))
+      await store.beat()
+    await store.beat()
+    assert.ok(store.isJoined)
+  }
+  const next = await granted(two, call(accounts, tokens(690)))
+  assert.deepEqual([next.requests?.remaining], [5])
+  await refused(two, call(accounts, tokens(1)))
+  one.settle(lease, tokens(10))
+})
+
+test('redis: a revoked key is heard of everywhere', { skip: REDIS.skip }, async t => {
+  const prefix = uniqueName('revoked')
+  const heard: string[] = []
+  const one = await joinRedis(t, REDIS, prefix)
+  const two = await joinRedis(t, REDIS, prefix, { onRevoked: hash => heard.push(hash) })
+  await one.revoke('abc')
+  await two.beat()
+  await two.beat()
+  assert.deepEqual([...new Set(heard)], ['abc'])
+})

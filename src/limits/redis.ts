@@ -163,7 +163,8 @@ export class RedisStore implements LimitStore {
     this.#mirror.update(settings)
   }
 
-  extend(lease: RedisLease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+  extend(given: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+    const lease = given as RedisLease
     const extending = this.#extend(lease, spent, more, force).finally(() => {
       lease.extending = undefined
       lease.held = lease.mirror.held
@@ -173,7 +174,8 @@ export class RedisStore implements LimitStore {
     return extending
   }
 
-  settle(lease: RedisLease, spent: Amount): void {
+  settle(given: Lease, spent: Amount): void {
+    const lease = given as RedisLease
     if (!lease.isOpen) return
     lease.isOpen = false
     // What is being asked for must be known before it can be given back.

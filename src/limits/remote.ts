@@ -50,7 +50,8 @@ export class RemoteStore implements LimitStore {
     return { ...refusal!, retryAfterMs: refusal!.retryAfterMs ?? Number.POSITIVE_INFINITY }
   }
 
-  async extend(lease: RemoteLease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+  async extend(given: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+    const lease = given as RemoteLease
     const id = ++this.#lastId
     const question = { op: 'extend', id, lease: lease.id, spent, more, force } as const
     const { held = false, lease: now } = await this.#answer(id, question)
@@ -58,7 +59,8 @@ export class RemoteStore implements LimitStore {
     return held
   }
 
-  settle(lease: RemoteLease, spent: Amount): void {
+  settle(given: Lease, spent: Amount): void {
+    const lease = given as RemoteLease
     if (!lease.isOpen) return
     lease.isOpen = false
     this.#ask({ op: 'settle', lease: lease.id, spent })
