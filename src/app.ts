@@ -8,6 +8,7 @@ import { openai } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { type Exchanges, withExchanges } from './exchange.ts'
 import type { Issue } from './issues.ts'
+import { sourceIssues } from './keys/sources.ts'
 import { checkOptions, Duration, type Given, OptionsError } from './options.ts'
 import type { Peers } from './peers.ts'
 import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
@@ -134,7 +135,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   })
 
   // Who is it? Before the body is read: a stranger costs nothing.
-  await fastify.register(auth, options.auth)
+  await fastify.register(auth, { ...options.auth, storage: options.storage })
   // What is asked? The body stays the bytes that came.
   await fastify.register(payload)
   // May it be asked now? The last question, so that a refused call has cost nothing.
@@ -186,10 +187,10 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       return fastify.backends.demoUrl
     },
     async reload(changed) {
+      await fastify.keys.update(changed.auth, changed.storage)
       await fastify.logging.update(changed.logging, changed.storage)
       const { backends, routing, health_check } = changed
       await fastify.backends.update({ backends, routing, health_check })
-      fastify.keys.update(changed.auth)
       await fastify.limits.update(changed.rate_limit, changed.storage.caches)
       await fastify.usage.update(changed.usage, changed.storage)
     }
@@ -198,13 +199,14 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
 
 /** What sections ask of the storage that it doesn't have. */
 export function storageUseIssues(options: GatewayOptions): Issue[] {
-  const { usage, logging, rate_limit, storage } = options
+  const { auth, usage, logging, rate_limit, storage } = options
   const within = (section: string, issues: Issue[]) =>
     issues.map(({ path, message }) => ({
       path: path[0] === 'storage' ? path : [section, ...path],
       message
     }))
   return [
+    ...within('auth', sourceIssues(auth, storage)),
     ...within('rate_limit', limitIssues(rate_limit, usage, storage)),
     ...within('usage', reporterIssues(usage, storage)),
     ...within('logging', requestLogIssues(logging, storage))

@@ -21,7 +21,7 @@ const texts = (description: string, fallback: string[] = []) =>
 
 const MAX_WORKERS = 128
 /** Sections that must be right before it is asked whether they find what they name. */
-const USES_STORAGE = ['rate_limit', 'usage', 'logging', 'storage']
+const USES_STORAGE = ['auth', 'rate_limit', 'usage', 'logging', 'storage']
 
 const ServerOptions = Section(
   {

@@ -23,11 +23,22 @@ export interface OutboxState {
   trouble: string | undefined
 }
 
+/** Something that all workers must know. */
+export type News = ResponseMade | KeysChanged
+
 /** A stored response was made: later calls about it go to the same backend. */
-export interface News {
+export interface ResponseMade {
+  kind: 'response'
   response: string
   backend: string
   caller: string | undefined
+}
+
+/** Keys of the builtin store were changed: what is remembered of them is old. */
+export interface KeysChanged {
+  kind: 'keys'
+  /** SHA-256 of each; absent: all may be. */
+  hashes?: readonly string[]
 }
 
 declare module 'fastify' {

@@ -40,7 +40,7 @@ type Message =
   | { kind: 'records'; entries: string[] }
   | { kind: 'limit'; question: LimitQuestion }
   | { kind: 'serves'; url: string }
-  | { kind: 'failed'; message: string; code: string | undefined }
+  | { kind: 'failed'; message: string; name: string; code: string | undefined }
   | { kind: 'reloaded'; error?: string }
   | { kind: 'scraped'; id: number }
   | { kind: 'news'; news: News }
@@ -100,7 +100,8 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
       worker.on('message', (message: Message) => {
         if (message.kind === 'serves') resolve(message.url)
         else if (message.kind === 'failed') {
-          reject(Object.assign(new Error(message.message), { code: message.code }))
+          const { name, code } = message
+          reject(Object.assign(new Error(message.message), { name, code }))
         } else if (message.kind === 'news') tellOthers(worker, message.news)
         else if (message.kind === 'scraped') void answerScrape(worker, message.id)
         else if (message.kind === 'limit') void leases.hear(message.question)
@@ -277,8 +278,9 @@ export function runWorker(dataDir: string): void {
       for (const signal of SIGNALS) process.on(signal, () => {})
       tell({ kind: 'serves', url: started.url })
     } catch (error) {
-      const { message, code } = error as NodeJS.ErrnoException
-      process.send!({ kind: 'failed', message, code } satisfies Message, () => process.exit(1))
+      const { message, name, code } = error as NodeJS.ErrnoException
+      const failed: Message = { kind: 'failed', message, name, code }
+      process.send!(failed, () => process.exit(1))
     }
   }
 

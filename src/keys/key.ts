@@ -35,6 +35,9 @@ export interface KeySource {
    * @throws when the source can't tell (it is down): the caller gets 503, not 401
    */
   lookup(key: string, hash: string): Promise<KeyRecord | GatewayError | undefined>
+  /** Drops what it remembers of the key with this hash, or of all. */
+  forget?(hash?: string): void
+  close?(): Promise<void>
 }
 
 const StatusCode = (what: string, status: number, message: string, allow = false) =>
@@ -126,6 +129,25 @@ export function toCaller(record: KeyRecord): Caller {
 /** SHA-256 of a key as lower-case hexadecimal digits: the only form in which keys are kept. */
 export function hashKey(key: string): string {
   return hash('sha256', key)
+}
+
+/**
+ * Why a source can't tell, fit for a log: not what it says if any of the key may be in it, as in a service's
+ * or a database's complaint about what it was asked.
+ */
+export function reasonFor(error: unknown, key: string): string {
+  const { code, message, name } = error as { code?: unknown; message: string; name: string }
+  const reason = typeof code === 'string' ? code : message
+  const isSafe = ![key, hashKey(key)].some(each => reason.includes(each.slice(0, SHOWN)))
+  return isSafe ? reason : name
+}
+
+/** So many characters of a key tell nothing. */
+const SHOWN = 7
+
+/** The id of a key that its source gives none. */
+export function idOfHash(hash: string): string {
+  return `key_${hash.slice(0, 12)}`
 }
 
 /**

@@ -1,0 +1,154 @@
+import assert from 'node:assert/strict'
+import { existsSync, readFileSync, statSync } from 'node:fs'
+import { join } from 'node:path'
+import { type TestContext, test } from 'node:test'
+import Fastify from 'fastify'
+import { KeyStore } from '../src/keys/key-store.ts'
+import auth from '../src/plugins/auth.ts'
+import { answerChat, CHAT, fakeBackend, post, startGateway } from './helper.ts'
+import { CLI, folder, start, writeConfig } from './process.ts'
+
+/** The builtin store behind a gateway, in one process and in several. */
+
+const call = (url: string, key: string) =>
+  post(`${url}/v1/chat/completions`, CHAT, { authorization: `Bearer ${key}`, connection: 'close' })
+
+async function statusOf(url: string, key: string): Promise<number> {
+  const response = await call(url, key)
+  await response.text()
+  return response.status
+}
+
+function openStore(t: TestContext, dataDir: string): KeyStore {
+  const store = new KeyStore(join(dataDir, 'keys.db'))
+  t.after(() => store.close())
+  return store
+}
+
+test('auth without keys: the first start makes a key, in a file of its owner, and never another one', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const dataDir = folder(t)
+  const config = { backends: [{ url: backend.url }], auth: { enabled: true } }
+  const gateway = await startGateway(t, config, {}, dataDir)
+  const file = join(dataDir, 'first-key')
+  const key = readFileSync(file, 'utf8').trim()
+  assert.match(key, /^sk-[\w-]{43}$/)
+  assert.equal(statSync(file).mode & 0o777, 0o600)
+  assert.equal(await statusOf(gateway.url, key), 200)
+  assert.equal(await statusOf(gateway.url, 'sk-other'), 401)
+  const line = await gateway.logged({ file })
+  assert.match(String(line.msg), /^the first API key was made/)
+  assert.ok(!JSON.stringify(gateway.lines).includes(key))
+  await gateway.fastify.close()
+  const again = await startGateway(t, config, {}, dataDir)
+  assert.equal(readFileSync(file, 'utf8').trim(), key)
+  assert.equal(await statusOf(again.url, key), 200)
+  assert.equal((await openStore(t, dataDir).list()).total, 1)
+})
+
+test('where keys are named, nothing is made', async t => {
+  for (const auth of [
+    { enabled: true, keys: ['sk-a'] },
+    { enabled: true, pipeline: [{ type: 'static', static: { keys: ['sk-a'] } }] },
+    { enabled: false }
+  ]) {
+    const dataDir = folder(t)
+    await startGateway(t, { backends: [{ url: 'demo://' }], auth }, {}, dataDir)
+    assert.ok(!existsSync(join(dataDir, 'first-key')) && !existsSync(join(dataDir, 'keys.db')))
+  }
+})
+
+test('a store that cannot be opened stops the start', async t => {
+  const dataDir = folder(t)
+  const auth = { enabled: true, db_path: '.' }
+  await assert.rejects(startGateway(t, { backends: [{ url: 'demo://' }], auth }, {}, dataDir), {
+    message: /^llmproxy: auth\.db_path: cannot be used: EISDIR.*$/
+  })
+})
+
+test('fields of a key hold on each call, and come into its record', async t => {
+  const dataDir = folder(t)
+  const backend = await fakeBackend(t, answerChat)
+  const hook = await fakeBackend(t, (_request, response) => response.end())
+  const gateway = await startGateway(
+    t,
+    {
+      backends: [{ url: backend.url }],
+      auth: { enabled: true, keys: ['sk-static'], pipeline: [{ type: 'builtin' }] },
+      usage: {
+        enabled: true,
+        tags: { team: 'X-Team', app: 'X-App' },
+        reporters: [{ type: 'webhook', webhook: { url: hook.url } }]
+      }
+    },
+    {},
+    dataDir
+  )
+  const store = openStore(t, dataDir)
+  const { key, record } = await store.create({
+    name: 'alice',
+    user_id: 'u1',
+    models: ['m'],
+    tags: { team: 'red' }
+  })
+  const headers = { authorization: `Bearer ${key}`, 'x-team': 'blue', 'x-app': 'ide' }
+  const url = `${gateway.url}/v1/chat/completions`
+  assert.equal((await post(url, CHAT, headers)).status, 200)
+  const sent = JSON.parse((await hook.request()).body)
+  assert.deepEqual([sent.api_key_id, sent.caller, sent.user_id], [record.id, 'alice', 'u1'])
+  assert.deepEqual(sent.tags, { team: 'red', app: 'ide' })
+  const refused = await post(url, { ...CHAT, model: 'other' }, headers)
+  assert.equal((await refused.json()).error.code, 'model_not_allowed')
+})
+
+test('what is changed in the same process holds at once', async t => {
+  const fastify = Fastify()
+  t.after(() => fastify.close())
+  fastify.decorate('dataDir', folder(t))
+  await fastify.register(auth, { pipeline: [{ type: 'builtin' }] })
+  fastify.get('/', async request => request.caller!.id)
+  const store = fastify.keys.store()
+  const { key, record } = await store.create({})
+  const status = async () => {
+    const { statusCode } = await fastify.inject({ url: '/', headers: { 'x-api-key': key } })
+    return statusCode
+  }
+  assert.equal(await status(), 200)
+  await store.update(record.id, { status: 'disabled' })
+  assert.equal(await status(), 403)
+  await store.update(record.id, { status: 'active' })
+  assert.equal(await status(), 200)
+  await store.revoke(record.id)
+  assert.equal(await status(), 403)
+  await store.delete(record.id)
+  assert.equal(await status(), 401)
+})
+
+test('of several workers one makes the first key; what is revoked is refused by all of them', async t => {
+  const dataDir = folder(t)
+  const file = writeConfig(join(dataDir, 'config.yaml'), {
+    server: { listen: '127.0.0.1:0', workers: 3 },
+    backends: [{ url: 'demo://' }],
+    auth: { enabled: true }
+  })
+  const gateway = await start(t, [CLI, '--config', file], { LLMPROXY_DATA_DIR: dataDir })
+  const store = openStore(t, dataDir)
+  const { keys, total } = await store.list()
+  assert.equal(total, 1)
+  const key = readFileSync(join(dataDir, 'first-key'), 'utf8').trim()
+  const all = async (wanted: number) => {
+    for (let count = 0; count < 6; count++) {
+      const response = await fetch(`${gateway.url}/v1/models`, {
+        headers: { authorization: `Bearer ${key}`, connection: 'close' }
+      })
+      await response.text()
+      if (response.status !== wanted) return false
+    }
+    return true
+  }
+  assert.ok(await all(200))
+  await store.revoke(keys[0]!.id)
+  const before = performance.now()
+  while (!(await all(403)));
+  assert.ok(performance.now() - before < 1_000)
+})
