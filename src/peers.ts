@@ -1,3 +1,4 @@
+import type { LimitStore } from './limits/store.ts'
 import type { Sink } from './reporters/posts.ts'
 
 /** The other processes that serve the same port (`server.workers`). */
@@ -8,6 +9,8 @@ export interface Peers {
   tell(news: News): void
   /** Where usage records go: one process writes them down for all. */
   readonly usage: Sink
+  /** What one process counts for all, where limits are kept in memory. */
+  readonly limits: LimitStore
   /** How that one fares; of what waits there one of the others tells, so that the sum is right. */
   readonly outbox: OutboxState
   onNews(listener: (news: News) => void): void
