@@ -67,7 +67,7 @@ test('redis: a hash or a text with JSON, under the key or its hash', {
     status: '0',
     models: 'm,llama',
     requests_per_minute: '60',
-    total_quota: '100'
+    total_quota: '1000000'
   })
   await client.set(`${prefix}:sk-text`, '{"id":"k2","status":"disabled"}')
   const storage = {
@@ -81,7 +81,7 @@ test('redis: a hash or a text with JSON, under the key or its hash', {
   assert.equal(await say('sk-none'), 'invalid_api_key')
   await client.set(`${prefix}:sk-text`, 'no JSON')
   assert.equal(await say('sk-text'), 'key_refused')
-  await client.hSet(`${prefix}:sk-hash`, { used_quota: '100' })
+  await client.hSet(`${prefix}:sk-hash`, { used_quota: '1000000' })
   assert.equal(await say('sk-hash'), 'insufficient_quota', 'Redis counts now')
   assert.doesNotMatch(JSON.stringify(gateway.lines), /sk-/)
 
@@ -121,7 +121,8 @@ for (const { name, skip, options } of SERVERS) {
     }
     const soon = new Date(Date.now() + 60_000).toISOString().replace('T', ' ').slice(0, 19)
     const past = new Date(Date.now() - 60_000).toISOString().replace('T', ' ').slice(0, 19)
-    await insert(7, 'sk-a', hashKey('sk-a'), 'u1', 'active', soon, '["m"]', 5, null)
+    await insert(7, 'sk-a', hashKey('sk-a'), 'u1', 'active', soon, '["m"]', 1e6, null)
+    await insert(6, 'sk-small', hashKey('sk-small'), 'u1', null, null, null, 1, null)
     await insert(8, 'sk-old', hashKey('sk-old'), 'u2', '0', past, null, null, null)
     await insert(9, 'sk-poor', hashKey('sk-poor'), 'u3', null, null, null, null, 0)
     const source = (more: object) => ({
@@ -135,7 +136,7 @@ for (const { name, skip, options } of SERVERS) {
       source({
         key_column: 'hash',
         key_format: 'sha256',
-        fields: ['id', 'user_id', 'status', 'expires_at', 'models', 'balance']
+        fields: ['id', 'user_id', 'status', 'expires_at', 'models', 'total_quota', 'balance']
       }),
       storage
     )
@@ -144,6 +145,7 @@ for (const { name, skip, options } of SERVERS) {
       assert.equal(await say('sk-a', 'x'), 'model_not_allowed')
       assert.equal(await say('sk-old'), 'key_expired', 'its time is in UTC')
       assert.equal(await say('sk-poor'), 'insufficient_quota')
+      assert.equal(await say('sk-small'), 'insufficient_quota', 'the gateway counts')
       for (const other of ['SK-A', 'sk-b', "' OR 1=1 --"]) {
         assert.equal(await say(other.replaceAll(' ', '')), 'invalid_api_key')
       }

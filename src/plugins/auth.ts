@@ -5,10 +5,9 @@ import { GatewayError } from '../errors.ts'
 import { type Caller, withExchanges } from '../exchange.ts'
 import { pathBelow } from '../http.ts'
 import type { Distinct } from '../issues.ts'
-import { BuiltinKeys } from '../keys/builtin.ts'
-import { makeFirstKey } from '../keys/first-key.ts'
-import { type KeySource, matchesModel, StatusCodes } from '../keys/key.ts'
-import { KeyStore, keyFile, MEMORY } from '../keys/key-store.ts'
+import { admitSomebody } from '../keys/first-key.ts'
+import { matchesModel, StatusCodes } from '../keys/key.ts'
+import { KeyStore, keyFile } from '../keys/key-store.ts'
 import { Keyring } from '../keys/keyring.ts'
 import { SourceOptions, sourceIssues, toSources } from '../keys/sources.ts'
 import { type StaticKey, StaticKeyList } from '../keys/static.ts'
@@ -129,24 +128,12 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   async function update(changed: AuthOptions, storage: StorageOptions): Promise<void> {
     const { dataDir, log } = fastify
     const sources = toSources(changed, { storage, dataDir, store, log })
-    if (changed.enabled) await admitSomebody(sources)
+    if (changed.enabled) await admitSomebody(sources, store, file, log)
     const old = keyring
     keyring = new Keyring({ mode: changed.mode, codes: changed.status_codes, sources }, log)
     options = changed
     headerNames = changed.header_names.map(name => name.toLowerCase())
     void old?.close()
-  }
-
-  async function admitSomebody(sources: readonly KeySource[]): Promise<void> {
-    const isBuiltinAlone = sources.every(each => each instanceof BuiltinKeys)
-    if (!isBuiltinAlone) return
-    if (sources.length === 0 || file === MEMORY) {
-      return fastify.log.warn('auth is enabled but has no keys: nobody will be admitted')
-    }
-    await makeFirstKey(store(), file, fastify.log).catch(error => {
-      const message = `cannot be used: ${(error as Error).message} (${file})`
-      throw new OptionsError([{ path: ['auth', 'db_path'], message }], 'llmproxy')
-    })
   }
 
   function store(): KeyStore {

@@ -153,11 +153,10 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
 
   fastify.decorate('limits', {
     async update(changed, caches) {
-      const isOther =
-        changed.storage !== options.storage ||
-        changed.redis_prefix !== options.redis_prefix ||
-        (changed.storage === 'redis' && !isDeepStrictEqual(cacheOf(changed, caches), cache))
       const before = store
+      const isOther =
+        changed.redis_prefix !== options.redis_prefix ||
+        !isDeepStrictEqual(cacheOf(changed, caches), cache)
       if (isOther) store = await openStore(changed, caches)
       else
         store.update({ periods: new Periods(changed.time_zone), onError: changed.on_store_error })
@@ -308,11 +307,10 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
 
   async function openStore(options: LimitsOptions, caches: Caches): Promise<LimitStore> {
     const { log, dataDir, peers } = fastify
-    if (options.storage === 'memory') {
-      return peers?.limits ?? openMemoryStore(options, dataDir, log)
-    }
+    const cache = cacheOf(options, caches)
+    if (cache === undefined) return peers?.limits ?? openMemoryStore(options, dataDir, log)
     const redis = new RedisStore({
-      cache: cacheOf(options, caches)!,
+      cache,
       prefix: options.redis_prefix,
       periods: new Periods(options.time_zone),
       onError: options.on_store_error,
@@ -347,7 +345,7 @@ export function limitIssues(
   { prices }: UsageOptions,
   { caches }: StorageOptions
 ): Issue[] {
-  const issues = options.enabled ? redisIssues(options, caches) : []
+  const issues = redisIssues(options, caches)
   for (const [path, limits] of limitSets(options)) {
     const { burst_size, requests_per_second, requests_per_minute } = limits
     if (burst_size && !requests_per_second && !requests_per_minute) {
@@ -362,12 +360,13 @@ export function limitIssues(
 }
 
 function redisIssues(options: LimitsOptions, caches: Caches): Issue[] {
-  if (options.storage === 'memory') return []
+  if (options.storage === 'memory' || !options.enabled) return []
   return storageIssues({ caches, databases: [] }, 'caches', options.redis, ['redis'])
 }
 
-function cacheOf({ redis }: LimitsOptions, caches: Caches) {
-  return caches.find(({ name }) => name === redis)
+/** The Redis that counts; undefined: this process does. */
+function cacheOf({ storage, redis }: LimitsOptions, caches: Caches) {
+  return storage === 'redis' ? caches.find(({ name }) => name === redis) : undefined
 }
 
 function limitSets(options: LimitsOptions): [Issue['path'], Limits][] {
