@@ -4,6 +4,7 @@ import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { createClient } from '@redis/client'
 import { exportJWK, generateKeyPair, SignJWT } from 'jose'
+import { parseConfig } from '../src/config.ts'
 import { GatewayError } from '../src/errors.ts'
 import { CachedKeys, CacheOptions } from '../src/keys/cached.ts'
 import { hashKey, type KeyRecord, type KeySource } from '../src/keys/key.ts'
@@ -298,6 +299,36 @@ test('cache: a refusal is asked for again sooner than an admission', async t => 
   assert.equal(await look(), RECORD)
 })
 
+test('a reload leaves alone what it does not change: while a source is down, its keys stay known', async t => {
+  let status = 200
+  const hook = await fakeBackend(t, (_request, response) => {
+    response.statusCode = status
+    response.end('{}')
+  })
+  const backend = await fakeBackend(t, answerChat)
+  const config = (name: string, ttl: string) => ({
+    backends: [{ name, url: backend.url }],
+    auth: {
+      enabled: true,
+      pipeline: [{ type: 'webhook', webhook: { url: hook.url }, cache: { ttl } }]
+    }
+  })
+  const gateway = await startGateway(t, config('a', '1h'))
+  const statusOf = async (key: string) => {
+    const headers = { authorization: `Bearer ${key}` }
+    return (await fetch(`${gateway.url}/v1/models`, { headers })).status
+  }
+  assert.equal(await statusOf('sk-a'), 200)
+  status = 500
+  const reload = (changed: object) =>
+    gateway.control.reload(parseConfig(JSON.stringify(changed), 'config.yaml', {}))
+  await reload(config('b', '1h'))
+  assert.equal(await statusOf('sk-a'), 200)
+  assert.equal(await statusOf('sk-b'), 503)
+  await reload(config('b', '2h'))
+  assert.equal(await statusOf('sk-a'), 503, 'another source')
+})
+
 async function signer(alg: string, kid: string) {
   const { publicKey, privateKey } = await generateKeyPair(alg, { extractable: true })
   const jwk = { ...(await exportJWK(publicKey)), kid, alg }
@@ -417,7 +448,6 @@ const KNOWN =
   'key, name, user_id, status, starts_at, expires_at, allowed_ips, denied_ips, models, limits, total_quota, quota_unit, quota_reset_period, used_quota, last_reset_at, tags, created_at, updated_at'
 
 test('what a source names must be there, and is said with its place', async t => {
-  const { parseConfig } = await import('../src/config.ts')
   const complaint = (source: object) => {
     const config = {
       backends: [{ url: 'demo://' }],

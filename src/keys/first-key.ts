@@ -3,8 +3,8 @@ import { dirname, join } from 'node:path'
 import type { FastifyBaseLogger } from 'fastify'
 import { OptionsError } from '../options.ts'
 import { BuiltinKeys } from './builtin.ts'
-import type { KeySource } from './key.ts'
 import { type KeyStore, MEMORY } from './key-store.ts'
+import type { Sources } from './sources.ts'
 import { newKey } from './stored-key.ts'
 
 /**
@@ -14,13 +14,13 @@ import { newKey } from './stored-key.ts'
  * @throws {OptionsError} when the store cannot be used
  */
 export async function admitSomebody(
-  sources: readonly KeySource[],
+  sources: Sources,
   store: () => KeyStore,
   file: string,
   log: FastifyBaseLogger
 ): Promise<void> {
-  if (!sources.every(each => each instanceof BuiltinKeys)) return
-  if (sources.length === 0 || file === MEMORY) {
+  if (![...sources.values()].every(each => each instanceof BuiltinKeys)) return
+  if (sources.size === 0 || file === MEMORY) {
     return log.warn('auth is enabled but has no keys: nobody will be admitted')
   }
   try {
