@@ -17,7 +17,10 @@ import {
   type Opened,
   openMemory,
   openRedis,
-  openRemote
+  openRemote,
+  type Several,
+  severalReplicas,
+  severalWorkers
 } from './limit-stores.ts'
 import { door, REDIS, uniqueName } from './servers.ts'
 
@@ -28,6 +31,8 @@ const STORES: [name: string, skip: string | false, open: (t: TestContext) => Pro
   ['remote', false, openRemote],
   ['redis', REDIS.skip, openRedis]
 ]
+
+type Process = Awaited<ReturnType<Several['join']>>
 
 const tokens = (count: number): Amount => ({ tokens: count, cost: 0 })
 const call = (accounts: Account[], hold: Amount = NOTHING, least = 0): Call => ({
@@ -275,6 +280,81 @@ for (const [name, skip, open] of STORES) {
         if (left > 0) await refused(store, call([accountsOf('a')[0]!], NOTHING))
       }),
       { numRuns: 25 }
+    )
+  })
+}
+
+for (const [name, skip, several] of [
+  ['workers', false, severalWorkers],
+  ['replicas', REDIS.skip, severalReplicas]
+] as const) {
+  test(`${name}: in any order of calls and crashes nothing goes beyond a limit, and all comes back`, {
+    skip,
+    timeout: 60_000
+  }, async t => {
+    const { join, noticed } = await several(t)
+    let run = 0
+    const step = fc.record({
+      at: fc.constantFrom(0, 1),
+      action: fc.constantFrom('begin', 'begin', 'grow', 'end', 'crash'),
+      amount: fc.integer({ min: 1, max: 200 })
+    })
+    await fc.assert(
+      fc.asyncProperty(fc.array(step, { minLength: 10, maxLength: 40 }), async steps => {
+        run++
+        const processes = [await join(), await join()]
+        const accounts = [account({ total_quota: 1000, max_concurrent: 4 }, `all-${run}`)]
+        /** What was said to be spent; a crashed call's later tokens nobody knows. */
+        let spent = 0
+        let open: { at: number; lease: Lease }[] = []
+        for (const { at, action, amount } of steps) {
+          const { store, kill } = processes[at]!
+          const running = open.find(each => each.at === at)
+          if (action === 'begin') {
+            const lease = await store.reserve(call(accounts, tokens(amount)))
+            if (!isRefusal(lease)) open.push({ at, lease })
+          } else if (action === 'crash') {
+            kill()
+            for (const { lease } of open.filter(each => each.at === at)) spent += lease.spent.tokens
+            open = open.filter(each => each.at !== at)
+            await noticed()
+            processes[at] = await join()
+          } else if (running !== undefined) {
+            const { lease } = running
+            const used = tokens(lease.spent.tokens + lease.held.tokens)
+            if (action === 'grow') await store.extend(lease, used, tokens(amount), false)
+            else {
+              store.settle(lease, used)
+              await settled(store)
+              spent += used.tokens
+              open.splice(open.indexOf(running), 1)
+            }
+          }
+          const taken = open.reduce(
+            (sum, { lease }) => sum + lease.spent.tokens + lease.held.tokens,
+            0
+          )
+          assert.ok(spent + taken <= 1000, 'beyond the quota')
+          assert.ok(open.length <= 4, 'beyond the slots')
+        }
+        for (const { at, lease } of open) {
+          processes[at]!.store.settle(lease, lease.spent)
+          spent += lease.spent.tokens
+        }
+        for (const { store } of processes) await settled(store)
+        const [{ store, kill }, other] = processes as [Process, Process]
+        if (spent < 1000) {
+          await granted(store, call(accounts, tokens(1000 - spent)))
+          for (let slot = 0; slot < 3; slot++) {
+            await refused(other.store, call(accounts, tokens(1)))
+            await granted(store, call([account({ max_concurrent: 4 }, `all-${run}`)]))
+          }
+          await refused(other.store, call([account({ max_concurrent: 4 }, `all-${run}`)]))
+        }
+        kill()
+        other.kill()
+      }),
+      { numRuns: name === 'workers' ? 200 : 15, endOnFailure: true }
     )
   })
 }

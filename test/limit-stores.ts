@@ -9,7 +9,7 @@ import { RemoteLeases, RemoteStore } from '../src/limits/remote.ts'
 import type { Account, LimitStore, Scope } from '../src/limits/store.ts'
 import { checkOptions } from '../src/options.ts'
 import { StorageOptions } from '../src/store/storage.ts'
-import { REDIS, uniqueName } from './servers.ts'
+import { door, REDIS, uniqueName } from './servers.ts'
 
 /** Everything that holds limits, with a time of its own. */
 
@@ -48,6 +48,67 @@ export async function openRemote(): Promise<Opened> {
     setImmediate(() => void leases.hear(JSON.parse(JSON.stringify(question))))
   })
   return { store, later }
+}
+
+/** Processes that share limits, and can be killed. */
+export interface Several {
+  join(): Promise<{ store: LimitStore; kill(): void }>
+  /** Resolves when the others know that the killed ones are dead. */
+  noticed(): Promise<void>
+}
+
+export async function severalWorkers(): Promise<Several> {
+  const counting = new MemoryStore(UTC)
+  return {
+    async join() {
+      let isDead = false
+      const leases = new RemoteLeases(counting, answer => {
+        if (!isDead) setImmediate(() => store.hear(answer))
+      })
+      const store: RemoteStore = new RemoteStore(question => {
+        if (!isDead) setImmediate(() => void leases.hear(question))
+      })
+      return {
+        store,
+        kill() {
+          isDead = true
+          leases.close()
+        }
+      }
+    },
+    async noticed() {
+      await new Promise(setImmediate)
+    }
+  }
+}
+
+export async function severalReplicas(t: TestContext): Promise<Several> {
+  let skew = 0
+  const prefix = uniqueName('several')
+  const alive = new Set<RedisStore>()
+  return {
+    async join() {
+      const way = await door(t, REDIS)
+      const itsRedis = { host: '127.0.0.1', port: way.port }
+      const store = await joinRedis(t, itsRedis, prefix, { skew: () => skew })
+      alive.add(store)
+      return {
+        store,
+        kill() {
+          alive.delete(store)
+          way.set('shut')
+          // Nothing of it comes through.
+          void store.close()
+        }
+      }
+    },
+    async noticed() {
+      for (let passed = 0; passed < 9_000; passed += 3_000) {
+        skew += 3_000
+        for (const store of alive) await store.beat()
+      }
+    }
+  }
 }
 
 export async function openRedis(t: TestContext): Promise<Opened & { store: RedisStore }> {
