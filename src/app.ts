@@ -1,5 +1,11 @@
 import type { Registry } from '@prometheus-io/client'
-import type { FastifyPluginAsync, FastifyReply, FastifyRequest, RegisterOptions } from 'fastify'
+import type {
+  FastifyInstance,
+  FastifyPluginAsync,
+  FastifyReply,
+  FastifyRequest,
+  RegisterOptions
+} from 'fastify'
 import { type Static, Type } from 'typebox'
 import { anthropic } from './dialects/anthropic.ts'
 import type { Dialect } from './dialects/dialect.ts'
@@ -140,6 +146,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   await fastify.register(payload)
   // May it be asked now? The last question, so that a refused call has cost nothing.
   await fastify.register(limits, { ...options.rate_limit, caches: options.storage.caches })
+  shareKeyChanges(fastify)
   // Who answers, and how the answer comes back.
   await fastify.register(backends, {
     backends: options.backends,
@@ -195,6 +202,18 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       await fastify.usage.update(changed.usage, changed.storage)
     }
   })
+}
+
+/** Whoever shares the limits forgets a key that was changed here, and the other way round. */
+function shareKeyChanges({ keys, limits, log }: FastifyInstance): void {
+  keys.onChange.push(hashes => {
+    for (const hash of hashes ?? []) {
+      limits.revoke(hash).catch(error => {
+        log.warn({ reason: error.message }, 'other gateways could not be told of a changed key')
+      })
+    }
+  })
+  limits.observers.push({ revoked: hash => keys.forget(hash) })
 }
 
 /** What sections ask of the storage that it doesn't have. */

@@ -3,10 +3,13 @@ import { existsSync, readFileSync, statSync } from 'node:fs'
 import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import Fastify from 'fastify'
+import fp from 'fastify-plugin'
+import gateway from '../src/app.ts'
 import { KeyStore } from '../src/keys/key-store.ts'
 import auth from '../src/plugins/auth.ts'
 import { answerChat, CHAT, fakeBackend, post, startGateway } from './helper.ts'
 import { CLI, folder, start, writeConfig } from './process.ts'
+import { REDIS, uniqueName } from './servers.ts'
 
 /** The builtin store behind a gateway, in one process and in several. */
 
@@ -151,4 +154,102 @@ test('of several workers one makes the first key; what is revoked is refused by 
   const before = performance.now()
   while (!(await all(403)));
   assert.ok(performance.now() - before < 1_000)
+})
+
+test('limits of a key hold, whatever the others are; so does what it had spent before', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const dataDir = folder(t)
+  const gateway = await startGateway(
+    t,
+    {
+      backends: [{ url: backend.url }],
+      auth: {
+        enabled: true,
+        keys: [
+          { key: 'sk-slow', name: 'slow', limits: { requests_per_minute: 1 } },
+          {
+            key: 'sk-poor',
+            name: 'poor',
+            total_quota: 1e6,
+            used_quota: 999_999,
+            quota_reset_period: 'monthly',
+            last_reset_at: new Date().toISOString()
+          },
+          {
+            key: 'sk-renewed',
+            name: 'renewed',
+            total_quota: 1e6,
+            used_quota: 1e6,
+            quota_reset_period: 'daily',
+            last_reset_at: '2026-01-01'
+          },
+          { key: 'sk-used', name: 'used', total_quota: 100, used_quota: 100 }
+        ],
+        pipeline: [{ type: 'builtin' }]
+      }
+    },
+    {},
+    dataDir
+  )
+  const codeOf = async (key: string) => {
+    const response = await call(gateway.url, key)
+    const body = await response.json()
+    return response.ok ? 'ok' : body.error.code
+  }
+  assert.deepEqual(
+    [await codeOf('sk-slow'), await codeOf('sk-slow')],
+    ['ok', 'rate_limit_exceeded']
+  )
+  assert.equal(await codeOf('sk-poor'), 'insufficient_quota')
+  assert.equal(await codeOf('sk-renewed'), 'ok', 'spent before this day')
+  assert.equal(await codeOf('sk-used'), 'insufficient_quota')
+  const { key } = await openStore(t, dataDir).create({ limits: { requests_per_minute: 2 } })
+  assert.deepEqual(
+    [await codeOf(key), await codeOf(key), await codeOf(key)],
+    ['ok', 'ok', 'rate_limit_exceeded']
+  )
+})
+
+test('gateways that share their limits forget a key that one of them has changed', {
+  skip: REDIS.skip
+}, async t => {
+  let status = 200
+  const hook = await fakeBackend(t, (_request, response) => {
+    response.statusCode = status
+    response.end('{}')
+  })
+  const storage = {
+    caches: [{ name: 'default', driver: 'redis' as const, addr: `${REDIS.host}:${REDIS.port}` }]
+  }
+  const redis_prefix = uniqueName('shared')
+  const build = async () => {
+    const fastify = Fastify()
+    t.after(() => fastify.close())
+    await fastify.register(fp(gateway), {
+      dataDir: folder(t),
+      backends: [{ url: 'demo://' }],
+      storage,
+      rate_limit: { enabled: true, storage: 'redis', redis_prefix },
+      auth: {
+        enabled: true,
+        pipeline: [
+          { type: 'webhook', webhook: { url: hook.url }, cache: { ttl: '1h' } },
+          { type: 'builtin' }
+        ]
+      }
+    })
+    await fastify.ready()
+    const answer = async () => {
+      const headers = { 'x-api-key': 'sk-a' }
+      return (await fastify.inject({ url: '/v1/models', headers })).statusCode
+    }
+    return { keys: fastify.keys, answer }
+  }
+  const [one, two] = [await build(), await build()]
+  assert.deepEqual([await one.answer(), await two.answer()], [200, 200])
+  status = 403
+  assert.deepEqual([await one.answer(), await two.answer()], [200, 200], 'remembered')
+  await one.keys.store().create({ key: 'sk-a' })
+  assert.equal(await one.answer(), 403)
+  while ((await two.answer()) === 200);
 })

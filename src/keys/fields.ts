@@ -87,7 +87,7 @@ export const keyFields = {
 }
 
 function areTags(tags: unknown): boolean {
-  return Object.entries(tags as Record<string, string>).every(
+  return Object.entries(tags ?? {}).every(
     ([name, tag]) => /^[\w.-]{1,64}$/.test(name) && String(tag).length <= MAX_TAG
   )
 }

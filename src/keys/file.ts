@@ -17,7 +17,10 @@ export const FileKeysOptions = Type.Object(
 )
 export type FileKeysOptions = Static<typeof FileKeysOptions>
 
-const Content = Type.Object({ keys: StaticKeyList('Keys') }, { additionalProperties: false })
+const Content = Type.Object(
+  { keys: StaticKeyList('Keys') },
+  { additionalProperties: false, secret: true }
+)
 type Content = Static<typeof Content>
 
 /** A file of keys that can't be used: a line for each error. */

@@ -54,7 +54,7 @@ export const JwtKeysOptions = Type.Object(
 export type JwtKeysOptions = Static<typeof JwtKeysOptions>
 
 function hasOneJwks(options: unknown): boolean {
-  const { jwks_url, jwks_file } = options as { jwks_url?: unknown; jwks_file?: unknown }
+  const { jwks_url, jwks_file } = (options ?? {}) as { jwks_url?: unknown; jwks_file?: unknown }
   return (jwks_url === undefined) !== (jwks_file === undefined)
 }
 

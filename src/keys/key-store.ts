@@ -47,9 +47,13 @@ export interface FoundKey {
   until: number | undefined
 }
 
-/** The file of the embedded store. */
+/** A store that ends with the process. */
+export const MEMORY = ':memory:'
+
+/** The file of the embedded store; where there is no place for one, {@link MEMORY}. */
 export function keyFile(dataDir: string | undefined, path: string): string {
-  return dataDir === undefined && !isAbsolute(path) ? ':memory:' : resolve(dataDir ?? '', path)
+  const hasPlace = path !== MEMORY && (dataDir !== undefined || isAbsolute(path))
+  return hasPlace ? resolve(dataDir ?? '', path) : MEMORY
 }
 
 /** Somebody has this key already. */
@@ -105,7 +109,7 @@ export class KeyStore {
   #prepared: Promise<void> | undefined
 
   /**
-   * @param file a path, or `:memory:`
+   * @param file a path, or {@link MEMORY}
    * @param onChange is told of each change made here: the hashes it is about, or undefined for all
    */
   constructor(file: string, onChange: (hashes: string[] | undefined) => void = () => {}) {

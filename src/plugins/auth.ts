@@ -8,7 +8,7 @@ import type { Distinct } from '../issues.ts'
 import { BuiltinKeys } from '../keys/builtin.ts'
 import { makeFirstKey } from '../keys/first-key.ts'
 import { type KeySource, matchesModel, StatusCodes } from '../keys/key.ts'
-import { KeyStore, keyFile } from '../keys/key-store.ts'
+import { KeyStore, keyFile, MEMORY } from '../keys/key-store.ts'
 import { Keyring } from '../keys/keyring.ts'
 import { SourceOptions, sourceIssues, toSources } from '../keys/sources.ts'
 import { type StaticKey, StaticKeyList } from '../keys/static.ts'
@@ -86,6 +86,8 @@ export interface Keys {
   credentialHeaders(): readonly string[]
   /** Drops what is remembered of the key with this SHA-256, or of all, in this process. */
   forget(hash?: string): void
+  /** Are told the SHA-256 of keys that were changed in the store, here; undefined: all may have been. */
+  readonly onChange: ((hashes: readonly string[] | undefined) => void)[]
   /** The embedded store, whether keys are looked up there or not. A change of it is told to all workers. */
   store(): KeyStore
 }
@@ -97,6 +99,7 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   let headerNames: string[] = []
   let keyring: Keyring | undefined
   let opened: KeyStore | undefined
+  const onChange: Keys['onChange'] = []
   const file = keyFile(fastify.dataDir, options.db_path)
   const issues = sourceIssues(options, storage)
   if (issues.length > 0) throw new OptionsError(issues)
@@ -107,6 +110,7 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
     update,
     credentialHeaders: () => headerNames,
     forget: hash => keyring?.forget(hash),
+    onChange,
     store
   } satisfies Keys)
   fastify.addHook('onClose', async () => {
@@ -136,7 +140,7 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   async function admitSomebody(sources: readonly KeySource[]): Promise<void> {
     const isBuiltinAlone = sources.every(each => each instanceof BuiltinKeys)
     if (!isBuiltinAlone) return
-    if (sources.length === 0 || file === ':memory:') {
+    if (sources.length === 0 || file === MEMORY) {
       return fastify.log.warn('auth is enabled but has no keys: nobody will be admitted')
     }
     await makeFirstKey(store(), file, fastify.log).catch(error => {
@@ -149,6 +153,7 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
     opened ??= new KeyStore(file, hashes => {
       forget(hashes)
       fastify.peers?.tell({ kind: 'keys', ...(hashes === undefined ? {} : { hashes }) })
+      for (const listener of onChange) listener(hashes)
     })
     return opened
   }

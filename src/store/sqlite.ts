@@ -87,7 +87,7 @@ export class Sqlite implements Database {
 
   #start(): Worker {
     this.#opened++
-    const thread = new Worker(THREAD, { workerData: { file: this.#file } })
+    const thread = new Worker(THREAD, { workerData: { file: this.#file }, execArgv: [] })
     thread.unref()
     thread.on('message', (answer: Answer) => this.#hear(answer))
     thread.on('error', error => this.#giveUp((error as Error).message))
