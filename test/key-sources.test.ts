@@ -4,6 +4,7 @@ import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { createClient } from '@redis/client'
 import { exportJWK, generateKeyPair, SignJWT } from 'jose'
+import { parseConfig } from '../src/config.ts'
 import { GatewayError } from '../src/errors.ts'
 import { CachedKeys, CacheOptions } from '../src/keys/cached.ts'
 import { hashKey, type KeyRecord, type KeySource } from '../src/keys/key.ts'
@@ -67,7 +68,7 @@ test('redis: a hash or a text with JSON, under the key or its hash', {
     status: '0',
     models: 'm,llama',
     requests_per_minute: '60',
-    total_quota: '100'
+    total_quota: '1000000'
   })
   await client.set(`${prefix}:sk-text`, '{"id":"k2","status":"disabled"}')
   const storage = {
@@ -81,7 +82,7 @@ test('redis: a hash or a text with JSON, under the key or its hash', {
   assert.equal(await say('sk-none'), 'invalid_api_key')
   await client.set(`${prefix}:sk-text`, 'no JSON')
   assert.equal(await say('sk-text'), 'key_refused')
-  await client.hSet(`${prefix}:sk-hash`, { used_quota: '100' })
+  await client.hSet(`${prefix}:sk-hash`, { used_quota: '1000000' })
   assert.equal(await say('sk-hash'), 'insufficient_quota', 'Redis counts now')
   assert.doesNotMatch(JSON.stringify(gateway.lines), /sk-/)
 
@@ -121,7 +122,8 @@ for (const { name, skip, options } of SERVERS) {
     }
     const soon = new Date(Date.now() + 60_000).toISOString().replace('T', ' ').slice(0, 19)
     const past = new Date(Date.now() - 60_000).toISOString().replace('T', ' ').slice(0, 19)
-    await insert(7, 'sk-a', hashKey('sk-a'), 'u1', 'active', soon, '["m"]', 5000, null)
+    await insert(7, 'sk-a', hashKey('sk-a'), 'u1', 'active', soon, '["m"]', 1e6, null)
+    await insert(6, 'sk-small', hashKey('sk-small'), 'u1', null, null, null, 1, null)
     await insert(8, 'sk-old', hashKey('sk-old'), 'u2', '0', past, null, null, null)
     await insert(9, 'sk-poor', hashKey('sk-poor'), 'u3', null, null, null, null, 0)
     const source = (more: object) => ({
@@ -135,7 +137,7 @@ for (const { name, skip, options } of SERVERS) {
       source({
         key_column: 'hash',
         key_format: 'sha256',
-        fields: ['id', 'user_id', 'status', 'expires_at', 'models', 'balance']
+        fields: ['id', 'user_id', 'status', 'expires_at', 'models', 'total_quota', 'balance']
       }),
       storage
     )
@@ -144,6 +146,7 @@ for (const { name, skip, options } of SERVERS) {
       assert.equal(await say('sk-a', 'x'), 'model_not_allowed')
       assert.equal(await say('sk-old'), 'key_expired', 'its time is in UTC')
       assert.equal(await say('sk-poor'), 'insufficient_quota')
+      assert.equal(await say('sk-small'), 'insufficient_quota', 'the gateway counts')
       for (const other of ['SK-A', 'sk-b', "' OR 1=1 --"]) {
         assert.equal(await say(other.replaceAll(' ', '')), 'invalid_api_key')
       }
@@ -296,6 +299,36 @@ test('cache: a refusal is asked for again sooner than an admission', async t => 
   assert.equal(await look(), RECORD)
 })
 
+test('a reload leaves alone what it does not change: while a source is down, its keys stay known', async t => {
+  let status = 200
+  const hook = await fakeBackend(t, (_request, response) => {
+    response.statusCode = status
+    response.end('{}')
+  })
+  const backend = await fakeBackend(t, answerChat)
+  const config = (name: string, ttl: string) => ({
+    backends: [{ name, url: backend.url }],
+    auth: {
+      enabled: true,
+      pipeline: [{ type: 'webhook', webhook: { url: hook.url }, cache: { ttl } }]
+    }
+  })
+  const gateway = await startGateway(t, config('a', '1h'))
+  const statusOf = async (key: string) => {
+    const headers = { authorization: `Bearer ${key}` }
+    return (await fetch(`${gateway.url}/v1/models`, { headers })).status
+  }
+  assert.equal(await statusOf('sk-a'), 200)
+  status = 500
+  const reload = (changed: object) =>
+    gateway.control.reload(parseConfig(JSON.stringify(changed), 'config.yaml', {}))
+  await reload(config('b', '1h'))
+  assert.equal(await statusOf('sk-a'), 200)
+  assert.equal(await statusOf('sk-b'), 503)
+  await reload(config('b', '2h'))
+  assert.equal(await statusOf('sk-a'), 503, 'another source')
+})
+
 async function signer(alg: string, kid: string) {
   const { publicKey, privateKey } = await generateKeyPair(alg, { extractable: true })
   const jwk = { ...(await exportJWK(publicKey)), kid, alg }
@@ -415,7 +448,6 @@ const KNOWN =
   'key, name, user_id, status, starts_at, expires_at, allowed_ips, denied_ips, models, limits, total_quota, quota_unit, quota_reset_period, used_quota, last_reset_at, tags, created_at, updated_at'
 
 test('what a source names must be there, and is said with its place', async t => {
-  const { parseConfig } = await import('../src/config.ts')
   const complaint = (source: object) => {
     const config = {
       backends: [{ url: 'demo://' }],

@@ -6,6 +6,7 @@ import Fastify from 'fastify'
 import fp from 'fastify-plugin'
 import gateway from '../src/app.ts'
 import { KeyStore } from '../src/keys/key-store.ts'
+import type { News, Peers } from '../src/peers.ts'
 import auth from '../src/plugins/auth.ts'
 import { answerChat, CHAT, fakeBackend, post, startGateway } from './helper.ts'
 import { CLI, folder, start, writeConfig } from './process.ts'
@@ -154,6 +155,41 @@ test('of several workers one makes the first key; what is revoked is refused by 
   const before = performance.now()
   while (!(await all(403)));
   assert.ok(performance.now() - before < 1_000)
+})
+
+test('what one worker changes the others forget at once', async t => {
+  t.mock.method(performance, 'now', () => 1)
+  const dataDir = folder(t)
+  const listeners: ((news: News) => void)[] = []
+  const worker = async () => {
+    const fastify = Fastify()
+    t.after(() => fastify.close())
+    fastify.decorate('dataDir', dataDir)
+    const own: (news: News) => void = news => onNews(news)
+    let onNews: (news: News) => void = () => {}
+    listeners.push(own)
+    fastify.decorate('peers', {
+      tell: (news: News) => {
+        for (const listener of listeners) if (listener !== own) listener(news)
+      },
+      onNews: (listener: (news: News) => void) => {
+        onNews = listener
+      }
+    } as unknown as Peers)
+    await fastify.register(auth, { pipeline: [{ type: 'builtin' }] })
+    fastify.get('/', async request => request.caller!.id)
+    return fastify
+  }
+  const [one, two] = [await worker(), await worker()]
+  const { key, record } = await one.keys.store().create({})
+  const status = async () =>
+    (await two.inject({ url: '/', headers: { 'x-api-key': key } })).statusCode
+  assert.equal(await status(), 200)
+  await one.keys.store().revoke(record.id)
+  assert.equal(await status(), 403)
+  await one.keys.store().sync([{ key }], 'full')
+  await one.keys.store().sync([], 'full')
+  assert.equal(await status(), 401)
 })
 
 test('limits of a key hold, whatever the others are; so does what it had spent before', async t => {

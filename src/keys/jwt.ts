@@ -3,7 +3,7 @@ import type { JWTPayload, JWTVerifyGetKey } from 'jose'
 import { type Static, Type } from 'typebox'
 import type { GatewayError } from '../errors.ts'
 import { Duration, Section, Url } from '../options.ts'
-import { type OnUnreadable, toAnswer } from './answer.ts'
+import { type OnUnreadable, parseJson, toAnswer } from './answer.ts'
 import { FollowedFile } from './followed.ts'
 import type { KeyRecord, KeySource } from './key.ts'
 
@@ -147,7 +147,8 @@ export class JwtKeys implements KeySource {
 }
 
 function toJwks(text: string): { keys: object[] } {
-  const jwks = JSON.parse(text)
-  if (!Array.isArray(jwks?.keys)) throw new Error('is no JSON Web Key Set: it has no list of keys')
-  return jwks
+  const jwks = parseJson(text) as { keys?: object[] } | undefined
+  // What it is instead may be a secret.
+  if (!Array.isArray(jwks?.keys)) throw new Error('a JSON Web Key Set is JSON with a list of keys')
+  return { keys: jwks.keys }
 }

@@ -55,14 +55,12 @@ export class Keyring {
     for (const source of this.#options.sources) source.forget?.(hash)
   }
 
-  /** Closes the sources, when those who wait for one have their answer. */
-  async close(): Promise<void> {
-    if (this.#running > 0) {
-      await new Promise<void>(resolve => {
-        this.#onIdle = resolve
-      })
-    }
-    await Promise.all(this.#options.sources.map(source => source.close?.()))
+  /** Resolves when nobody waits for a source any more. */
+  async idle(): Promise<void> {
+    if (this.#running === 0) return
+    await new Promise<void>(resolve => {
+      this.#onIdle = resolve
+    })
   }
 
   async #first(key: string, hash: string, ip: string): Promise<Caller> {

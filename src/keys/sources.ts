@@ -89,27 +89,41 @@ export interface Surroundings {
   log: FastifyBaseLogger
 }
 
+/** Sources, each under all that was said of it. */
+export type Sources = ReadonlyMap<string, KeySource>
+
 /**
- * The sources that are switched on, in order; where nothing is named, the embedded store.
+ * The sources that are switched on, in order; where nothing is named, the embedded store. Of those that were
+ * there before, the ones that nothing has changed for go on, with what they remember.
  *
  * @throws when a file of keys can't be used
  */
-export function toSources(asked: Asked, around: Surroundings): KeySource[] {
-  if (!asked.enabled) return []
-  const { keys, pipeline, status_codes } = asked
-  const sources: KeySource[] = keys.length > 0 ? [new StaticKeys('keys', keys)] : []
+export function toSources(asked: Asked, around: Surroundings, before: Sources): Sources {
+  const { enabled, keys, pipeline, status_codes } = asked
+  const sources = new Map<string, KeySource>()
+  const add = (said: unknown, make: () => KeySource) => {
+    const all = JSON.stringify([said, status_codes, around.storage])
+    sources.set(all, before.get(all) ?? make())
+  }
+  if (!enabled) return sources
   try {
+    if (keys.length > 0) add(keys, () => new StaticKeys('keys', keys))
     for (const each of pipeline) {
-      if (each.enabled) sources.push(toSource(each, status_codes, around))
+      if (each.enabled) add(each, () => toSource(each, status_codes, around))
+    }
+    if (keys.length === 0 && pipeline.length === 0) {
+      add('builtin', () => new BuiltinKeys('builtin', around.store()))
     }
   } catch (error) {
-    for (const source of sources) void source.close?.()
+    closeSources(sources, before)
     throw error
   }
-  if (keys.length === 0 && pipeline.length === 0) {
-    sources.push(new BuiltinKeys('builtin', around.store()))
-  }
   return sources
+}
+
+/** Closes those that the others do not have. */
+export function closeSources(sources: Sources, others: Sources): void {
+  for (const [all, source] of sources) if (!others.has(all)) void source.close?.()
 }
 
 function toSource(

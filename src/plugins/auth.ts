@@ -5,12 +5,17 @@ import { GatewayError } from '../errors.ts'
 import { type Caller, withExchanges } from '../exchange.ts'
 import { pathBelow } from '../http.ts'
 import type { Distinct } from '../issues.ts'
-import { BuiltinKeys } from '../keys/builtin.ts'
-import { makeFirstKey } from '../keys/first-key.ts'
-import { type KeySource, matchesModel, StatusCodes } from '../keys/key.ts'
-import { KeyStore, keyFile, MEMORY } from '../keys/key-store.ts'
+import { admitSomebody } from '../keys/first-key.ts'
+import { matchesModel, StatusCodes } from '../keys/key.ts'
+import { KeyStore, keyFile } from '../keys/key-store.ts'
 import { Keyring } from '../keys/keyring.ts'
-import { SourceOptions, sourceIssues, toSources } from '../keys/sources.ts'
+import {
+  closeSources,
+  SourceOptions,
+  type Sources,
+  sourceIssues,
+  toSources
+} from '../keys/sources.ts'
 import { type StaticKey, StaticKeyList } from '../keys/static.ts'
 import { checkOptions, type Given, HeaderName, OptionsError, Section } from '../options.ts'
 import type {} from '../peers.ts'
@@ -98,6 +103,7 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   let options = checkOptions(AuthOptions, { enabled: true, ...givenOptions })
   let headerNames: string[] = []
   let keyring: Keyring | undefined
+  let sources: Sources = new Map()
   let opened: KeyStore | undefined
   const onChange: Keys['onChange'] = []
   const file = keyFile(fastify.dataDir, options.db_path)
@@ -114,7 +120,8 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
     store
   } satisfies Keys)
   fastify.addHook('onClose', async () => {
-    await keyring?.close()
+    await keyring?.idle()
+    closeSources(sources, new Map())
     await opened?.close()
   })
   fastify.peers?.onNews(news => {
@@ -128,25 +135,15 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   /** What is refused changes nothing. */
   async function update(changed: AuthOptions, storage: StorageOptions): Promise<void> {
     const { dataDir, log } = fastify
-    const sources = toSources(changed, { storage, dataDir, store, log })
-    if (changed.enabled) await admitSomebody(sources)
-    const old = keyring
-    keyring = new Keyring({ mode: changed.mode, codes: changed.status_codes, sources }, log)
+    const next = toSources(changed, { storage, dataDir, store, log }, sources)
+    if (changed.enabled) await admitSomebody(next, store, file, log)
+    const before = { keyring, sources }
+    const { mode, status_codes: codes } = changed
+    keyring = new Keyring({ mode, codes, sources: [...next.values()] }, log)
+    sources = next
     options = changed
     headerNames = changed.header_names.map(name => name.toLowerCase())
-    void old?.close()
-  }
-
-  async function admitSomebody(sources: readonly KeySource[]): Promise<void> {
-    const isBuiltinAlone = sources.every(each => each instanceof BuiltinKeys)
-    if (!isBuiltinAlone) return
-    if (sources.length === 0 || file === MEMORY) {
-      return fastify.log.warn('auth is enabled but has no keys: nobody will be admitted')
-    }
-    await makeFirstKey(store(), file, fastify.log).catch(error => {
-      const message = `cannot be used: ${(error as Error).message} (${file})`
-      throw new OptionsError([{ path: ['auth', 'db_path'], message }], 'llmproxy')
-    })
+    void before.keyring?.idle().then(() => closeSources(before.sources, next))
   }
 
   function store(): KeyStore {

@@ -87,6 +87,7 @@ export class Sqlite implements Database {
 
   #start(): Worker {
     this.#opened++
+    // Options of the process, such as --input-type, may be none for a thread.
     const thread = new Worker(THREAD, { workerData: { file: this.#file }, execArgv: [] })
     thread.unref()
     thread.on('message', (answer: Answer) => this.#hear(answer))
