@@ -41,8 +41,8 @@ export interface RedisStoreOptions extends StoreSettings {
   onTrouble?: () => void
   /** A key was revoked somewhere: its hash. */
   onRevoked?: (hash: string) => void
-  /** For tests: how much (ms) later than Redis' clock it is. */
-  skew?: () => number
+  /** For tests: the time (Unix ms) in place of Redis' clock and this machine's. */
+  time?: () => number
 }
 
 interface RedisLease extends Lease {
@@ -107,16 +107,14 @@ export class RedisStore implements LimitStore {
 
   constructor(options: RedisStoreOptions) {
     this.#options = options
-    const { cache, skew = () => 0 } = options
+    const { cache, time } = options
     this.#redis = new Redis({
       ...cache,
       read_timeout: Math.min(cache.read_timeout, STEP_TIMEOUT),
       dial_timeout: Math.min(cache.dial_timeout, STEP_TIMEOUT)
     })
-    this.#mirror = new MemoryStore(options.periods, undefined, {
-      now: () => CLOCK.now() + skew(),
-      time: () => CLOCK.time() + skew()
-    })
+    const clock = time === undefined ? CLOCK : { now: time, time }
+    this.#mirror = new MemoryStore(options.periods, undefined, clock)
     if (options.file !== undefined) this.#replicas = readCount(options.file)
     this.#timer = setInterval(() => void this.beat(), BEAT_INTERVAL).unref()
   }
@@ -408,8 +406,12 @@ export class RedisStore implements LimitStore {
     const tag = `${this.#options.prefix}:{limits}`
     const names = accounts.map(each => `${tag}:${hash('sha256', idOf(each)).slice(0, 32)}`)
     const keys = [`${tag}:replicas`, `${tag}:epoch`, `${tag}:revoked`, ...names]
-    const skew = this.#options.skew?.() ?? 0
-    const json = JSON.stringify({ op, replica: this.#replica, skew, ...order })
+    const json = JSON.stringify({
+      op,
+      replica: this.#replica,
+      time: this.#options.time?.(),
+      ...order
+    })
     const text = await this.#redis.run(async client => {
       const rest = [String(keys.length), ...keys, json]
       try {
