@@ -14,7 +14,7 @@ import { openai } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { type Exchanges, withExchanges } from './exchange.ts'
 import type { Issue } from './issues.ts'
-import { sourceIssues } from './keys/sources.ts'
+import { keyQuotaIssues, sourceIssues } from './keys/sources.ts'
 import { checkOptions, Duration, type Given, OptionsError } from './options.ts'
 import type { Peers } from './peers.ts'
 import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
@@ -226,6 +226,7 @@ export function storageUseIssues(options: GatewayOptions): Issue[] {
     }))
   return [
     ...within('auth', sourceIssues(auth, storage)),
+    ...within('auth', keyQuotaIssues(auth, usage.prices.length > 0)),
     ...within('rate_limit', limitIssues(rate_limit, usage, storage)),
     ...within('usage', reporterIssues(usage, storage)),
     ...within('logging', requestLogIssues(logging, storage))
