@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict'
 import { once } from 'node:events'
+import { writeFileSync } from 'node:fs'
 import { createServer } from 'node:http'
 import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
@@ -8,6 +9,7 @@ import { parseConfig } from '../src/config.ts'
 import type { Peers } from '../src/peers.ts'
 import { Answer } from '../src/pool/answer.ts'
 import type { OnDelivery } from '../src/reporters/courier.ts'
+import { Ledger } from '../src/reporters/ledger.ts'
 import { Outbox } from '../src/reporters/outbox.ts'
 import type { Reporter, Verdict } from '../src/reporters/reporter.ts'
 import { createApp } from '../src/server.ts'
@@ -287,6 +289,64 @@ test('a file that cannot be used holds nothing up: records are delivered from me
   assert.match(outbox.trouble!, /EISDIR|unable to open/)
   while (seen.length < 1) await new Promise(resolve => setImmediate(resolve))
   await outbox.close(AbortSignal.timeout(1_000))
+})
+
+test('a record that is put aside while the disk takes nothing is not forgotten', async t => {
+  const parent = join(folder(t), 'parent')
+  writeFileSync(parent, '')
+  const seen: string[] = []
+  const verdicts: Verdict['kind'][] = ['refused']
+  const outbox = outboxFor(
+    t,
+    join(parent, 'usage.db'),
+    async entries => {
+      const kind = verdicts.shift() ?? 'delivered'
+      if (kind === 'delivered') seen.push(...entries)
+      return kind === 'delivered' ? { kind } : { kind, reason: 'status 400', retryAfter: 0 }
+    },
+    { concurrency: 2 }
+  )
+  await outbox.append('{"id":"1"}')
+  while (seen.length < 1) await new Promise(resolve => setImmediate(resolve))
+  assert.deepEqual(seen, ['{"id":"1"}'])
+})
+
+test('of a batch only what is too old becomes a dead letter', async t => {
+  const file = join(folder(t), 'usage.db')
+  const ledger = new Ledger(file)
+  ledger.markOf('test')
+  ledger.append(['{"id":"old"}'], Date.now() - 100_000)
+  ledger.append(['{"id":"new"}'])
+  const seen: string[] = []
+  let calls = 0
+  outboxFor(
+    t,
+    file,
+    async entries => {
+      if (++calls === 1) return { kind: 'unavailable', reason: 'status 500', retryAfter: 0 }
+      seen.push(...entries)
+      return { kind: 'delivered' }
+    },
+    { maxAge: 50_000, batch: { max_events: 2, max_wait: 10_000 } }
+  )
+  while (seen.length < 1) await new Promise(resolve => setImmediate(resolve))
+  assert.deepEqual(seen, ['{"id":"new"}'])
+  assert.deepEqual(
+    ledger.deadLetters().map(({ entry }) => entry),
+    ['{"id":"old"}']
+  )
+  ledger.close()
+})
+
+test('what was put aside and is too old becomes a dead letter, also when nobody can say why', async t => {
+  const file = join(folder(t), 'usage.db')
+  const ledger = new Ledger(file)
+  ledger.defer('test', Date.now() - 100_000, '{"id":"old"}')
+  const send = async () => ({ kind: 'unavailable', reason: 'status 500', retryAfter: 0 }) as const
+  outboxFor(t, file, send, { maxAge: 50_000 })
+  while (ledger.deadLetters().length < 1) await new Promise(resolve => setTimeout(resolve, 5))
+  while (ledger.deferred('test', 0, 10).length > 0) await new Promise(r => setTimeout(r, 5))
+  ledger.close()
 })
 
 test('what cannot be delivered from memory before the end is counted as lost', async t => {

@@ -1,8 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
 import type { Deferred, Page } from './ledger.ts'
-import type { Outbox } from './outbox.ts'
-import type { Reporter } from './reporter.ts'
+import type { Keep, Outbox } from './outbox.ts'
+import { type Reporter, untilStopped } from './reporter.ts'
 
 /** What happened to records: their reporter has them, or will never have them. */
 export type Delivery = 'delivered' | 'failed'
@@ -219,7 +219,8 @@ export class Courier {
     this.#proceed()
   }
 
-  async #deliver(batch: Waiting[]): Promise<void> {
+  async #deliver(given: Waiting[]): Promise<void> {
+    let batch = given
     for (let attempt = 0; !this.#isStopped; attempt++) {
       const entries = batch.map(({ entry }) => entry)
       const verdict = await this.#reporter.send(entries, this.#stopping.signal)
@@ -235,11 +236,14 @@ export class Courier {
         return
       }
       this.#fail(kind, reason)
-      if (Date.now() - batch[0]!.at > this.#reporter.maxAge) {
-        this.#bury(batch, reason)
-        return this.#done(batch, 'failed')
+      const old = batch.filter(({ at }) => this.#isOld(at))
+      if (old.length > 0 && (await this.#bury(old, reason))) {
+        this.#done(old, 'failed')
+        batch = batch.filter(each => !old.includes(each))
+      } else if (kind === 'refused' && this.#reporter.concurrency > 1) {
+        if (await this.#defer(batch[0]!)) return
       }
-      if (kind === 'refused' && this.#reporter.concurrency > 1) return this.#defer(batch[0]!)
+      if (batch.length === 0) return
       const wait = Math.min(FIRST_WAIT * 2 ** attempt, MAX_WAIT) * (0.75 + Math.random() / 4)
       await this.#pause(Math.max(wait, Math.min(verdict.retryAfter, MAX_RETRY_AFTER)))
     }
@@ -267,21 +271,35 @@ export class Courier {
     this.#outbox.tell({ kind: 'mark', reporter: this.name, seq: this.#mark })
   }
 
-  #defer(waiting: Waiting): void {
-    const { entry, at } = waiting
-    this.#outbox.tell({ kind: 'defer', reporter: this.name, at, entry })
-    this.#close(waiting.page)
-    this.#advance()
+  #isOld(at: number): boolean {
+    return Date.now() - at > this.#reporter.maxAge
   }
 
-  #bury(batch: { entry: string }[], reason: string): void {
-    for (const { entry } of batch) {
-      this.#outbox.tell({ kind: 'bury', reporter: this.name, reason, entry })
-    }
+  async #defer({ entry, at, page }: Waiting): Promise<boolean> {
+    if (!(await this.#keep({ kind: 'defer', reporter: this.name, at, entry }))) return false
+    this.#close(page)
+    this.#advance()
+    return true
+  }
+
+  async #bury(batch: { entry: string }[], reason: string): Promise<boolean> {
+    const entries = batch.map(({ entry }) => entry)
+    if (!(await this.#keep({ kind: 'bury', reporter: this.name, reason, entries }))) return false
     this.#log.error(
       { reporter: this.name, reason, records: batch.length },
       'usage records given up'
     )
+    return true
+  }
+
+  /** Resolves with whether it is on the disk; what is not stays where it is, and is tried again. */
+  #keep(order: Keep): Promise<boolean> {
+    const keep = () =>
+      this.#outbox.keep(order).then(
+        () => true,
+        () => false
+      )
+    return untilStopped(this.#stopping.signal, keep, false)
   }
 
   #lose(): void {
@@ -312,11 +330,14 @@ export class Courier {
   /** Returns false when the receiver cannot be reached. */
   async #retry({ rowid, at, entry }: Deferred): Promise<boolean> {
     const verdict = await this.#reporter.send([entry], this.#stopping.signal)
-    if (verdict.kind === 'unavailable') return false
-    if (verdict.kind === 'refused' && Date.now() - at <= this.#reporter.maxAge) return true
+    if (this.#isStopped) return false
+    if (verdict.kind !== 'delivered') {
+      if (!this.#isOld(at)) return verdict.kind === 'refused'
+      // A crash in between makes two dead letters of it, and never none.
+      if (!(await this.#bury([{ entry }], verdict.reason))) return false
+    }
     this.#outbox.tell({ kind: 'settle', rowid })
-    if (verdict.kind === 'refused') this.#bury([{ entry }], verdict.reason)
-    this.#onDelivery(verdict.kind === 'refused' ? 'failed' : 'delivered', 1)
+    this.#onDelivery(verdict.kind === 'delivered' ? 'delivered' : 'failed', 1)
     return true
   }
 

@@ -143,11 +143,14 @@ export class Ledger {
     this.#db.prepare('DELETE FROM deferred WHERE rowid = ?').run(rowid)
   }
 
-  /** A record that nobody took for as long as it may wait. */
-  bury(reporter: string, reason: string, entry: string, now = Date.now()): void {
-    this.#db
-      .prepare('INSERT INTO dead_letters (reporter, at, reason, entry) VALUES (?, ?, ?, ?)')
-      .run(reporter, now, reason, entry)
+  /** Records that nobody took for as long as they may wait. */
+  bury(reporter: string, reason: string, entries: readonly string[], now = Date.now()): void {
+    const bury = this.#db.prepare(
+      'INSERT INTO dead_letters (reporter, at, reason, entry) VALUES (?, ?, ?, ?)'
+    )
+    this.#together(() => {
+      for (const entry of entries) bury.run(reporter, now, reason, entry)
+    })
   }
 
   /** Every record that is still here and was committed since then (Unix ms), oldest first. */

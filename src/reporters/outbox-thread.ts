@@ -9,10 +9,10 @@ import { type Deferred, Ledger, type Page } from './ledger.ts'
 export type Order =
   | { kind: 'append'; entries: string[] }
   | { kind: 'mark'; reporter: string; seq: number }
-  | { kind: 'defer'; reporter: string; at: number; entry: string }
   | { kind: 'settle'; rowid: number }
-  | { kind: 'bury'; reporter: string; reason: string; entry: string }
   | { kind: 'prune'; reporters: string[]; before: number; maxBytes: number }
+  | { kind: 'defer'; id: number; reporter: string; at: number; entry: string }
+  | { kind: 'bury'; id: number; reporter: string; reason: string; entries: string[] }
   | { kind: 'markOf'; id: number; reporter: string }
   | { kind: 'next'; id: number; seq: number }
   | { kind: 'deferred'; id: number; reporter: string; after: number; limit: number }
@@ -67,7 +67,7 @@ function carryOut(
     case 'settle':
       return void ledger.settle(order.rowid)
     case 'bury':
-      return void ledger.bury(order.reporter, order.reason, order.entry)
+      return void ledger.bury(order.reporter, order.reason, order.entries)
     case 'markOf':
       return ledger.markOf(order.reporter)
     case 'next':

@@ -118,8 +118,14 @@ export class Outbox implements Sink {
     return (await this.#ask({ kind: 'deferred', reporter, after, limit })) as Deferred[]
   }
 
-  tell(order: Order & { kind: 'mark' | 'defer' | 'settle' | 'bury' }): void {
+  /** What may be lost: then a record comes twice. */
+  tell(order: Order & { kind: 'mark' | 'settle' }): void {
     this.#tell(order)
+  }
+
+  /** Resolves when it is on the disk. */
+  async keep(order: Keep): Promise<void> {
+    await this.#ask(order)
   }
 
   #ask(question: Question): Promise<Value> {
@@ -227,8 +233,14 @@ export class Outbox implements Sink {
   }
 }
 
+/** Where a record goes that leaves its page before it was delivered. */
+export type Keep =
+  | { kind: 'defer'; reporter: string; at: number; entry: string }
+  | { kind: 'bury'; reporter: string; reason: string; entries: string[] }
+
 /** Orders that are answered, without their numbers. */
 type Question =
+  | Keep
   | { kind: 'markOf'; reporter: string }
   | { kind: 'next'; seq: number }
   | { kind: 'deferred'; reporter: string; after: number; limit: number }
