@@ -1,6 +1,7 @@
 import cluster, { type Worker } from 'node:cluster'
 import { once } from 'node:events'
 import { availableParallelism } from 'node:os'
+import { isDeepStrictEqual } from 'node:util'
 import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
 import type { Gateway } from './app.ts'
@@ -155,9 +156,12 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     url,
     log,
     async reload(changed) {
+      const { usage, storage } = config
       config = changed
       log.level = changed.log.level
-      await outbox.update(reporters(config), toKeeping(config.usage))
+      if (!isDeepStrictEqual([changed.usage, changed.storage], [usage, storage])) {
+        await outbox.update(reporters(config), toKeeping(config.usage))
+      }
       await Promise.all(
         workers().map(async worker => {
           send(worker, { kind: 'reload', config })

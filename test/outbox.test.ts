@@ -216,15 +216,9 @@ test('a receiver that is down for a while gets everything, in order, and no clie
   assert.deepEqual(seen, ids)
 })
 
-/** A reporter that does what the test says, and an outbox for it. */
-function outboxFor(
-  t: TestContext,
-  file: string,
-  send: (entries: readonly string[]) => Promise<Verdict>,
-  more: Partial<Reporter> = {},
-  onDelivery: OnDelivery = () => {}
-) {
-  const reporter: Reporter = {
+/** A reporter that does what the test says. */
+function reporterFor(send: Reporter['send'], more: Partial<Reporter> = {}): Reporter {
+  return {
     name: 'test',
     wantsBody: false,
     concurrency: 1,
@@ -235,8 +229,20 @@ function outboxFor(
     close: async () => {},
     ...more
   }
-  const keeping = { keep: 1e9, max_size: 1e9 }
-  const outbox = new Outbox(file, [reporter], keeping, pino({ level: 'silent' }), onDelivery)
+}
+
+const KEEPING = { keep: 1e9, max_size: 1e9 }
+
+/** A reporter that does what the test says, and an outbox for it. */
+function outboxFor(
+  t: TestContext,
+  file: string,
+  send: Reporter['send'],
+  more: Partial<Reporter> = {},
+  onDelivery: OnDelivery = () => {}
+) {
+  const reporter = reporterFor(send, more)
+  const outbox = new Outbox(file, [reporter], KEEPING, pino({ level: 'silent' }), onDelivery)
   t.after(() => outbox.close(AbortSignal.abort()))
   return outbox
 }
@@ -347,6 +353,51 @@ test('what was put aside and is too old becomes a dead letter, also when nobody 
   while (ledger.deadLetters().length < 1) await new Promise(resolve => setTimeout(resolve, 5))
   while (ledger.deferred('test', 0, 10).length > 0) await new Promise(r => setTimeout(r, 5))
   ledger.close()
+})
+
+test('another configuration while the disk takes nothing: what is in memory is not forgotten', async t => {
+  const parent = join(folder(t), 'parent')
+  writeFileSync(parent, '')
+  const asked = Promise.withResolvers<void>()
+  const lost: [string, number][] = []
+  const outbox = outboxFor(
+    t,
+    join(parent, 'usage.db'),
+    (_entries, signal) => {
+      asked.resolve()
+      const stopped = Promise.withResolvers<Verdict>()
+      const verdict = { kind: 'unavailable', reason: 'stopped', retryAfter: 0 } as const
+      signal.addEventListener('abort', () => stopped.resolve(verdict))
+      return stopped.promise
+    },
+    { batch: { max_events: 1, max_wait: 1 } },
+    (result, records) => lost.push([result, records])
+  )
+  await outbox.append('{"id":"1"}')
+  await asked.promise
+  await outbox.append('{"id":"2"}')
+  const seen: string[] = []
+  const heir = reporterFor(async entries => {
+    seen.push(...entries)
+    return { kind: 'delivered' }
+  })
+  await outbox.update([heir], KEEPING)
+  while (seen.length < 2) await new Promise(resolve => setImmediate(resolve))
+  assert.deepEqual(seen, ['{"id":"1"}', '{"id":"2"}'])
+  assert.deepEqual(lost, [['delivered', 2]])
+})
+
+test('two other configurations at the same moment: each record is delivered once', async t => {
+  const seen: string[] = []
+  const take = reporterFor(async entries => {
+    seen.push(...entries)
+    return { kind: 'delivered' }
+  })
+  const outbox = outboxFor(t, ':memory:', take.send)
+  await Promise.all([outbox.update([take], KEEPING), outbox.update([take], KEEPING)])
+  for (const id of ['1', '2', '3']) await outbox.append(id)
+  await outbox.close(AbortSignal.timeout(1_000))
+  assert.deepEqual(seen, ['1', '2', '3'])
 })
 
 test('what cannot be delivered from memory before the end is counted as lost', async t => {

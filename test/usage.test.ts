@@ -273,6 +273,24 @@ test('another configuration: what ends from then on is reported to its reporters
   await gateway.fastify.close()
 })
 
+test('the same configuration once more does not make deliveries anew that are under way', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const answered = Promise.withResolvers<void>()
+  const hook = await fakeBackend(t, async (_request, response) => {
+    await answered.promise
+    response.end()
+  })
+  const config = { backends: [{ url: backend.url }], ...reporting(hook.url) }
+  const gateway = await startGateway(t, config)
+  await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
+  await hook.request(0)
+  const { parseConfig } = await import('../src/config.ts')
+  await gateway.control.reload(parseConfig(JSON.stringify(config), 'test', {}) as never)
+  answered.resolve()
+  await until(async () => (await gateway.metric('llmproxy_webhook_success_total')) === 1)
+  assert.equal(hook.requests.length, 1)
+})
+
 test('tags come from headers, and a price makes a cost', async t => {
   const backend = await fakeBackend(t, answerChat)
   const hook = await receiver(t)

@@ -1,4 +1,5 @@
 import { resolve } from 'node:path'
+import { isDeepStrictEqual } from 'node:util'
 import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
@@ -102,16 +103,19 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
   let options = checkOptions(UsageOptions, { enabled: true, ...givenOptions })
   let rules = toRules(options)
   let outbox: Outbox | undefined
-  const storage = checkOptions(StorageOptions, givenStorage)
+  let storage = checkOptions(StorageOptions, givenStorage)
   const issues = reporterIssues(options, storage)
   if (issues.length > 0) throw new OptionsError(issues)
   await update(options, storage)
 
-  async function update(changed: UsageOptions, storage: StorageOptions): Promise<void> {
+  async function update(changed: UsageOptions, changedStorage: StorageOptions): Promise<void> {
+    // Deliveries that are under way would be made once more.
+    const isSame = isDeepStrictEqual([changed, changedStorage], [options, storage])
     options = changed
+    storage = changedStorage
     rules = toRules(changed)
     // Of several processes another one delivers.
-    if (fastify.peers !== undefined) return
+    if (fastify.peers !== undefined || (isSame && outbox !== undefined)) return
     const reporters = toReporters(changed, { storage, dataDir: fastify.dataDir, log })
     if (changed.enabled && reporters.length === 0) log.warn('usage is enabled but has no reporters')
     if (outbox !== undefined) await outbox.update(reporters, toKeeping(changed))

@@ -64,6 +64,8 @@ export class Courier {
   readonly #retrying: NodeJS.Timeout
   #markTold = 0
   #isRetrying = false
+  /** What was under way when it was stopped. */
+  readonly #left: Waiting[] = []
   #whenIdle = Promise.withResolvers<void>()
 
   constructor(reporter: Reporter, outbox: Outbox, log: FastifyBaseLogger, onDelivery: OnDelivery) {
@@ -121,8 +123,8 @@ export class Courier {
     }
   }
 
-  /** Ends what is under way. What was not delivered stays where it is. */
-  async stop(): Promise<void> {
+  /** Ends what is under way. Returns what was not delivered and is on no disk; the rest stays in the ledger. */
+  async stop(): Promise<Page[]> {
     this.#stopping.abort()
     clearTimeout(this.#timer)
     clearInterval(this.#marking)
@@ -130,6 +132,9 @@ export class Courier {
     if (this.#sending > 0) await this.#idle()
     this.#tellMark()
     await this.#reporter.close()
+    return [...this.#left, ...this.#queue]
+      .filter(({ page }) => page === undefined)
+      .map(({ at, entry }) => ({ seq: 0, at, entries: [entry] }))
   }
 
   /** The ledger is another one, which counts from the beginning: its file was replaced, or it was in memory. */
@@ -228,7 +233,7 @@ export class Courier {
         this.#succeed()
         return this.#done(batch, 'delivered')
       }
-      if (this.#isStopped) return
+      if (this.#isStopped) break
       const { kind, reason } = verdict
       // One of them spoils it for all.
       if (kind === 'refused' && batch.length > 1) {
@@ -247,6 +252,7 @@ export class Courier {
       const wait = Math.min(FIRST_WAIT * 2 ** attempt, MAX_WAIT) * (0.75 + Math.random() / 4)
       await this.#pause(Math.max(wait, Math.min(verdict.retryAfter, MAX_RETRY_AFTER)))
     }
+    this.#left.push(...batch)
   }
 
   #done(batch: Waiting[], result: Delivery): void {
