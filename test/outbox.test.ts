@@ -317,6 +317,41 @@ test('a record that is put aside while the disk takes nothing is not forgotten',
   assert.deepEqual(seen, ['{"id":"1"}'])
 })
 
+test('a record at which a receiver alone fails holds up no others, whatever it says', async t => {
+  const file = join(folder(t), 'usage.db')
+  const poison = '{"id":"poison"}'
+  const seen: string[] = []
+  let failures = 0
+  const outbox = outboxFor(
+    t,
+    file,
+    async entries => {
+      if (entries.includes(poison)) {
+        failures++
+        return { kind: 'unavailable', reason: 'status 500', retryAfter: 0 }
+      }
+      seen.push(...entries)
+      return { kind: 'delivered' }
+    },
+    { concurrency: 3, batch: { max_events: 2, max_wait: 1 } }
+  )
+  await Promise.all([outbox.append(poison), outbox.append('{"id":"beside"}')])
+  while (failures < 2) await new Promise(resolve => setTimeout(resolve, 5))
+  const ledger = new Ledger(file)
+  const count = () => ledger.deferred('test', 0, 10).length
+  for (let id = 0; count() === 0; id++) {
+    await outbox.append(`{"id":"${id}"}`)
+    await new Promise(resolve => setTimeout(resolve, 20))
+  }
+  assert.deepEqual(
+    ledger.deferred('test', 0, 10).map(({ entry }) => entry),
+    [poison]
+  )
+  while (!seen.includes('{"id":"beside"}')) await new Promise(resolve => setTimeout(resolve, 5))
+  assert.equal(new Set(seen).size, seen.length)
+  ledger.close()
+})
+
 test('of a batch only what is too old becomes a dead letter', async t => {
   const file = join(folder(t), 'usage.db')
   const ledger = new Ledger(file)

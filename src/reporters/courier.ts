@@ -14,6 +14,8 @@ const MAX_LENGTH = 16 * 1024 * 1024
 const FIRST_WAIT = 100
 const MAX_WAIT = 5_000
 const MAX_RETRY_AFTER = 60_000
+/** So many failures say that a record alone is refused, if others are taken in between. */
+const ENOUGH_FAILURES = 5
 /** How often (ms) the ledger is told where a reporter has got to, and asked for what was put aside. */
 const MARK_INTERVAL = 100
 const DEFERRED_INTERVAL = 5_000
@@ -34,8 +36,9 @@ interface Waiting {
 
 /**
  * Brings records to one reporter, in the order of the ledger, up to `concurrency` deliveries at a time.
- * A reporter that cannot be reached is tried again until it can; a record that it alone refuses is put
- * aside, and tried again from there. One that is older than `max_age` becomes a dead letter.
+ * A reporter that cannot be reached is tried again until it can; a record that it refuses, or fails at while
+ * it takes others, is put aside and tried again from there, unless the order is to be kept. One that is older
+ * than `max_age` becomes a dead letter.
  */
 export class Courier {
   readonly name: string
@@ -59,11 +62,14 @@ export class Courier {
   #sendingRecords = 0
   /** Failed deliveries since the last that succeeded. */
   #failures = 0
+  #successes = 0
   #timer: NodeJS.Timeout | undefined
   readonly #marking: NodeJS.Timeout
   readonly #retrying: NodeJS.Timeout
   #markTold = 0
   #isRetrying = false
+  /** The last one of those put aside that was tried. */
+  #retried = 0
   /** What was under way when it was stopped. */
   readonly #left: Waiting[] = []
   #whenIdle = Promise.withResolvers<void>()
@@ -196,8 +202,7 @@ export class Courier {
   #proceed(): void {
     const { concurrency, batch } = this.#reporter
     while (this.#queue.length > 0 && !this.#isStopped) {
-      // While nobody answers one delivery asks, not all.
-      if (this.#sending >= (this.#failures > 0 ? 1 : concurrency)) return
+      if (this.#sending >= concurrency) return
       if (this.#queue.length < batch.max_events && !this.#isFinishing) {
         this.#timer ??= setTimeout(() => void this.#send(), batch.max_wait)
         return
@@ -226,6 +231,7 @@ export class Courier {
 
   async #deliver(given: Waiting[]): Promise<void> {
     let batch = given
+    let successes = this.#successes
     for (let attempt = 0; !this.#isStopped; attempt++) {
       const entries = batch.map(({ entry }) => entry)
       const verdict = await this.#reporter.send(entries, this.#stopping.signal)
@@ -234,7 +240,10 @@ export class Courier {
         return this.#done(batch, 'delivered')
       }
       if (this.#isStopped) break
-      const { kind, reason } = verdict
+      const { reason } = verdict
+      const isAlone = attempt + 1 >= ENOUGH_FAILURES && this.#successes > successes
+      const kind = isAlone ? 'refused' : verdict.kind
+      successes = this.#successes
       // One of them spoils it for all.
       if (kind === 'refused' && batch.length > 1) {
         for (const one of batch) await this.#deliver([one])
@@ -316,19 +325,24 @@ export class Courier {
     this.#onDelivery('failed', 1)
   }
 
-  /** Tries again what was put aside, one by one, until nobody answers. */
+  /** Tries again what was put aside, one by one, until nobody answers; the next time it goes on behind that. */
   async #retryDeferred(): Promise<void> {
     if (this.#isRetrying) return
     this.#isRetrying = true
-    let after = 0
     let isTaking = true
     while (isTaking && !this.#isStopped && this.#failures === 0) {
       const records = await this.#outbox
-        .deferred(this.name, after, DEFERRED_AT_ONCE)
+        .deferred(this.name, this.#retried, DEFERRED_AT_ONCE)
         .catch(() => [])
-      if (records.length === 0) break
-      after = records.at(-1)!.rowid
-      for (const each of records) isTaking &&= await this.#retry(each)
+      if (records.length === 0) {
+        this.#retried = 0
+        break
+      }
+      for (const each of records) {
+        this.#retried = each.rowid
+        isTaking = await this.#retry(each)
+        if (!isTaking) break
+      }
     }
     this.#isRetrying = false
   }
@@ -350,6 +364,7 @@ export class Courier {
   #succeed(): void {
     if (this.#failures > 0) this.#log.info({ reporter: this.name }, 'usage is reported again')
     this.#failures = 0
+    this.#successes++
   }
 
   #fail(kind: 'refused' | 'unavailable', reason: string): void {
