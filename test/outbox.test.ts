@@ -8,6 +8,7 @@ import { pino } from 'pino'
 import { parseConfig } from '../src/config.ts'
 import type { Peers } from '../src/peers.ts'
 import { Answer } from '../src/pool/answer.ts'
+import { Complaint } from '../src/reporters/complaint.ts'
 import type { OnDelivery } from '../src/reporters/courier.ts'
 import { Ledger } from '../src/reporters/ledger.ts'
 import { Outbox } from '../src/reporters/outbox.ts'
@@ -231,6 +232,14 @@ function reporterFor(send: Reporter['send'], more: Partial<Reporter> = {}): Repo
   }
 }
 
+/** A receiver that never answers. */
+function untilStopped(_entries: readonly string[], signal: AbortSignal): Promise<Verdict> {
+  const stopped = Promise.withResolvers<Verdict>()
+  const verdict = { kind: 'unavailable', reason: 'stopped', retryAfter: 0 } as const
+  signal.addEventListener('abort', () => stopped.resolve(verdict))
+  return stopped.promise
+}
+
 const KEEPING = { keep: 1e9, max_size: 1e9 }
 
 /** A reporter that does what the test says, and an outbox for it. */
@@ -239,10 +248,11 @@ function outboxFor(
   file: string,
   send: Reporter['send'],
   more: Partial<Reporter> = {},
-  onDelivery: OnDelivery = () => {}
+  onDelivery: OnDelivery = () => {},
+  log = pino({ level: 'silent' })
 ) {
   const reporter = reporterFor(send, more)
-  const outbox = new Outbox(file, [reporter], KEEPING, pino({ level: 'silent' }), onDelivery)
+  const outbox = new Outbox(file, [reporter], KEEPING, log, onDelivery)
   t.after(() => outbox.close(AbortSignal.abort()))
   return outbox
 }
@@ -398,12 +408,9 @@ test('another configuration while the disk takes nothing: what is in memory is n
   const outbox = outboxFor(
     t,
     join(parent, 'usage.db'),
-    (_entries, signal) => {
+    (entries, signal) => {
       asked.resolve()
-      const stopped = Promise.withResolvers<Verdict>()
-      const verdict = { kind: 'unavailable', reason: 'stopped', retryAfter: 0 } as const
-      signal.addEventListener('abort', () => stopped.resolve(verdict))
-      return stopped.promise
+      return untilStopped(entries, signal)
     },
     { batch: { max_events: 1, max_wait: 1 } },
     (result, records) => lost.push([result, records])
@@ -433,6 +440,52 @@ test('two other configurations at the same moment: each record is delivered once
   for (const id of ['1', '2', '3']) await outbox.append(id)
   await outbox.close(AbortSignal.timeout(1_000))
   assert.deepEqual(seen, ['1', '2', '3'])
+})
+
+test('what neither disk nor memory takes is counted, and said at most once in a while', async t => {
+  const parent = join(folder(t), 'parent')
+  writeFileSync(parent, '')
+  const said: { records: number }[] = []
+  const write = (line: string) => {
+    if (line.includes('are lost: neither')) said.push(JSON.parse(line))
+  }
+  let lost = 0
+  const outbox = outboxFor(
+    t,
+    join(parent, 'usage.db'),
+    untilStopped,
+    {},
+    (_result, records) => {
+      lost += records
+    },
+    pino({}, { write }) as never
+  )
+  for (let page = 0; page < 60; page++) {
+    await Promise.all(Array.from({ length: 100 }, (_, id) => outbox.append(`${page}-${id}`)))
+  }
+  assert.equal(lost, 900)
+  assert.deepEqual(
+    said.map(({ records }) => records),
+    [100]
+  )
+})
+
+test('a complaint is made at once, and then now and then with what has come together', t => {
+  t.mock.timers.enable({ apis: ['setTimeout'] })
+  const said: [number, string][] = []
+  const complaint = new Complaint((records, reason) => said.push([records, reason]))
+  for (let record = 0; record < 5; record++) complaint.add(1, 'a')
+  assert.deepEqual(said, [[1, 'a']])
+  t.mock.timers.tick(10_000)
+  assert.deepEqual(said[1], [4, 'a'])
+  t.mock.timers.tick(10_000)
+  complaint.add(2, 'b')
+  complaint.add(3, 'c')
+  complaint.end()
+  assert.deepEqual(said.slice(2), [
+    [2, 'b'],
+    [3, 'c']
+  ])
 })
 
 test('what cannot be delivered from memory before the end is counted as lost', async t => {

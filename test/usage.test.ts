@@ -384,5 +384,5 @@ test('a record that alone is refused does not hold up those behind it', async t 
   }
   await hook.request(2)
   assert.deepEqual(seen.toSorted(), ['a', 'b', 'poison'])
-  await gateway.logged({ msg: 'a usage record was refused; it will be tried again' })
+  await gateway.logged({ msg: 'usage records were refused; they will be tried again' })
 })

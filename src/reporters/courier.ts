@@ -1,5 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
+import { Complaint } from './complaint.ts'
 import type { Deferred, Page } from './ledger.ts'
 import type { Keep, Outbox } from './outbox.ts'
 import { type Reporter, untilStopped } from './reporter.ts'
@@ -46,6 +47,9 @@ export class Courier {
   readonly #outbox: Outbox
   readonly #log: FastifyBaseLogger
   readonly #onDelivery: OnDelivery
+  readonly #refused = this.#complaint('usage records were refused; they will be tried again')
+  readonly #givenUp = this.#complaint('usage records given up')
+  readonly #lost = this.#complaint('usage records are lost: neither disk nor memory takes them')
   readonly #stopping = new AbortController()
   #queue: Waiting[] = []
   #length = 0
@@ -137,6 +141,7 @@ export class Courier {
     clearInterval(this.#retrying)
     if (this.#sending > 0) await this.#idle()
     this.#tellMark()
+    for (const each of [this.#refused, this.#givenUp, this.#lost]) each.end()
     await this.#reporter.close()
     return [...this.#left, ...this.#queue]
       .filter(({ page }) => page === undefined)
@@ -184,8 +189,9 @@ export class Courier {
       this.#position = seq
       this.#open.push(page)
     }
+    let lost = 0
     for (const entry of entries) {
-      if (page === undefined && !this.#hasRoom()) this.#lose()
+      if (page === undefined && !this.#hasRoom()) lost++
       else if (!this.#reporter.accepts(entry)) {
         if (page !== undefined) page.left--
       } else {
@@ -194,6 +200,7 @@ export class Courier {
         this.#length += entry.length
       }
     }
+    if (lost > 0) this.#lose(lost)
     this.#advance()
     this.#proceed()
   }
@@ -300,10 +307,7 @@ export class Courier {
   async #bury(batch: { entry: string }[], reason: string): Promise<boolean> {
     const entries = batch.map(({ entry }) => entry)
     if (!(await this.#keep({ kind: 'bury', reporter: this.name, reason, entries }))) return false
-    this.#log.error(
-      { reporter: this.name, reason, records: batch.length },
-      'usage records given up'
-    )
+    this.#givenUp.add(batch.length, reason)
     return true
   }
 
@@ -317,12 +321,9 @@ export class Courier {
     return untilStopped(this.#stopping.signal, keep, false)
   }
 
-  #lose(): void {
-    this.#log.error(
-      { reporter: this.name },
-      'a usage record is lost: neither disk nor memory takes it'
-    )
-    this.#onDelivery('failed', 1)
+  #lose(records: number): void {
+    this.#lost.add(records, this.#outbox.trouble ?? 'the disk did not take them')
+    this.#onDelivery('failed', records)
   }
 
   /** Tries again what was put aside, one by one, until nobody answers; the next time it goes on behind that. */
@@ -368,10 +369,17 @@ export class Courier {
   }
 
   #fail(kind: 'refused' | 'unavailable', reason: string): void {
-    if (kind === 'unavailable') this.#failures++
-    if (kind === 'unavailable' && this.#failures > 1) return
-    const message = kind === 'refused' ? 'a usage record was refused' : 'usage cannot be reported'
-    this.#log.error({ reporter: this.name, reason }, `${message}; it will be tried again`)
+    if (kind === 'refused') return this.#refused.add(1, reason)
+    this.#failures++
+    if (this.#failures > 1) return
+    const message = 'usage cannot be reported; it will be tried again'
+    this.#log.error({ reporter: this.name, reason }, message)
+  }
+
+  #complaint(message: string): Complaint {
+    return new Complaint((records, reason) =>
+      this.#log.error({ reporter: this.name, reason, records }, message)
+    )
   }
 
   #idle(): Promise<void> {

@@ -1,0 +1,48 @@
+/** How long (ms) the same thing is not said again. */
+const PAUSE = 10_000
+
+/**
+ * Something that may befall one record after the other: it is said at once, and then every 10 s of how many
+ * records it was true since.
+ *
+ * @example
+ * const refused = new Complaint((records, reason) => log.error({ records, reason }, 'records were refused'))
+ * for (const each of records) refused.add(1, 'status 400')
+ * refused.end()
+ */
+export class Complaint {
+  readonly #say: (records: number, reason: string) => void
+  #records = 0
+  #reason = ''
+  #timer: NodeJS.Timeout | undefined
+
+  constructor(say: (records: number, reason: string) => void) {
+    this.#say = say
+  }
+
+  add(records: number, reason: string): void {
+    this.#records += records
+    this.#reason = reason
+    if (this.#timer === undefined) this.#speak()
+  }
+
+  /** Says what was not said yet. */
+  end(): void {
+    clearTimeout(this.#timer)
+    this.#timer = undefined
+    this.#sayRest()
+  }
+
+  #speak(): void {
+    this.#sayRest()
+    this.#timer = setTimeout(() => {
+      this.#timer = undefined
+      if (this.#records > 0) this.#speak()
+    }, PAUSE).unref()
+  }
+
+  #sayRest(): void {
+    if (this.#records > 0) this.#say(this.#records, this.#reason)
+    this.#records = 0
+  }
+}
