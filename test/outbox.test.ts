@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { once } from 'node:events'
-import { writeFileSync } from 'node:fs'
+import { rmSync, writeFileSync } from 'node:fs'
 import { createServer } from 'node:http'
 import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
@@ -398,6 +398,23 @@ test('what was put aside and is too old becomes a dead letter, also when nobody 
   while (ledger.deadLetters().length < 1) await new Promise(resolve => setTimeout(resolve, 5))
   while (ledger.deferred('test', 0, 10).length > 0) await new Promise(r => setTimeout(r, 5))
   ledger.close()
+})
+
+test('a new reporter gets what was written while its place was not known yet', async t => {
+  const parent = join(folder(t), 'parent')
+  writeFileSync(parent, '')
+  const seen: string[] = []
+  const outbox = outboxFor(t, join(parent, 'usage.db'), async entries => {
+    seen.push(...entries)
+    return { kind: 'delivered' }
+  })
+  await outbox.append('{"id":"1"}')
+  assert.ok(outbox.trouble)
+  rmSync(parent)
+  await outbox.append('{"id":"2"}')
+  assert.equal(outbox.trouble, undefined)
+  while (seen.length < 2) await new Promise(resolve => setTimeout(resolve, 5))
+  assert.deepEqual(seen, ['{"id":"1"}', '{"id":"2"}'])
 })
 
 test('another configuration while the disk takes nothing: what is in memory is not forgotten', async t => {

@@ -57,6 +57,8 @@ export class Courier {
   #unsafe = 0
   /** The last page that was taken into the queue; undefined until the ledger has told the mark. */
   #position: number | undefined
+  /** The page before the first that was offered until then. */
+  #before = Number.POSITIVE_INFINITY
   #isFilling = false
   #isFinishing = false
   /** Pages that were taken, oldest first. */
@@ -85,7 +87,7 @@ export class Courier {
     this.#log = log
     this.#onDelivery = onDelivery
     this.#marking = setInterval(() => this.#tellMark(), MARK_INTERVAL).unref()
-    this.#retrying = setInterval(() => void this.#retryDeferred(), DEFERRED_INTERVAL).unref()
+    this.#retrying = setInterval(() => this.#lookAgain(), DEFERRED_INTERVAL).unref()
   }
 
   /** Records that are known here and not delivered; there may be more in the ledger. */
@@ -102,7 +104,11 @@ export class Courier {
     while (this.#position === undefined && !this.#isStopped) {
       const mark = await this.#outbox.markOf(this.name).catch(() => undefined)
       if (mark === undefined) await this.#pause(MAX_WAIT)
-      else this.#position = this.#mark = this.#markTold = mark
+      else {
+        // To a new reporter's mark all belongs that was there when it was asked for at last.
+        this.#position = this.#mark = Math.min(mark, this.#before)
+        this.#markTold = mark
+      }
     }
     void this.#retryDeferred()
     await this.#fill()
@@ -110,6 +116,9 @@ export class Courier {
 
   /** A page that was just committed; without a number it is in memory alone. */
   offer(page: Page): void {
+    if (page.seq > 0 && this.#position === undefined) {
+      this.#before = Math.min(this.#before, page.seq - 1)
+    }
     if (page.seq > 0 && this.#position !== undefined && page.seq <= this.#position) {
       this.#beginAnew(page.seq - 1)
     }
@@ -177,10 +186,15 @@ export class Courier {
         found = true
       }
     } catch {
-      // The outbox has said so; the next page, or the next delivery, is the next try.
+      // The outbox has said so; there are more tries to come.
     }
     this.#isFilling = false
     return found
+  }
+
+  #lookAgain(): void {
+    void this.#retryDeferred()
+    if (this.pending === 0) void this.#fill()
   }
 
   #take({ seq, at, entries }: Page): void {
