@@ -291,6 +291,29 @@ test('the same configuration once more does not make deliveries anew that are un
   assert.equal(hook.requests.length, 1)
 })
 
+test('a body that is asked for too late is left out', async t => {
+  const going = Promise.withResolvers<void>()
+  const backend = await fakeBackend(t, async (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+    await going.promise
+    response.end(DONE)
+  })
+  const hook = await receiver(t)
+  const config = (webhook: object) => ({
+    backends: [{ url: backend.url }],
+    ...reporting(hook.url, webhook)
+  })
+  const gateway = await startGateway(t, config({}))
+  const answer = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+  const { parseConfig } = await import('../src/config.ts')
+  const changed = JSON.stringify(config({ include_request_body: true }))
+  await gateway.control.reload(parseConfig(changed, 'test', {}) as never)
+  going.resolve()
+  await answer.text()
+  assert.equal((await hook.event()).request_body, undefined)
+})
+
 test('tags come from headers, and a price makes a cost', async t => {
   const backend = await fakeBackend(t, answerChat)
   const hook = await receiver(t)

@@ -152,7 +152,8 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     if (sink === undefined || !rules.isOn || exchange.attempts === 0) return
     const price = rules.price(exchange.request.payload?.model)
     const json = JSON.stringify(toRecord(exchange, fastify.prefix, rules.tags, price))
-    const body = rules.wantsBody ? exchange.request.payload?.bytes : undefined
+    // One that began under another configuration may have let its body go.
+    const body = rules.wantsBody && exchange.keepsBody ? exchange.request.payload?.bytes : undefined
     const recorded = sink.append(toEntry(json, body))
     if (options.durability === 'strict') exchange.recorded = recorded
   })
