@@ -1,6 +1,9 @@
 import assert from 'node:assert/strict'
+import { join } from 'node:path'
+import { DatabaseSync } from 'node:sqlite'
 import { test } from 'node:test'
 import { Ledger } from '../src/reporters/ledger.ts'
+import { folder } from './process.ts'
 
 test('pages come back as they were written, in order', () => {
   const ledger = new Ledger(':memory:')
@@ -10,6 +13,22 @@ test('pages come back as they were written, in order', () => {
   assert.deepEqual(ledger.next(0), { seq: 1, at: 1, entries: pages[0] })
   assert.deepEqual(ledger.next(1), { seq: 2, at: 1, entries: pages[1] })
   assert.equal(ledger.next(2), undefined)
+})
+
+test('whoever reads all records keeps nobody from writing, nor the file from being tidied', t => {
+  const file = join(folder(t), 'usage.db')
+  const ledger = new Ledger(file)
+  for (const at of [1, 2, 3, 4]) ledger.append([`a${at}`, `b${at}`], at)
+  const entries = ledger.entries(2)
+  assert.equal(entries.next().value, 'a2')
+  ledger.append(['late'], 5)
+  const other = new DatabaseSync(file)
+  const { busy } = other.prepare('PRAGMA wal_checkpoint(TRUNCATE)').get()!
+  assert.equal(busy, 0, 'no statement is open')
+  other.close()
+  assert.deepEqual([...entries], ['b2', 'a3', 'b3', 'a4', 'b4'])
+  assert.deepEqual([...ledger.entries(6)], [])
+  ledger.close()
 })
 
 test('a new reporter begins with what comes, and keeps its mark', () => {

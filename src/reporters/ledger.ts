@@ -153,10 +153,18 @@ export class Ledger {
     })
   }
 
-  /** Every record that is still here and was committed since then (Unix ms), oldest first. */
+  /**
+   * Every record that is still here and was committed since then (Unix ms), oldest first. Page by page: a
+   * statement that stays open keeps SQLite from emptying its log, which grows and grows.
+   */
   *entries(since: number): Generator<string> {
-    const pages = this.#db.prepare('SELECT entries FROM pages WHERE at >= ? ORDER BY seq')
-    for (const { entries } of pages.iterate(since)) yield* String(entries).split(SEPARATOR)
+    const first = this.#db.prepare('SELECT min(seq) AS seq FROM pages WHERE at >= ?').get(since)
+    const { last } = this.#db.prepare('SELECT max(seq) AS last FROM pages').get()!
+    if (first?.seq == null) return
+    let page = this.next(Number(first.seq) - 1)
+    for (; page !== undefined && page.seq <= Number(last); page = this.next(page.seq)) {
+      if (page.at >= since) yield* page.entries
+    }
   }
 
   deadLetters(): DeadLetter[] {
