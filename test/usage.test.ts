@@ -129,6 +129,31 @@ test('a stream that was cut, a failed call and a refused one', async t => {
   assert.equal(hook.requests.length, 2, 'what reached no backend is not reported')
 })
 
+test('a body that turns out too large on its way: one record, and an outcome that a record may have', async t => {
+  const backend = await fakeBackend(t, () => {})
+  const hook = await receiver(t)
+  const gateway = await startGateway(t, {
+    server: { max_body_size: '64KB' },
+    backends: [{ url: backend.url }],
+    ...reporting(hook.url)
+  })
+  const body = new ReadableStream({
+    async pull(controller) {
+      await new Promise(resolve => setTimeout(resolve, 5))
+      controller.enqueue(Buffer.alloc(20_000))
+    }
+  })
+  const response = await fetch(`${gateway.url}/v1/audio/transcriptions`, {
+    method: 'POST',
+    body,
+    duplex: 'half',
+    headers: { 'content-type': 'multipart/form-data; boundary=x' }
+  } as never)
+  assert.equal(response.status, 413)
+  const event = await hook.event()
+  assert.deepEqual([event.outcome, event.status_code, event.attempts], ['client_gone', 413, 1])
+})
+
 test('a delivery that fails is made again, and each event is delivered once', async t => {
   const backend = await fakeBackend(t, answerChat)
   const hook = await receiver(t, [500, [429, { 'retry-after': '0' }], 302, 200])

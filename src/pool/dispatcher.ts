@@ -123,7 +123,8 @@ class Delivery implements AttemptOwner, Work {
   }
 
   failed(attempt: Attempt, kind: FailureKind, error: Error, progress: Progress): void {
-    if (error instanceof GatewayError) return this.#giveUp(error, 'rejected')
+    // The client's body broke off, or went on for too long: a backend has had some of it.
+    if (error instanceof GatewayError) return this.#giveUp(error, 'client_gone')
     // A server may close an idle connection just as it is used again; that is nobody's fault.
     if (progress.isStale && !this.#hasRepeated && this.#canResend()) {
       this.#hasRepeated = true
