@@ -129,6 +129,32 @@ test('a stream that was cut, a failed call and a refused one', async t => {
   assert.equal(hook.requests.length, 2, 'what reached no backend is not reported')
 })
 
+test('a client that leaves while it waits has cost its prompt; one whose backend is away has not', async t => {
+  const backend = await fakeBackend(t, () => {})
+  const hook = await receiver(t)
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    ...reporting(hook.url)
+  })
+  for (const [index, stream] of [true, false].entries()) {
+    const body = JSON.stringify({ ...CHAT, stream })
+    const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+    await backend.request(index)
+    client.socket.destroy()
+    const event = await hook.event(index)
+    assert.deepEqual([event.outcome, event.exactness], ['client_gone', 'counted'])
+    assert.ok(event.prompt_tokens > 0)
+    assert.deepEqual([event.completion_tokens, event.total_tokens], [0, event.prompt_tokens])
+  }
+  const away = await startGateway(t, {
+    backends: [{ url: `http://127.0.0.1:${await closedPort()}` }],
+    ...reporting(hook.url)
+  })
+  await (await post(`${away.url}/v1/chat/completions`, CHAT)).text()
+  const { outcome, exactness, total_tokens } = await hook.event(2)
+  assert.deepEqual([outcome, exactness, total_tokens], ['backend_failed', null, 0])
+})
+
 test('a body that turns out too large on its way: one record, and an outcome that a record may have', async t => {
   const backend = await fakeBackend(t, () => {})
   const hook = await receiver(t)

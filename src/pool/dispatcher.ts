@@ -101,6 +101,10 @@ class Delivery implements AttemptOwner, Work {
     return this.#exchange.question?.asked ? 'asked' : undefined
   }
 
+  sent(): void {
+    this.#exchange.isWaiting = true
+  }
+
   deliver(attempt: Attempt, head: Head, answer: Answer): void {
     for (const other of this.#attempts) if (other !== attempt) other.cancel()
     this.#answer = answer
@@ -172,6 +176,7 @@ class Delivery implements AttemptOwner, Work {
   }
 
   #retry(wait: number): void {
+    this.#exchange.isWaiting = false
     if (wait === 0) return this.#next()
     this.#waits++
     this.#tried = [...(this.#notBefore?.keys() ?? [])].filter(each => this.#askedWait(each) > wait)
@@ -225,6 +230,7 @@ class Delivery implements AttemptOwner, Work {
   #handOver(head: Head, answer: Answer): void {
     const { done } = this.#call!
     this.#call = undefined
+    this.#exchange.isWaiting = false
     this.#exchange.forgetBody()
     done(null, { ...head, body: answer })
   }
