@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
-import { Complaint } from './complaint.ts'
+import { Complaint } from '../logs/complaint.ts'
 import type { Deferred, Page } from './ledger.ts'
 import type { Keep, Outbox } from './outbox.ts'
 import { type Reporter, untilStopped } from './reporter.ts'

@@ -2,8 +2,8 @@
 const PAUSE = 10_000
 
 /**
- * Something that may befall one record after the other: it is said at once, and then every 10 s of how many
- * records it was true since.
+ * Something that may befall one record, or one line, after the other: it is said at once, and then every 10 s
+ * of how many it was true since.
  *
  * @example
  * const refused = new Complaint((records, reason) => log.error({ records, reason }, 'records were refused'))
