@@ -6,9 +6,11 @@ const PAUSE = 10_000
  * of how many it was true since.
  *
  * @example
- * const refused = new Complaint((records, reason) => log.error({ records, reason }, 'records were refused'))
- * for (const each of records) refused.add(1, 'status 400')
+ * const said = []
+ * const refused = new Complaint((records, reason) => said.push(`${records} refused: ${reason}`))
+ * for (let record = 0; record < 5; record++) refused.add(1, 'status 400')
  * refused.end()
+ * said // ['1 refused: status 400', '4 refused: status 400']
  */
 export class Complaint {
   readonly #say: (records: number, reason: string) => void
