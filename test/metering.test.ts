@@ -610,6 +610,13 @@ test('cached tokens are within prompt_tokens, also when they go by Anthropic’s
   )
 })
 
+test('more cached tokens than the prompt has do not make a call cheaper than nothing', () => {
+  const text =
+    '{"usage":{"prompt_tokens":10,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":64}}}'
+  const { meter } = run({ framing: 'json', dialect: openai, text } as Case, [], false)
+  assert.deepEqual([meter.usage?.promptTokens, meter.usage?.cachedTokens], [10, 10])
+})
+
 test('/api/generate streams by default too, and time per token is in seconds', async t => {
   const backend = await fakeBackend(t, async (_request, response) => {
     response.writeHead(200, { 'content-type': 'application/x-ndjson' })
