@@ -19,7 +19,7 @@ interface Schema {
   items?: Schema
   properties?: Record<string, Schema>
   patternProperties?: Record<string, Schema>
-  required?: string[]
+  required?: string[] | undefined
   additionalProperties?: boolean
   minimum?: number
   maximum?: number
@@ -196,8 +196,9 @@ function reference(): string {
     '- Durations have a unit: `500ms`, `30s`, `1m30s`, `1h`. Sizes too: `512KB`, `64MB` (1 KB = 1024).',
     '- An unknown name, a wrong type or a missing value stops the start, with file, line and column.',
     '- `SIGHUP`, or a change of the file, reloads it. Running calls keep what they began with. A broken',
-    '  file is refused and the last good one stays. Changes of `server`, `log` (but for `log.level`)',
-    '  and `metrics` need a restart, and the log says so; TLS files are read again when they change.',
+    '  file is refused and the last good one stays. Changes of `server`, `log` (but for `log.level`),',
+    '  `metrics` and `auth.db_path` need a restart, and the log says so; TLS files are read again when',
+    '  they change.',
     '- An editor that knows YAML Language Server checks the file as you type with',
     '  `# yaml-language-server: $schema=llmproxy.schema.json` in its first line.',
     '',

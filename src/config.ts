@@ -21,7 +21,7 @@ const texts = (description: string, fallback: string[] = []) =>
 
 const MAX_WORKERS = 128
 /** Sections that must be right before it is asked whether they find what they name. */
-const USES_STORAGE = ['usage', 'logging', 'storage']
+const USES_STORAGE = ['auth', 'rate_limit', 'usage', 'logging', 'storage']
 
 const ServerOptions = Section(
   {
@@ -169,20 +169,8 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
 }
 
 /** Rules between members, which the schema can't say. */
-function incomplete({ server, rate_limit: limits }: Config): Issue[] {
+function incomplete({ server }: Config): Issue[] {
   const issues: Issue[] = []
-  for (const part of ['global', 'per_key'] as const) {
-    const { burst_size, requests_per_second, requests_per_minute } = limits?.[part] ?? {}
-    if (burst_size && !requests_per_second && !requests_per_minute) {
-      const message = 'needs requests_per_second or requests_per_minute beside it'
-      issues.push({ path: ['rate_limit', part, 'burst_size'], message })
-    }
-  }
-  if (server?.workers !== 1 && limits?.enabled === true) {
-    const message =
-      'must be 1 together with rate_limit: limits are counted in each process by itself so far'
-    issues.push({ path: ['server', 'workers'], message })
-  }
   const tls = server?.tls
   if (server?.read_timeout < server?.header_timeout) {
     const message = 'must not be shorter than header_timeout, which is part of it'

@@ -253,6 +253,7 @@ const WEBHOOK: [string, number, unknown, number, string | undefined][] = [
   ['no balance', 200, { balance: 0 }, 429, 'insufficient_quota'],
   ['quota left', 200, { total_quota: 10, used_quota: 9 }, 200, undefined],
   ['quota used', 200, { total_quota: 10, used_quota: 10 }, 429, 'insufficient_quota'],
+  ['an unreadable quota', 200, { total_quota: 'much', used_quota: 0 }, 403, 'key_refused'],
   ['another address', 200, { allowed_ips: ['10.0.0.0/8'] }, 403, 'ip_not_allowed'],
   ['one address as text', 200, { allowed_ips: '10.0.0.1' }, 403, 'ip_not_allowed'],
   ['an unreadable address', 200, { allowed_ips: ['10.0.0.0/99'] }, 403, 'ip_not_allowed'],
@@ -277,20 +278,20 @@ test('the webhook decides by its status and what it says', async t => {
   })
   for (const [name, status, body, expected, code] of WEBHOOK) {
     answer = [status, body]
-    const got = await bearer('sk-1')
+    const got = await bearer(`sk-1-${name.replaceAll(' ', '-')}`)
     assert.deepEqual([got.status, got.code], [expected, code], name)
   }
-  const unreadable = gateway.lines.filter(({ msg }) => msg === 'a time of a key is unreadable')
+  const unreadable = gateway.lines.filter(({ msg }) => msg === 'a member of a key is unreadable')
   assert.deepEqual(
     unreadable.map(({ member }) => member),
-    ['expiresAt', 'expiresAt', 'expiresAt']
+    ['expires_at', 'expires_at', 'expires_at', 'total_quota']
   )
   const [request] = hook.requests
   assert.equal(request!.method, 'POST')
   assert.equal(request!.url, '/check?a=b')
   assert.equal(request!.headers['x-secret'], 's')
   const sent = JSON.parse(request!.body)
-  assert.equal(sent.api_key, 'sk-1')
+  assert.equal(sent.api_key, 'sk-1-all-well')
   assert.ok(Math.abs(sent.timestamp - Date.now() / 1000) < 60)
   assert.doesNotMatch(JSON.stringify(gateway.lines), /sk-1/)
 })

@@ -35,6 +35,9 @@ export interface KeySource {
    * @throws when the source can't tell (it is down): the caller gets 503, not 401
    */
   lookup(key: string, hash: string): Promise<KeyRecord | GatewayError | undefined>
+  /** Drops what it remembers of the key with this hash, or of all. */
+  forget?(hash?: string): void
+  close?(): Promise<void>
 }
 
 const StatusCode = (what: string, status: number, message: string, allow = false) =>
@@ -129,6 +132,25 @@ export function hashKey(key: string): string {
 }
 
 /**
+ * Why a source can't tell, fit for a log: not what it says if any of the key may be in it, as in a service's
+ * or a database's complaint about what it was asked.
+ */
+export function reasonFor(error: unknown, key: string): string {
+  const { code, message, name } = error as { code?: unknown; message: string; name: string }
+  const reason = typeof code === 'string' ? code : message
+  const isSafe = ![key, hashKey(key)].some(each => reason.includes(each.slice(0, SHOWN)))
+  return isSafe ? reason : name
+}
+
+/** So many characters of a key tell nothing. */
+const SHOWN = 7
+
+/** The id of a key that its source gives none. */
+export function idOfHash(hash: string): string {
+  return `key_${hash.slice(0, 12)}`
+}
+
+/**
  * A key's status from text (`active`, `enabled`, `disabled` ...) or the number of the original
  * (0 active, 1 disabled, 2 quota exceeded, 3 expired).
  *
@@ -177,6 +199,7 @@ const ISO = /^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d(?::\d\d(?:\.\d+)?)?)(Z|[+-]\d\d
  * parseTime('2026-12-31') // 1798675200000
  */
 export function parseTime(time: unknown): number {
+  if (time instanceof Date) return time.getTime()
   if (typeof time === 'string' && !/^\d+$/.test(time)) return parseIso(time)
   const number = typeof time === 'string' || typeof time === 'number' ? Number(time) : Number.NaN
   if (number >= LEAST_MILLISECONDS) return number < MOST_MILLISECONDS ? number : Number.NaN

@@ -7,6 +7,7 @@ import {
   type KeyRecord,
   type KeySource,
   matchesModel,
+  reasonFor,
   type StatusCodes,
   statusRefusal,
   toCaller
@@ -29,6 +30,8 @@ export interface KeyringOptions {
 export class Keyring {
   readonly #options: KeyringOptions
   readonly #log: FastifyBaseLogger
+  #running = 0
+  #onIdle: (() => void) | undefined
 
   constructor(options: KeyringOptions, log: FastifyBaseLogger) {
     this.#options = options
@@ -38,7 +41,26 @@ export class Keyring {
   /** @throws {GatewayError} 401 unknown, 403 refused, 429 quota, 503 when a source can't tell */
   async caller(key: string, ip: string): Promise<Caller> {
     const hash = hashKey(key)
-    return this.#options.mode === 'all' ? this.#all(key, hash, ip) : this.#first(key, hash, ip)
+    this.#running++
+    try {
+      const { mode } = this.#options
+      return await (mode === 'all' ? this.#all(key, hash, ip) : this.#first(key, hash, ip))
+    } finally {
+      if (--this.#running === 0) this.#onIdle?.()
+    }
+  }
+
+  /** Drops what sources remember of the key with this hash, or of all. */
+  forget(hash?: string): void {
+    for (const source of this.#options.sources) source.forget?.(hash)
+  }
+
+  /** Resolves when nobody waits for a source any more. */
+  async idle(): Promise<void> {
+    if (this.#running === 0) return
+    await new Promise<void>(resolve => {
+      this.#onIdle = resolve
+    })
   }
 
   async #first(key: string, hash: string, ip: string): Promise<Caller> {
@@ -67,9 +89,8 @@ export class Keyring {
     try {
       return await source.lookup(key, hash)
     } catch (error) {
-      // Never the error itself: a service may repeat the key in what it says.
-      const { code, name } = error as { code?: string; name: string }
-      this.#log.error({ source: source.name, reason: code ?? name }, 'a key source is down')
+      const reason = reasonFor(error, key)
+      this.#log.error({ source: source.name, reason }, 'a key source is down')
       return 'down' as const
     }
   }

@@ -1,21 +1,13 @@
-import type { FastifyBaseLogger } from 'fastify'
 import { type Static, Type } from 'typebox'
 import { request } from 'undici'
-import { GatewayError } from '../errors.ts'
+import type { GatewayError } from '../errors.ts'
 import { Duration, HeadersToSend, Url } from '../options.ts'
-import {
-  type KeyRecord,
-  type KeySource,
-  parseStatus,
-  parseTime,
-  type StatusCodes,
-  statusRefusal,
-  toNetworks
-} from './key.ts'
+import { type KeyAnswer, type OnUnreadable, parseJson, refused, toAnswer } from './answer.ts'
+import { type KeyRecord, type KeySource, type StatusCodes, statusRefusal } from './key.ts'
 
 export const WebhookKeysOptions = Type.Object(
   {
-    url: Url('Asked for each request'),
+    url: Url('Asked about each key'),
     method: Type.Enum(['POST', 'PUT'], { default: 'POST', description: 'Method' }),
     timeout: Duration('5s', 'How long the answer may take'),
     headers: HeadersToSend
@@ -38,27 +30,25 @@ class WebhookError extends Error {
 
 /**
  * Asks a service about a key: `{"api_key": "...", "timestamp": 1767225600}`. It answers 2xx with a
- * JSON object (`status`, `user_id`, `name`, `starts_at`, `expires_at`, `allowed_ips`, `denied_ips`,
- * `models`, `total_quota` and `used_quota`, `balance`; all may be missing, an empty list counts as
- * missing), or refuses: 401 and 404 unknown, 403 disabled, 402 and 429 quota used up. A `code` other
- * than 0 or 200 refuses too.
+ * JSON object (see {@link toAnswer}), or refuses: 401 and 404 unknown, 403 disabled, 402 and 429 quota used
+ * up. A `code` other than 0 or 200 refuses too.
  */
 export class WebhookKeys implements KeySource {
   readonly name: string
   readonly #options: WebhookKeysOptions
   readonly #codes: StatusCodes
-  readonly #log: FastifyBaseLogger
+  readonly #onUnreadable: OnUnreadable
 
   constructor(
     name: string,
     options: WebhookKeysOptions,
     codes: StatusCodes,
-    log: FastifyBaseLogger
+    onUnreadable: OnUnreadable
   ) {
     this.name = name
     this.#options = options
     this.#codes = codes
-    this.#log = log
+    this.#onUnreadable = onUnreadable
   }
 
   async lookup(key: string, hash: string): Promise<KeyRecord | GatewayError | undefined> {
@@ -78,17 +68,7 @@ export class WebhookKeys implements KeySource {
     if (typeof data !== 'object' || data === null || Array.isArray(data)) {
       throw new WebhookError('no JSON object')
     }
-    const record = toRecord(data as Record<string, unknown>, hash)
-    for (const member of ['startsAt', 'expiresAt'] as const) {
-      if (record instanceof GatewayError || !Number.isNaN(record[member])) continue
-      // Not what it was: that may be anything. The id is the service's own, or begins the key's hash.
-      this.#log.warn(
-        { source: this.name, keyId: record.id, member },
-        'a time of a key is unreadable'
-      )
-      return refused(undefined)
-    }
-    return record
+    return toAnswer(data as KeyAnswer, hash, this.#onUnreadable)
   }
 
   #refusal(statusCode: number): GatewayError | undefined {
@@ -107,36 +87,6 @@ export class WebhookKeys implements KeySource {
   }
 }
 
-function toRecord(data: Record<string, unknown>, hash: string): KeyRecord | GatewayError {
-  const status = data.status === undefined ? 'active' : parseStatus(data.status)
-  const accepted = data.code === undefined || data.code === 0 || data.code === 200
-  if (!accepted || status === undefined) return refused(data.message)
-  const id = text(data.api_key_id) ?? text(data.id) ?? `key_${hash.slice(0, 12)}`
-  return {
-    id,
-    name: text(data.name),
-    userId: text(data.user_id),
-    status,
-    startsAt: optional(data.starts_at, parseTime),
-    expiresAt: optional(data.expires_at, parseTime),
-    allowedIps: toNetworks(texts(data.allowed_ips)),
-    deniedIps: toNetworks(texts(data.denied_ips)),
-    models: texts(data.models),
-    quotaLeft: quotaLeft(data)
-  }
-}
-
-function quotaLeft({ total_quota, used_quota, balance }: Record<string, unknown>) {
-  const total = Number(total_quota ?? 0)
-  const left = total > 0 ? total - Number(used_quota ?? 0) : undefined
-  if (balance === undefined || balance === null) return left
-  return Math.min(Number(balance), left ?? Number.POSITIVE_INFINITY)
-}
-
-function refused(message: unknown): GatewayError {
-  return new GatewayError('key_refused', text(message) ?? 'This API key may not be used.')
-}
-
 async function readText(body: AsyncIterable<Buffer>): Promise<string> {
   const chunks: Buffer[] = []
   let size = 0
@@ -146,30 +96,4 @@ async function readText(body: AsyncIterable<Buffer>): Promise<string> {
     chunks.push(chunk)
   }
   return Buffer.concat(chunks).toString()
-}
-
-function parseJson(text: string): unknown {
-  try {
-    return JSON.parse(text)
-  } catch {
-    return undefined
-  }
-}
-
-function optional<T>(value: unknown, parse: (value: unknown) => T): T | undefined {
-  return value === undefined || value === null || value === '' ? undefined : parse(value)
-}
-
-function text(value: unknown): string | undefined {
-  if (typeof value === 'number') return String(value)
-  return typeof value === 'string' && value !== '' ? value : undefined
-}
-
-/**
- * A list of texts, or one alone; an empty list says nothing. An item that is no text stays as one that
- * matches nothing, so that a list of such items is not taken for an empty one.
- */
-function texts(value: unknown): string[] | undefined {
-  const items = optional(value, given => (Array.isArray(given) ? given : [given])) ?? []
-  return items.length === 0 ? undefined : items.map(item => text(item) ?? '')
 }

@@ -16,7 +16,3 @@ export function batchOptions(what: string) {
     `Several records in ${what}`
   )
 }
-
-export function storageName(description: string) {
-  return Type.String({ minLength: 1, description })
-}

@@ -1,6 +1,7 @@
 import { type Static, Type } from 'typebox'
 import type { Redis } from '../store/redis.ts'
-import { batchOptions, storageName } from './options.ts'
+import { storageName } from '../store/storage.ts'
+import { batchOptions } from './options.ts'
 import { type Receiver, recordJson, type Verdict, whileRunning } from './reporter.ts'
 
 export const RedisReporterOptions = Type.Object(

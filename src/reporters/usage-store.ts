@@ -1,4 +1,5 @@
 import { type Database, placeholders, type Value } from '../store/sql.ts'
+import { prepareFile } from '../store/sqlite.ts'
 import type { UsageRecord } from './record.ts'
 
 /**
@@ -57,7 +58,6 @@ const SCHEMA = `
     ON CONFLICT DO UPDATE SET requests = requests + 1,
       ${SUMMED.map(each => `${each} = ${each} + excluded.${each}`).join(', ')};
   END;
-  PRAGMA user_version = ${SCHEMA_VERSION};
 `
 
 /** What is summed up: `day` alone, or for each of these; `tag:` and a tag's name for each of its values. */
@@ -76,11 +76,8 @@ export interface Sum {
 }
 
 /** Makes the tables in a file that is new. */
-export async function prepareStore(db: Database): Promise<void> {
-  const [row] = await db.run('PRAGMA user_version', [])
-  const version = Number(row!.user_version)
-  if (version > SCHEMA_VERSION) throw new Error('was written by a newer version of LLMProxy')
-  if (version === 0) await db.run(SCHEMA)
+export function prepareStore(db: Database): Promise<void> {
+  return prepareFile(db, SCHEMA, SCHEMA_VERSION)
 }
 
 /** Keeps the records; one that is there already is left as it is, and so are the sums. */

@@ -5,16 +5,23 @@ import { openSqliteFile } from './sqlite-file.ts'
 
 /** The thread that waits for SQLite, so that nobody else does. */
 
-/** A statement with its parameters, or a script; without either, the end. */
+/** A statement with its parameters. */
+export interface Statement {
+  sql: string
+  values: readonly Value[]
+}
+
+/** A statement or a script, or several statements in one transaction; without either, the end. */
 export interface Order {
   id: number
   sql?: string
   values?: readonly Value[] | undefined
+  all?: readonly Statement[]
 }
 
 export interface Answer {
   id: number
-  rows?: Row[]
+  rows?: Row[] | Row[][]
   error?: { message: string; code: number | undefined }
 }
 
@@ -22,9 +29,9 @@ const port = parentPort!
 const { file } = workerData as { file: string }
 let db: DatabaseSync | undefined
 
-port.on('message', ({ id, sql, values }: Order) => {
+port.on('message', ({ id, sql, values, all }: Order) => {
   try {
-    const rows = sql === undefined ? close() : run(sql, values)
+    const rows = all !== undefined ? runAll(all) : sql === undefined ? close() : run(sql, values)
     port.postMessage({ id, rows } satisfies Answer)
   } catch (error) {
     const { message, errcode: code } = error as Error & { errcode?: number }
@@ -34,16 +41,28 @@ port.on('message', ({ id, sql, values }: Order) => {
 
 function run(sql: string, values: readonly Value[] | undefined): Row[] {
   db ??= openSqliteFile(file)
-  if (values === undefined) return script(db, sql)
+  if (values !== undefined) return query(db, { sql, values })
+  inTransaction(db, db => db.exec(sql))
+  return []
+}
+
+function runAll(statements: readonly Statement[]): Row[][] {
+  db ??= openSqliteFile(file)
+  return inTransaction(db, db => statements.map(each => query(db, each)))
+}
+
+function query(db: DatabaseSync, { sql, values }: Statement): Row[] {
   const bound = values.map(each => (typeof each === 'boolean' ? Number(each) : each))
   return db.prepare(sql).all(...bound) as Row[]
 }
 
-/** All of its statements, or none. */
-function script(db: DatabaseSync, sql: string): Row[] {
+/** All of it, or nothing. */
+function inTransaction<T>(db: DatabaseSync, work: (db: DatabaseSync) => T): T {
   try {
-    db.exec(`BEGIN IMMEDIATE; ${sql}; COMMIT`)
-    return []
+    db.exec('BEGIN IMMEDIATE')
+    const result = work(db)
+    db.exec('COMMIT')
+    return result
   } catch (error) {
     if (db.isTransaction) db.exec('ROLLBACK')
     throw error

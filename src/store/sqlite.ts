@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { Worker } from 'node:worker_threads'
 import { type Database, DatabaseError, type Row, type Value } from './sql.ts'
-import type { Answer, Order } from './sqlite-thread.ts'
+import type { Answer, Order, Statement } from './sqlite-thread.ts'
 
 const THREAD = new URL(`./sqlite-thread${import.meta.url.slice(-3)}`, import.meta.url)
 /** How long (ms) the thread may take to close its file. */
@@ -24,8 +24,9 @@ export class Sqlite implements Database {
   readonly #file: string
   readonly #timeout: number
   #thread: Worker | undefined
-  readonly #asked = new Map<number, PromiseWithResolvers<Row[]>>()
+  readonly #asked = new Map<number, PromiseWithResolvers<unknown>>()
   #lastId = 0
+  #opened = 0
   #isClosed = false
 
   /** @param timeout how long (ms) a statement may take */
@@ -39,6 +40,21 @@ export class Sqlite implements Database {
     return this.#ask({ sql, values }, this.#timeout)
   }
 
+  /** Runs all of them in one transaction, or none; the rows of each. */
+  async runAll(statements: readonly Statement[]): Promise<Row[][]> {
+    if (this.#isClosed) throw new DatabaseError('unavailable', 'closed')
+    return this.#ask({ all: statements }, this.#timeout)
+  }
+
+  /**
+   * Changes when anybody else has written to the file (`PRAGMA data_version`, which is good for one
+   * connection), and when the file was opened anew.
+   */
+  async version(): Promise<string> {
+    const [row] = await this.run('PRAGMA data_version', [])
+    return `${this.#opened}.${row!.data_version}`
+  }
+
   async close(): Promise<void> {
     this.#isClosed = true
     const thread = this.#thread
@@ -46,12 +62,12 @@ export class Sqlite implements Database {
     thread.ref()
     await this.#ask({}, CLOSE_TIMEOUT).catch(() => {})
     this.#giveUp('closed')
-    await Promise.race([thread.terminate(), sleep(CLOSE_TIMEOUT)])
+    await Promise.race([thread.terminate(), sleep(CLOSE_TIMEOUT, undefined, { ref: false })])
   }
 
-  async #ask(order: Omit<Order, 'id'>, timeout: number): Promise<Row[]> {
+  async #ask<R extends Row[] | Row[][]>(order: Omit<Order, 'id'>, timeout: number): Promise<R> {
     const id = ++this.#lastId
-    const asked = Promise.withResolvers<Row[]>()
+    const asked = Promise.withResolvers<unknown>()
     this.#asked.set(id, asked)
     this.#thread ??= this.#start()
     const thread = this.#thread
@@ -62,7 +78,7 @@ export class Sqlite implements Database {
     }, timeout)
     thread.postMessage({ id, ...order })
     try {
-      return await asked.promise
+      return (await asked.promise) as R
     } finally {
       clearTimeout(timer)
       this.#asked.delete(id)
@@ -70,7 +86,9 @@ export class Sqlite implements Database {
   }
 
   #start(): Worker {
-    const thread = new Worker(THREAD, { workerData: { file: this.#file } })
+    this.#opened++
+    // Options of the process, such as --input-type, may be none for a thread.
+    const thread = new Worker(THREAD, { workerData: { file: this.#file }, execArgv: [] })
     thread.unref()
     thread.on('message', (answer: Answer) => this.#hear(answer))
     thread.on('error', error => this.#giveUp((error as Error).message))
@@ -79,7 +97,7 @@ export class Sqlite implements Database {
 
   #hear({ id, rows, error }: Answer): void {
     const asked = this.#asked.get(id)
-    if (error === undefined) asked?.resolve(rows!)
+    if (error === undefined) asked?.resolve(rows)
     else {
       const isRefusal = REFUSALS.has((error.code ?? 0) & 0xff)
       asked?.reject(new DatabaseError(isRefusal ? 'refused' : 'unavailable', error.message))
@@ -91,4 +109,12 @@ export class Sqlite implements Database {
     this.#thread = undefined
     for (const { reject } of this.#asked.values()) reject(new DatabaseError('unavailable', reason))
   }
+}
+
+/** Makes the tables in a file that is new. Several may do it at the same time: `IF NOT EXISTS`. */
+export async function prepareFile(db: Database, script: string, version: number): Promise<void> {
+  const [row] = await db.run('PRAGMA user_version', [])
+  const found = Number(row!.user_version)
+  if (found > version) throw new Error('was written by a newer version of LLMProxy')
+  if (found === 0) await db.run(`${script} PRAGMA user_version = ${version}`)
 }

@@ -11,6 +11,11 @@ import { Sqlite } from './sqlite.ts'
 
 /** The databases and caches that other parts name. One that nobody uses is never connected to. */
 
+/** The option that names one of them. */
+export function storageName(description: string) {
+  return Type.String({ minLength: 1, description })
+}
+
 const secret = (description: string) => Type.Optional(Type.String({ secret: true, description }))
 const NO_EFFECT = 'Of no effect'
 const ignoredCount = Type.Optional(Type.Integer({ description: NO_EFFECT }))

@@ -1,0 +1,314 @@
+import { isAbsolute, resolve } from 'node:path'
+import { Type } from 'typebox'
+import { checkOptions } from '../options.ts'
+import { DatabaseError, type Row } from '../store/sql.ts'
+import { prepareFile, Sqlite } from '../store/sqlite.ts'
+import type { KeyFields } from './fields.ts'
+import { toHash } from './static.ts'
+import {
+  type KeyChanges,
+  KeySpec,
+  maskKey,
+  newKey,
+  OwnedKey,
+  type StoredKey,
+  toPatch,
+  toRow,
+  toStored
+} from './stored-key.ts'
+
+/** Keys in a file of SQLite: what the `builtin` source looks up, and the commands and the admin API change. */
+
+/** What a lookup needs to know. */
+export interface FoundKey {
+  id: string
+  fields: KeyFields
+  isRevoked: boolean
+  /** It was rotated away, and is valid until then (Unix ms). */
+  until: number | undefined
+}
+
+/** A store that ends with the process. */
+export const MEMORY = ':memory:'
+
+/** The file of the embedded store; where there is no place for one, {@link MEMORY}. */
+export function keyFile(dataDir: string | undefined, path: string): string {
+  const hasPlace = path !== MEMORY && (dataDir !== undefined || isAbsolute(path))
+  return hasPlace ? resolve(dataDir ?? '', path) : MEMORY
+}
+
+/** Somebody has this key already. */
+export class KeyExistsError extends Error {
+  override name = 'KeyExistsError'
+  constructor() {
+    super('a key with this text is there already')
+  }
+}
+
+const SCHEMA_VERSION = 1
+const STATEMENT_TIMEOUT = 5_000
+/** What a page of the list holds if nothing is said, and at most. */
+const PAGE = 20
+const MAX_PAGE = 1_000
+
+const SCHEMA = `
+  CREATE TABLE IF NOT EXISTS keys (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, hash TEXT NOT NULL UNIQUE,
+    masked TEXT NOT NULL, fields TEXT NOT NULL, created_at INTEGER NOT NULL,
+    updated_at INTEGER NOT NULL, revoked_at INTEGER,
+    user_id TEXT GENERATED ALWAYS AS (fields ->> 'user_id')
+  );
+  CREATE INDEX IF NOT EXISTS keys_by_user ON keys (user_id);
+  CREATE TABLE IF NOT EXISTS old_keys (
+    hash TEXT NOT NULL PRIMARY KEY, id TEXT NOT NULL, until INTEGER NOT NULL
+  ) WITHOUT ROWID;
+  CREATE INDEX IF NOT EXISTS old_keys_by_id ON old_keys (id);
+`
+
+const INSERT = 'INSERT INTO keys (id, hash, masked, fields, created_at, updated_at)'
+const VIEW = `SELECT id, masked, fields, created_at, updated_at, revoked_at,
+  (SELECT max(until) FROM old_keys WHERE old_keys.id = keys.id) AS until FROM keys`
+const HASHES = 'SELECT hash FROM keys WHERE id = ? UNION SELECT hash FROM old_keys WHERE id = ?'
+/** Of a table with AUTOINCREMENT the last number stays, whatever is deleted. */
+const HAD_KEYS = "SELECT 1 FROM sqlite_sequence WHERE name = 'keys'"
+
+/**
+ * @example
+ * const store = new KeyStore(':memory:')
+ * const { key, record } = await store.create({ name: 'alice', limits: { requests_per_minute: 60 } })
+ * key.length // 46
+ * await store.update(record.id, { models: ['qwen-*'], name: null })
+ * await store.get(record.id) // { models: ['qwen-*'], status: 'active', ... }
+ * const rotated = await store.rotate(record.id, { grace: 60_000 })
+ * rotated.record.id === record.id // true
+ * await store.revoke(record.id) // { status: 'revoked', ... }
+ * await store.list({ limit: 10 }) // { total: 1, ... }
+ * await store.delete(record.id) // true
+ * await store.close()
+ */
+export class KeyStore {
+  readonly #db: Sqlite
+  readonly #onChange: (hashes: string[] | undefined) => void
+  #prepared: Promise<void> | undefined
+
+  /**
+   * @param file a path, or {@link MEMORY}
+   * @param onChange is told of each change made here: the hashes it is about, or undefined for all
+   */
+  constructor(file: string, onChange: (hashes: string[] | undefined) => void = () => {}) {
+    this.#db = new Sqlite(file, STATEMENT_TIMEOUT)
+    this.#onChange = onChange
+  }
+
+  /**
+   * Makes a key; its text can't be had again.
+   *
+   * @throws {OptionsError} when something is wrong with a field
+   * @throws {KeyExistsError}
+   */
+  async create(spec: KeySpec): Promise<{ key: string; record: StoredKey }> {
+    return (await this.#insert(spec, 'VALUES (?, ?, ?, ?, ?, ?)'))!
+  }
+
+  /** The same, but undefined if there is a key, or ever was one: whoever comes first makes it. */
+  createFirst(spec: KeySpec): Promise<{ key: string; record: StoredKey } | undefined> {
+    return this.#insert(spec, `SELECT ?, ?, ?, ?, ?, ? WHERE NOT EXISTS (${HAD_KEYS})`)
+  }
+
+  /** Is there a key, or was there ever one? */
+  async hadKeys(): Promise<boolean> {
+    await this.#ready()
+    return (await this.#db.run(HAD_KEYS, [])).length > 0
+  }
+
+  /**
+   * Takes over a whole list of keys in one step: those that are there are replaced and keep their ids,
+   * others are added; `full` also deletes those that are not in the list. A revoked key stays revoked.
+   *
+   * @throws {OptionsError} when something is wrong with a field
+   */
+  async sync(specs: OwnedKey[], mode: 'full' | 'incremental'): Promise<void> {
+    const checked = checkOptions(Type.Array(OwnedKey), specs, 'keys')
+    await this.#ready()
+    const now = Date.now()
+    const rows = checked.map(spec => toRow(spec, spec.key, now))
+    const upsert = `${INSERT} VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (hash) DO UPDATE SET
+      fields = excluded.fields, updated_at = excluded.updated_at`
+    const isGone = 'hash NOT IN (SELECT value FROM json_each(?))'
+    const hashes = JSON.stringify(rows.map(([, hash]) => hash))
+    await this.#db.runAll([
+      ...(mode === 'full'
+        ? [
+            { sql: `DELETE FROM keys WHERE ${isGone}`, values: [hashes] },
+            { sql: 'DELETE FROM old_keys', values: [] }
+          ]
+        : []),
+      ...rows.map(values => ({ sql: upsert, values }))
+    ])
+    this.#onChange(undefined)
+  }
+
+  /** The newest first; of one user, if `user_id` is given. */
+  async list({
+    offset = 0,
+    limit = PAGE,
+    user_id
+  }: {
+    offset?: number
+    limit?: number
+    user_id?: string | undefined
+  } = {}): Promise<{ keys: StoredKey[]; total: number }> {
+    await this.#ready()
+    const of = user_id === undefined ? '' : 'WHERE user_id = ?'
+    const values = user_id === undefined ? [] : [user_id]
+    const page = [Math.min(limit, MAX_PAGE), offset]
+    const [rows, [count]] = (await this.#db.runAll([
+      { sql: `${VIEW} ${of} ORDER BY number DESC LIMIT ? OFFSET ?`, values: [...values, ...page] },
+      { sql: `SELECT count(*) AS total FROM keys ${of}`, values }
+    ])) as [Row[], [Row]]
+    return { keys: rows.map(toStored), total: Number(count.total) }
+  }
+
+  /** @param reference an id, or the SHA-256 of a key, which may be one that was rotated away */
+  async get(reference: string): Promise<StoredKey | undefined> {
+    await this.#ready()
+    const [row] = await this.#db.run(
+      `${VIEW} WHERE id = ? OR hash = ? OR id = (SELECT id FROM old_keys WHERE hash = ?)`,
+      [reference, reference, reference]
+    )
+    return row && toStored(row)
+  }
+
+  /**
+   * @returns undefined when there is no such key
+   * @throws {OptionsError} when something is wrong with a field
+   */
+  async update(id: string, changes: KeyChanges): Promise<StoredKey | undefined> {
+    const patch = toPatch(changes)
+    const sql = `UPDATE keys SET fields = json_patch(fields, ?), updated_at = ? WHERE id = ?`
+    return this.#change(id, { sql, values: [JSON.stringify(patch), Date.now(), id] })
+  }
+
+  /** For good: neither an update nor a rotation brings it back. */
+  async revoke(id: string): Promise<StoredKey | undefined> {
+    const sql = 'UPDATE keys SET revoked_at = ?, updated_at = ? WHERE id = ? AND revoked_at IS NULL'
+    const now = Date.now()
+    return this.#change(id, { sql, values: [now, now, id] })
+  }
+
+  /**
+   * Gives a key a new text. Its id stays, and with it limits and bills.
+   *
+   * @param grace how long (ms) the old text is still valid
+   * @returns undefined when there is no such key
+   */
+  async rotate(
+    id: string,
+    { grace = 0 }: { grace?: number } = {}
+  ): Promise<{ key: string; record: StoredKey } | undefined> {
+    const key = newKey()
+    const now = Date.now()
+    const record = await this.#change(
+      id,
+      { sql: 'DELETE FROM old_keys WHERE until <= ?', values: [now] },
+      {
+        sql: 'INSERT INTO old_keys (hash, id, until) SELECT hash, id, ? FROM keys WHERE id = ?',
+        values: [now + grace, id]
+      },
+      {
+        sql: 'UPDATE keys SET hash = ?, masked = ?, updated_at = ? WHERE id = ?',
+        values: [toHash(key), maskKey(key), now, id]
+      }
+    )
+    return record && { key, record }
+  }
+
+  /** @returns whether it was there; bills keep its id */
+  async delete(id: string): Promise<boolean> {
+    await this.#ready()
+    const [hashes] = (await this.#db.runAll([
+      { sql: HASHES, values: [id, id] },
+      { sql: 'DELETE FROM old_keys WHERE id = ?', values: [id] },
+      { sql: 'DELETE FROM keys WHERE id = ?', values: [id] }
+    ])) as [Row[]]
+    this.#tell(hashes)
+    return hashes.length > 0
+  }
+
+  /** Looks a key up by its SHA-256. */
+  async find(hash: string): Promise<FoundKey | undefined> {
+    await this.#ready()
+    const [row] = await this.#db.run(
+      `SELECT id, fields, revoked_at, NULL AS until FROM keys WHERE hash = ? UNION ALL
+      SELECT id, fields, revoked_at, until FROM old_keys JOIN keys USING (id)
+      WHERE old_keys.hash = ? LIMIT 1`,
+      [hash, hash]
+    )
+    if (row === undefined) return undefined
+    const { id, fields, revoked_at, until } = row
+    return {
+      id: String(id),
+      fields: JSON.parse(String(fields)),
+      isRevoked: revoked_at !== null,
+      until: until === null ? undefined : Number(until)
+    }
+  }
+
+  /** Changes when another process has changed anything. */
+  async version(): Promise<string> {
+    await this.#ready()
+    return this.#db.version()
+  }
+
+  close(): Promise<void> {
+    return this.#db.close()
+  }
+
+  async #insert(given: KeySpec, source: string) {
+    const spec = checkOptions(KeySpec, given, 'key')
+    await this.#ready()
+    const key = spec.key ?? newKey()
+    const row = toRow(spec, key, Date.now())
+    try {
+      const [[inserted], [stored]] = (await this.#db.runAll([
+        { sql: `${INSERT} ${source} RETURNING id`, values: row },
+        { sql: `${VIEW} WHERE id = ?`, values: [row[0]] }
+      ])) as [Row[], Row[]]
+      if (inserted === undefined) return undefined
+      this.#onChange([row[1]])
+      return { key, record: toStored(stored!) }
+    } catch (error) {
+      const isTaken = error instanceof DatabaseError && error.message.includes('keys.hash')
+      throw isTaken ? new KeyExistsError() : error
+    }
+  }
+
+  async #change(
+    id: string,
+    ...statements: { sql: string; values: (string | number)[] }[]
+  ): Promise<StoredKey | undefined> {
+    await this.#ready()
+    const results = await this.#db.runAll([
+      ...statements,
+      { sql: HASHES, values: [id, id] },
+      { sql: `${VIEW} WHERE id = ?`, values: [id] }
+    ])
+    const [hashes, rows] = results.slice(-2) as [Row[], Row[]]
+    this.#tell(hashes)
+    return rows[0] && toStored(rows[0])
+  }
+
+  #tell(hashes: Row[]): void {
+    if (hashes.length > 0) this.#onChange(hashes.map(({ hash }) => String(hash)))
+  }
+
+  async #ready(): Promise<void> {
+    this.#prepared ??= prepareFile(this.#db, SCHEMA, SCHEMA_VERSION)
+    try {
+      await this.#prepared
+    } catch (error) {
+      this.#prepared = undefined
+      throw error
+    }
+  }
+}

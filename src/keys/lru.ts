@@ -1,0 +1,45 @@
+/**
+ * A map that forgets what was not asked for longest.
+ *
+ * @example
+ * const lru = new Lru(2)
+ * lru.set('a', 1)
+ * lru.set('b', 2)
+ * lru.get('a') // 1
+ * lru.set('c', 3)
+ * lru.get('b') // undefined
+ */
+export class Lru<K, V> {
+  readonly #entries = new Map<K, V>()
+  readonly #most: number
+
+  constructor(most: number) {
+    this.#most = most
+  }
+
+  get(key: K): V | undefined {
+    const value = this.#entries.get(key)
+    if (value === undefined) return undefined
+    this.#entries.delete(key)
+    this.#entries.set(key, value)
+    return value
+  }
+
+  set(key: K, value: V): void {
+    this.#entries.delete(key)
+    if (this.#entries.size >= this.#most) this.#entries.delete(this.#entries.keys().next().value!)
+    this.#entries.set(key, value)
+  }
+
+  delete(key: K): void {
+    this.#entries.delete(key)
+  }
+
+  clear(): void {
+    this.#entries.clear()
+  }
+
+  get size(): number {
+    return this.#entries.size
+  }
+}
