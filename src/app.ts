@@ -1,3 +1,4 @@
+import { setTimeout as sleep } from 'node:timers/promises'
 import type { Registry } from '@prometheus-io/client'
 import type {
   FastifyInstance,
@@ -48,6 +49,9 @@ export const GatewayOptions = Type.Object(
     logging: LoggingOptions,
     metrics: MetricsOptions,
     proxy: Type.Optional(ProxyOptions),
+    drain_delay: Type.Optional(
+      Duration(undefined, 'How long calls are still taken when the server closes', 0)
+    ),
     drain_timeout: Type.Optional(
       Duration(undefined, 'How long running answers may take when the server closes', 0)
     )
@@ -81,6 +85,9 @@ export type GivenOptions = Given<Omit<GatewayOptions, 'auth'>> & {
 }
 
 interface Lifecycle {
+  /** The server is about to close: nobody should send it anything more. */
+  isLeaving: boolean
+  /** New calls are refused. */
   isDraining: boolean
 }
 
@@ -117,7 +124,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       'llmproxy'
     )
   }
-  const lifecycle: Lifecycle = { isDraining: false }
+  const lifecycle: Lifecycle = { isLeaving: false, isDraining: false }
   fastify.decorate('lifecycle', lifecycle)
   fastify.decorate('peers', peers)
   fastify.decorate('dataDir', dataDir)
@@ -169,9 +176,11 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   await fastify.register(healthRoutes)
   if (options.metrics.enabled) await fastify.register(metricsRoutes, { path: options.metrics.path })
 
-  // Closing: no new calls, running answers may finish, what remains is ended honestly.
+  // Closing: not ready any more, then no new calls; running answers may finish, what remains is ended honestly.
   const closeIdle = () => fastify.server.closeIdleConnections?.()
   fastify.addHook('preClose', async () => {
+    lifecycle.isLeaving = true
+    if (options.drain_delay) await sleep(options.drain_delay)
     lifecycle.isDraining = true
     const sweep = setInterval(closeIdle, 250).unref()
     closeIdle()

@@ -54,7 +54,12 @@ const ServerOptions = Section(
       description:
         'Whose X-Forwarded-For counts: nobody, everybody, or these addresses and networks'
     }),
-    drain_timeout: Duration('30s', 'How long running answers may take after SIGTERM', 0),
+    drain_delay: Duration(
+      '0',
+      'How long calls are still taken after SIGTERM, while /health/ready says that no more should come',
+      0
+    ),
+    drain_timeout: Duration('30s', 'How long running answers may take after that', 0),
     cors: Section(
       {
         enabled: Type.Boolean({ default: false, description: 'Answers browsers of other origins' }),
@@ -104,7 +109,12 @@ const LogOptions = Section(
   'The log'
 )
 
-const { proxy: _, drain_timeout: __, ...gatewaySections } = GatewayOptions.properties
+const {
+  proxy: _,
+  drain_delay: __,
+  drain_timeout: ___,
+  ...gatewaySections
+} = GatewayOptions.properties
 
 /** Everything a configuration file may hold. */
 export const ConfigSchema = Type.Object(

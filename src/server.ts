@@ -180,6 +180,7 @@ export async function createApp(
   await fastify.register(gateway, {
     ...sections(config),
     proxy: { write_timeout: server.write_timeout },
+    drain_delay: server.drain_delay,
     drain_timeout: server.drain_timeout,
     ownsNotFound: true,
     ...(peers === undefined ? {} : { peers }),

@@ -57,6 +57,22 @@ test('SIGTERM: new calls are refused, running streams finish, exit 0', async t =
   assert.equal(responses.length, 2)
 })
 
+test('SIGTERM: for drain_delay calls are still taken, while the probe says that no more should come', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    server: { ...LISTEN.server, drain_delay: '1s' },
+    backends: [{ url: backend.url }]
+  })
+  const gateway = await start(t, [CLI, 'serve', '--config', file])
+  gateway.child.kill('SIGTERM')
+  await gateway.logged('shutting down')
+  const probe = await fetch(`${gateway.url}/health/ready`)
+  assert.equal(probe.status, 503)
+  assert.equal((await probe.json()).status, 'draining')
+  assert.equal((await post(`${gateway.url}/v1/chat/completions`, CHAT)).status, 200)
+  assert.equal(await gateway.exit, 0)
+})
+
 test('SIGTERM: a stream that takes longer than drain_timeout is ended honestly', async t => {
   const backend = await fakeBackend(t, (_request, response) => {
     response.writeHead(200, { 'content-type': 'text/event-stream' })

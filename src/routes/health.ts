@@ -16,14 +16,14 @@ const healthRoutes: FastifyPluginAsync = async function healthRoutes(fastify) {
   })
 
   function isReady(): boolean {
-    return !fastify.lifecycle.isDraining && fastify.backends.pool.available
+    return !fastify.lifecycle.isLeaving && fastify.backends.pool.available
   }
 
   function state() {
     const { backends } = fastify.backends.pool
     const available = backends.filter(backend => backend.available).length
     return {
-      status: fastify.lifecycle.isDraining ? 'draining' : available > 0 ? 'ok' : 'no_backend',
+      status: fastify.lifecycle.isLeaving ? 'draining' : available > 0 ? 'ok' : 'no_backend',
       ready: isReady(),
       version: VERSION,
       uptime_s: Math.floor(process.uptime()),
