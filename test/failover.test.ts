@@ -178,6 +178,27 @@ test('a timeout is tried again only when retry_on says so', async t => {
   assert.equal((await post(`${retrying.url}/v1/chat/completions`, CHAT)).status, 200)
 })
 
+for (const header of ['x-stainless-timeout', 'x-request-timeout']) {
+  test(`${header}: nobody is asked for longer than the client waits`, async t => {
+    const silent = await fakeBackend(t, () => {})
+    const other = await fakeBackend(t, answerChat)
+    const gateway = await startGateway(t, {
+      backends: [{ url: silent.url }, { url: other.url }],
+      routing: { retry: { enabled: true, retry_on: ['timeout'] } }
+    })
+    const answer = await post(`${gateway.url}/v1/chat/completions`, CHAT, { [header]: '0.2' })
+    assert.equal(answer.status, 504)
+    const { error } = await answer.json()
+    assert.equal(error.code, 'backend_timeout')
+    assert.match(error.message, /within the time that the client has set/)
+    await (await silent.request()).closed
+    assert.equal(other.requests.length, 0)
+    assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'timed_out')
+    assert.equal(await gateway.metric('llmproxy_attempts_total', { result: 'cancelled' }), 1)
+    assert.equal(await gateway.metric('llmproxy_attempts_total', { result: 'timeout' }), 0)
+  })
+}
+
 test('nothing is tried again once the client has had a byte', async t => {
   const bad = await fakeBackend(t, (_request, response, raw) => {
     response.writeHead(200, { 'content-type': 'text/event-stream' })

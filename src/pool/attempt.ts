@@ -44,6 +44,8 @@ export interface AttemptOwner {
   again(attempt: Attempt): void
   /** The request was sent with a question for usage, or is repeated without it. */
   readonly question: 'asked' | 'withdrawn' | undefined
+  /** When the client will have waited long enough for an answer to begin (monotonic, ms). */
+  readonly deadline: number
   count(attempt: Attempt, result: AttemptResult): void
 }
 
@@ -68,6 +70,7 @@ const NOBODY: AttemptOwner = {
   broke() {},
   again() {},
   question: undefined,
+  deadline: Number.POSITIVE_INFINITY,
   count() {}
 }
 
@@ -129,7 +132,7 @@ export class Attempt implements BackendHandler {
     if (this.#isCancelled) return controller.abort(new Error('cancelled before it began'))
     this.#sentAt = performance.now()
     this.#owner.sent()
-    if (!this.#isStreamed) this.#patience.begin(controller, this.backend.config.timeout)
+    if (!this.#isStreamed) this.#wait(controller)
   }
 
   onResponseStart(
@@ -140,7 +143,7 @@ export class Attempt implements BackendHandler {
     if (statusCode < 200) return
     if (statusCode > 599)
       return controller.abort(new errors.HTTPParserError(`status ${statusCode}`))
-    this.#patience.begin(controller, this.backend.config.timeout)
+    this.#wait(controller)
     this.#head = { statusCode, headers }
     const { question } = this.#owner
     if (statusCode === 400 || statusCode === 422) {
@@ -195,8 +198,9 @@ export class Attempt implements BackendHandler {
       this.socket === undefined &&
       this.#head === undefined &&
       performance.now() - this.#sentAt < STALE_MS
-    // An error of our own making is about the request's body: the backend is not to blame.
-    if (!(error instanceof GatewayError)) {
+    // An error of our own making is about the request, or the client's patience: the backend is not to blame.
+    if (error instanceof GatewayError) this.#owner.count(this, 'cancelled')
+    else {
       this.#owner.count(this, kind)
       if (!isStale) this.#penalise()
     }
@@ -205,6 +209,10 @@ export class Attempt implements BackendHandler {
 
   cutShort(): GatewayError {
     return this.#broke(new Error('the stream ended without its end'))
+  }
+
+  #wait(controller: Dispatcher.DispatchController): void {
+    this.#patience.begin(controller, this.backend.config.timeout, this.#owner.deadline)
   }
 
   #deliverOnce(): void {

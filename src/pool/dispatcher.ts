@@ -51,6 +51,7 @@ class Delivery implements AttemptOwner, Work {
   /** What is to be sent, and who gets the answer; until it is theirs. */
   #call: { options: Options; done: Done } | undefined
   readonly #exchange: Exchange
+  readonly deadline: number
   #tried: Backend[] = []
   readonly #attempts: Attempt[] = []
   /** Times before which backends asked not to be tried again. */
@@ -76,6 +77,7 @@ class Delivery implements AttemptOwner, Work {
     this.#log = log
     this.#call = { options, done }
     this.#exchange = options.headers[EXCHANGE]!
+    this.deadline = this.#exchange.startedAt + patienceOf(options.headers)
   }
 
   start(): void {
@@ -128,7 +130,9 @@ class Delivery implements AttemptOwner, Work {
 
   failed(attempt: Attempt, kind: FailureKind, error: Error, progress: Progress): void {
     // The client's body broke off, or went on for too long: a backend has had some of it.
-    if (error instanceof GatewayError) return this.#giveUp(error, 'client_gone')
+    if (error instanceof GatewayError) {
+      return this.#giveUp(error, error.code === 'backend_timeout' ? 'timed_out' : 'client_gone')
+    }
     // A server may close an idle connection just as it is used again; that is nobody's fault.
     if (progress.isStale && !this.#hasRepeated && this.#canResend()) {
       this.#hasRepeated = true
@@ -166,8 +170,8 @@ class Delivery implements AttemptOwner, Work {
     if (!isAllowed || this.#exchange.attempts > maxRetries) return undefined
     if (another) return 0
     const soonest = Math.min(...candidates.map(each => this.#askedWait(each)))
-    if (soonest > maxWait) return undefined
-    return Math.max(Math.min(initialWait * multiplier ** this.#waits, maxWait), soonest)
+    const wait = Math.max(Math.min(initialWait * multiplier ** this.#waits, maxWait), soonest)
+    return soonest > maxWait || performance.now() + wait > this.deadline ? undefined : wait
   }
 
   /** How long (ms) the backend still asks not to be tried again. */
@@ -270,6 +274,12 @@ class Delivery implements AttemptOwner, Work {
     const { id } = this.#exchange
     this.#log.warn({ requestId: id, backend: backend.name, kind, reason: why }, 'attempt failed')
   }
+}
+
+/** How long (ms) the client waits for the head of an answer, if it says so; in seconds, as OpenAI's SDKs do. */
+function patienceOf(headers: Headers): number {
+  const seconds = Number(headers['x-request-timeout'] ?? headers['x-stainless-timeout'])
+  return seconds > 0 ? seconds * 1000 : Number.POSITIVE_INFINITY
 }
 
 function toGatewayError(kind: FailureKind, error: Error): GatewayError {

@@ -1,8 +1,17 @@
 import { type Dispatcher, errors } from 'undici'
+import { GatewayError } from '../errors.ts'
 
 /** A backend's silence is noticed at most this much (ms), and at most an eighth, later than asked for. */
 const LATEST_MS = 1_000
 const LEAST_STEPS = 8
+
+/** The client would not wait for an answer any more; the backend is not to blame. */
+export function tooLate(): GatewayError {
+  return new GatewayError(
+    'backend_timeout',
+    'No answer began within the time that the client has set.'
+  )
+}
 
 /**
  * How long a backend is waited for: for the first byte of its answer, and then between two chunks.
@@ -15,10 +24,15 @@ export class Patience {
   isListening = false
   #timer: NodeJS.Timeout | undefined
 
-  /** Waits for the first byte; 0: for ever. */
-  begin(controller: Dispatcher.DispatchController, ms: number): void {
-    if (ms === 0 || this.#timer !== undefined) return
-    this.#timer = setTimeout(() => controller.abort(new errors.HeadersTimeoutError()), ms).unref()
+  /** Waits for the first byte: `ms` (0: for ever), and at most until `deadline` (monotonic, ms). */
+  begin(controller: Dispatcher.DispatchController, ms: number, deadline: number): void {
+    if (this.#timer !== undefined) return
+    const left = deadline - performance.now()
+    const isClients = left < (ms || Number.POSITIVE_INFINITY)
+    if (!isClients && ms === 0) return
+    const late = () => (isClients ? tooLate() : new errors.HeadersTimeoutError())
+    const wait = isClients ? Math.max(0, left) : ms
+    this.#timer = setTimeout(() => controller.abort(late()), wait).unref()
   }
 
   /** The first byte is here: from now on a silence of `ms` is too long; 0: none is. */
