@@ -12,7 +12,7 @@ import { checkOptions, Duration, type Given, OptionsError } from './options.ts'
 import type { Peers } from './peers.ts'
 import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
 import backends, { BackendsOptions } from './plugins/backends.ts'
-import limits, { LimitsOptions } from './plugins/limits.ts'
+import limits, { LimitsOptions, limitIssues } from './plugins/limits.ts'
 import log from './plugins/log.ts'
 import logging, { LoggingOptions, requestLogIssues } from './plugins/logging.ts'
 import metering from './plugins/metering.ts'
@@ -138,7 +138,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   // What is asked? The body stays the bytes that came.
   await fastify.register(payload)
   // May it be asked now? The last question, so that a refused call has cost nothing.
-  await fastify.register(limits, options.rate_limit)
+  await fastify.register(limits, { ...options.rate_limit, caches: options.storage.caches })
   // Who answers, and how the answer comes back.
   await fastify.register(backends, {
     backends: options.backends,
@@ -190,20 +190,22 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       const { backends, routing, health_check } = changed
       await fastify.backends.update({ backends, routing, health_check })
       fastify.keys.update(changed.auth)
-      fastify.limits.update(changed.rate_limit)
+      await fastify.limits.update(changed.rate_limit, changed.storage.caches)
       await fastify.usage.update(changed.usage, changed.storage)
     }
   })
 }
 
 /** What sections ask of the storage that it doesn't have. */
-export function storageUseIssues({ usage, logging, storage }: GatewayOptions): Issue[] {
+export function storageUseIssues(options: GatewayOptions): Issue[] {
+  const { usage, logging, rate_limit, storage } = options
   const within = (section: string, issues: Issue[]) =>
     issues.map(({ path, message }) => ({
       path: path[0] === 'storage' ? path : [section, ...path],
       message
     }))
   return [
+    ...within('rate_limit', limitIssues(rate_limit, usage, storage)),
     ...within('usage', reporterIssues(usage, storage)),
     ...within('logging', requestLogIssues(logging, storage))
   ]

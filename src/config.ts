@@ -21,7 +21,7 @@ const texts = (description: string, fallback: string[] = []) =>
 
 const MAX_WORKERS = 128
 /** Sections that must be right before it is asked whether they find what they name. */
-const USES_STORAGE = ['usage', 'logging', 'storage']
+const USES_STORAGE = ['rate_limit', 'usage', 'logging', 'storage']
 
 const ServerOptions = Section(
   {
@@ -171,16 +171,9 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
 /** Rules between members, which the schema can't say. */
 function incomplete({ server, rate_limit: limits }: Config): Issue[] {
   const issues: Issue[] = []
-  for (const part of ['global', 'per_key'] as const) {
-    const { burst_size, requests_per_second, requests_per_minute } = limits?.[part] ?? {}
-    if (burst_size && !requests_per_second && !requests_per_minute) {
-      const message = 'needs requests_per_second or requests_per_minute beside it'
-      issues.push({ path: ['rate_limit', part, 'burst_size'], message })
-    }
-  }
-  if (server?.workers !== 1 && limits?.enabled === true) {
+  if (server?.workers !== 1 && limits?.enabled === true && limits.storage === 'memory') {
     const message =
-      'must be 1 together with rate_limit: limits are counted in each process by itself so far'
+      'must be 1 together with rate_limit.storage: memory, which counts in one process; several share redis'
     issues.push({ path: ['server', 'workers'], message })
   }
   const tls = server?.tls

@@ -28,6 +28,7 @@ const STATUS = {
   backend_unreachable: 502,
   backend_failed: 502,
   auth_unavailable: 503,
+  limits_unavailable: 503,
   no_backend: 503,
   shutting_down: 503,
   backend_timeout: 504

@@ -4,7 +4,7 @@ import type { Dialect } from './dialects/dialect.ts'
 import { openai } from './dialects/openai.ts'
 import { type GatewayError, toGatewayError } from './errors.ts'
 import type { OwnLimits } from './limits/limits.ts'
-import type { Reservation } from './limits/memory.ts'
+import type { Lease, LimitStore } from './limits/store.ts'
 import type { Meter } from './metering/meter.ts'
 import type { PromptText } from './metering/text.ts'
 
@@ -89,6 +89,8 @@ export interface Payload {
   stream: boolean
   /** The client itself asked for a usage chunk. */
   includeUsage: boolean
+  /** The most tokens that all its answers together may have, where the client says so. */
+  maxTokens: number | undefined
   previousResponseId: string | undefined
 }
 
@@ -130,7 +132,7 @@ export class Exchange {
   onAnswerId: ((id: string) => void) | undefined
   /** What the plugins hold for it until it ends. */
   meter: Meter | undefined
-  reservation: Reservation | undefined
+  reservation: { store: LimitStore; lease: Lease } | undefined
   /** Somebody wants the request body when it is over. */
   keepsBody = false
   /** The text of the request, where its tokens may have to be estimated. */
@@ -156,8 +158,8 @@ export class Exchange {
   }
 
   /** Ends it honestly now: with an error, or an error event and a broken connection. */
-  interrupt(error: GatewayError): void {
-    this.fail('timed_out', error)
+  interrupt(error: GatewayError, outcome: Outcome = 'timed_out'): void {
+    this.fail(outcome, error)
     if (this.work === undefined) this.reply.raw.destroy()
     else this.work.interrupt(error)
   }

@@ -1,17 +1,16 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
 import fc from 'fast-check'
-import { type Limits, MemoryLimiter, type Reservation } from '../src/limits/memory.ts'
+import { goDuration } from '../src/limits/headers.ts'
+import { LimitSet, type OwnLimits } from '../src/limits/limits.ts'
+import { MemoryStore } from '../src/limits/memory.ts'
+import { Periods } from '../src/limits/period.ts'
 import { SlidingWindow, TokenBucket } from '../src/limits/rates.ts'
-import { goDuration } from '../src/plugins/limits.ts'
+import { isRefusal, NOTHING } from '../src/limits/store.ts'
+import { checkOptions } from '../src/options.ts'
 import { CHAT, chunk, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
 
-const NONE: Limits = {
-  requests_per_second: 0,
-  requests_per_minute: 0,
-  burst_size: 0,
-  max_concurrent: 0
-}
+const NONE = checkOptions(LimitSet, {})
 
 test('a window lets through exactly its limit in any minute, for limits of any size', () => {
   fc.assert(
@@ -117,77 +116,41 @@ test('a bucket gives a burst and then its rate', () => {
   assert.equal(bucket.wait(100), 0)
 })
 
+/** A store whose time stands still until it is set. */
+function storeAt() {
+  const clock = { at: 0, now: () => clock.at, time: () => clock.at }
+  return { clock, store: new MemoryStore(new Periods('UTC'), undefined, clock) }
+}
+
+const callOf = (own: OwnLimits, id = 'k') => ({
+  accounts: [{ scope: 'per_key' as const, id, limits: { ...NONE, ...own } }],
+  hold: NOTHING,
+  least: 0
+})
+
 test('a burst does not widen the minute', () => {
-  const limiter = new MemoryLimiter({
-    per_key: { ...NONE, requests_per_minute: 60, burst_size: 10 }
-  })
+  const { clock, store } = storeAt()
+  const call = callOf({ requests_per_minute: 60, burst_size: 10 })
   let allowed = 0
-  for (let now = 0; now < 60_000; now += 10) {
-    if (!('scope' in limiter.reserve('k', now))) allowed++
+  for (clock.at = 0; clock.at < 60_000; clock.at += 10) {
+    if (!isRefusal(store.reserveNow(call))) allowed++
   }
   assert.equal(allowed, 60)
-  const fresh = new MemoryLimiter({ per_key: { ...NONE, requests_per_minute: 60, burst_size: 10 } })
+  const fresh = storeAt().store
   let atOnce = 0
-  while (!('scope' in fresh.reserve('k', 0))) atOnce++
+  while (!isRefusal(fresh.reserveNow(call))) atOnce++
   assert.equal(atOnce, 10)
 })
 
-test('a refused call costs nothing, in none of the limits', () => {
-  const limiter = new MemoryLimiter({
-    global: { ...NONE, requests_per_minute: 3 },
-    per_key: { ...NONE, max_concurrent: 1 }
-  })
-  const first = limiter.reserve('a', 0)
-  for (let call = 0; call < 10; call++) {
-    const refused = limiter.reserve('a', 1)
-    assert.ok('scope' in refused && refused.limit === 'max_concurrent')
-  }
-  assert.ok(!('scope' in limiter.reserve('b', 2)))
-  assert.ok(!('scope' in limiter.reserve('c', 3)))
-  assert.ok('release' in first)
-  const over = limiter.reserve('d', 4)
-  assert.ok('scope' in over && over.scope === 'global' && over.limit === 'requests_per_minute')
-})
-
-test('any order of reserving and releasing keeps to the slots and gives all back', () => {
-  fc.assert(
-    fc.property(
-      fc.integer({ min: 1, max: 5 }),
-      fc.array(fc.tuple(fc.constantFrom('a', 'b', 'c'), fc.boolean()), { maxLength: 200 }),
-      (max, steps) => {
-        const limiter = new MemoryLimiter({
-          global: { ...NONE, max_concurrent: max + 2 },
-          per_key: { ...NONE, max_concurrent: max }
-        })
-        const held: { key: string; reservation: Reservation }[] = []
-        for (const [key, reserve] of steps) {
-          if (!reserve) {
-            const released = held.shift()
-            released?.reservation.release()
-            released?.reservation.release()
-            continue
-          }
-          const result = limiter.reserve(key, 0)
-          const own = held.filter(each => each.key === key).length
-          const fits = own < max && held.length < max + 2
-          assert.equal(!('scope' in result), fits)
-          if (!('scope' in result)) held.push({ key, reservation: result })
-        }
-        for (const { reservation } of held) reservation.release()
-        for (const key of ['a', 'b', 'c']) assert.equal(limiter.refusal(key, 0), undefined)
-      }
-    )
-  )
-})
-
 test('forgotten keys do not pile up', () => {
-  const limiter = new MemoryLimiter({ per_key: { ...NONE, requests_per_minute: 1 } })
+  const { clock, store } = storeAt()
   for (let key = 0; key < 50_000; key++) {
-    const reserved = limiter.reserve(String(key), key * 100)
-    assert.ok('release' in reserved)
-    reserved.release()
+    clock.at = key * 100
+    const lease = store.reserveNow(callOf({ requests_per_minute: 1 }, String(key)))
+    assert.ok(!isRefusal(lease))
+    store.settle(lease, NOTHING)
   }
-  assert.ok(limiter.size < 50_000 / 10, String(limiter.size))
+  assert.ok(store.size < 50_000 / 10, String(store.size))
 })
 
 async function start(t: TestContext, rate_limit: object, more: object = {}) {
@@ -321,8 +284,8 @@ test('an IPv6 network counts as one address', async t => {
 })
 
 test('without burst_size twice the rate may come at once', () => {
-  const limiter = new MemoryLimiter({ per_key: { ...NONE, requests_per_second: 5 } })
+  const { store } = storeAt()
   let atOnce = 0
-  while (!('scope' in limiter.reserve('k', 0))) atOnce++
+  while (!isRefusal(store.reserveNow(callOf({ requests_per_second: 5 })))) atOnce++
   assert.equal(atOnce, 10)
 })

@@ -1,199 +1,226 @@
-import { SlidingWindow, Slots, TokenBucket } from './rates.ts'
-
-/** What one subject (everybody together, or one key) may do. 0: no such limit. */
-export interface Limits {
-  requests_per_second: number
-  requests_per_minute: number
-  burst_size: number
-  max_concurrent: number
-}
-
-export type LimitName = 'requests_per_second' | 'requests_per_minute' | 'max_concurrent'
-export type Scope = 'global' | 'per_key'
-
-/** Who may do what. An absent part limits nothing. */
-export interface Policy {
-  global?: Limits | undefined
-  per_key?: Limits | undefined
-}
-
-export interface Refusal {
-  scope: Scope
-  limit: LimitName
-  /** The number that was reached. */
-  max: number
-  retryAfterMs: number
-}
-
-/** The state of the tightest request limit, for response headers. */
-export interface Quota {
-  limit: number
-  remaining: number
-  resetMs: number
-}
+import { Counter, type Moment, type Period } from './counter.ts'
+import type { Limits } from './limits.ts'
+import type { Periods } from './period.ts'
+import type { Quotas } from './quotas.ts'
+import type { SlidingWindow } from './rates.ts'
+import {
+  type Account,
+  type Amount,
+  type Call,
+  type Lease,
+  type Left,
+  type LimitStore,
+  NOTHING,
+  type Refusal
+} from './store.ts'
 
 const SWEEP_AT = 1024
 const MAX_SUBJECTS = 100_000
 /** Subjects that make room at a time, so that a sweep is rare. */
 const EVICTED = MAX_SUBJECTS / 10
 
+/** The clocks: monotonic (ms) and of the wall (Unix ms). */
+export interface Clock {
+  now(): number
+  time(): number
+}
+
+export const CLOCK: Clock = { now: () => performance.now(), time: () => Date.now() }
+
 /**
- * Limits of one process, in memory. A reservation is one step over all limits: each has room and
- * all are taken, or nothing is.
+ * Limits of one process, in memory. What was spent of quotas is written to a file, if there is one.
  *
  * @example
- * const none = { requests_per_second: 0, requests_per_minute: 0, burst_size: 0, max_concurrent: 0 }
- * const limiter = new MemoryLimiter({ per_key: { ...none, max_concurrent: 1 } })
- * const first = limiter.reserve('alice', 0)
- * limiter.reserve('alice', 0) // { scope: 'per_key', limit: 'max_concurrent', max: 1, retryAfterMs: 1000 }
+ * const store = new MemoryStore(new Periods('UTC'))
+ * const limits = { ...checkOptions(LimitSet, {}), max_concurrent: 1 }
+ * const call = { accounts: [{ scope: 'per_key', id: 'alice', limits }], hold: { tokens: 0, cost: 0 }, least: 0 }
+ * await store.reserve(call) // a lease
+ * await store.reserve(call) // { scope: 'per_key', limit: 'max_concurrent', max: 1, retryAfterMs: 1000 }
  */
-export class MemoryLimiter {
-  #policy: Policy
-  #global: Account
-  readonly #keys = new Map<string, Account>()
+export class MemoryStore implements LimitStore {
+  readonly #periods: Periods
+  readonly #quotas: Quotas | undefined
+  readonly #clock: Clock
+  readonly #counters = new Map<string, Counter>()
   #sweepAt = SWEEP_AT
 
-  constructor(policy: Policy) {
-    this.#policy = policy
-    this.#global = new Account('global', policy.global)
+  constructor(periods: Periods, quotas?: Quotas, clock = CLOCK) {
+    this.#periods = periods
+    this.#quotas = quotas
+    this.#clock = clock
   }
 
-  /** New numbers for everybody; what was counted so far stays counted. */
-  update(policy: Policy): void {
-    this.#policy = policy
-    this.#global.configure(policy.global)
-    for (const account of this.#keys.values()) account.configure(policy.per_key)
-  }
-
-  /** Would a reservation be refused? Takes nothing. */
-  refusal(key: string, now: number): Refusal | undefined {
-    return this.#global.refusal(now) ?? this.#keys.get(key)?.refusal(now)
-  }
-
-  reserve(key: string, now: number): Reservation | Refusal {
-    const account = this.#account(key, now)
-    const refusal = this.#global.refusal(now) ?? account.refusal(now)
-    if (refusal !== undefined) return refusal
-    this.#global.take(now)
-    account.take(now)
-    return new Reservation([this.#global, account], account.quota(now) ?? this.#global.quota(now))
-  }
-
-  /** Subjects remembered at the moment. */
+  /** Subjects that are remembered at the moment. */
   get size(): number {
-    return this.#keys.size
+    return this.#counters.size
   }
 
-  #account(key: string, now: number): Account {
-    let account = this.#keys.get(key)
-    if (account === undefined) {
-      if (this.#keys.size >= this.#sweepAt) this.#sweep(now)
-      account = new Account('per_key', this.#policy.per_key)
-      this.#keys.set(key, account)
-    }
-    return account
-  }
-
-  /** Forgets subjects that have everything back; if there are too many even so, the oldest ones. */
-  #sweep(now: number): void {
-    for (const [key, account] of this.#keys) if (account.isIdle(now)) this.#keys.delete(key)
-    for (const [key, account] of this.#keys) {
-      if (this.#keys.size <= MAX_SUBJECTS - EVICTED) break
-      if (account.slots.inUse === 0) this.#keys.delete(key)
-    }
-    this.#sweepAt = Math.min(MAX_SUBJECTS, Math.max(SWEEP_AT, this.#keys.size * 2))
-  }
-}
-
-/** What was taken from some accounts. */
-export class Reservation {
-  readonly quota: Quota | undefined
-  #accounts: readonly Account[]
-
-  constructor(accounts: readonly Account[], quota: Quota | undefined) {
-    this.#accounts = accounts
-    this.quota = quota
-  }
-
-  /** Gives the slots back; does nothing a second time. */
-  release(): void {
-    for (const account of this.#accounts) account.release()
-    this.#accounts = []
-  }
-}
-
-/** The counters of one subject. */
-class Account {
-  readonly scope: Scope
-  readonly slots = new Slots(0)
-  #bucket: TokenBucket | undefined
-  #window: SlidingWindow | undefined
-
-  constructor(scope: Scope, limits: Limits | undefined) {
-    this.scope = scope
-    this.configure(limits)
-  }
-
-  configure(limits: Limits | undefined): void {
-    const perMinute = limits?.requests_per_minute ?? 0
-    const burst = limits?.burst_size ?? 0
-    const perSecond = limits?.requests_per_second || (burst > 0 ? perMinute / 60 : 0)
-    this.slots.limit = limits?.max_concurrent ?? 0
-
-    if (perMinute === 0) this.#window = undefined
-    else if (this.#window === undefined) this.#window = new SlidingWindow(perMinute)
-    else this.#window.limit = perMinute
-
-    if (perSecond === 0) this.#bucket = undefined
-    else if (this.#bucket === undefined)
-      this.#bucket = new TokenBucket(perSecond, burst || perSecond * 2)
-    else {
-      this.#bucket.perSecond = perSecond
-      this.#bucket.burst = burst || perSecond * 2
-    }
-  }
-
-  refusal(now: number): Refusal | undefined {
-    const { scope } = this
-    const minute = this.#window?.wait(now) ?? 0
-    const second = this.#bucket?.wait(now) ?? 0
-    if (minute > 0 && minute >= second) {
-      const max = this.#window!.limit
-      return { scope, limit: 'requests_per_minute', max, retryAfterMs: minute }
-    }
-    if (second > 0) {
-      const max = this.#bucket!.perSecond
-      return { scope, limit: 'requests_per_second', max, retryAfterMs: second }
-    }
-    if (this.slots.limit > 0 && this.slots.inUse >= this.slots.limit) {
-      return { scope, limit: 'max_concurrent', max: this.slots.limit, retryAfterMs: 1000 }
+  look(accounts: readonly Account[]): Refusal | undefined {
+    for (const account of accounts) {
+      const counter = this.#counters.get(idOf(account))
+      const refusal = counter?.refusal(account, NOTHING, 0, this.#at(account))
+      if (refusal !== undefined) return refusal
     }
     return undefined
   }
 
-  take(now: number): void {
-    this.#window?.take(now)
-    this.#bucket?.take(now)
-    this.slots.inUse++
+  async reserve(call: Call): Promise<Lease | Refusal> {
+    return this.reserveNow(call)
   }
 
-  release(): void {
-    this.slots.inUse--
-  }
-
-  quota(now: number): Quota | undefined {
-    const minute = this.#window?.remaining(now) ?? Number.POSITIVE_INFINITY
-    const second = this.#bucket?.remaining(now) ?? Number.POSITIVE_INFINITY
-    if (minute <= second) {
-      const window = this.#window
-      return window && { limit: window.limit, remaining: minute, resetMs: window.reset(now) }
+  reserveNow({ accounts, hold, least, force }: Call): Lease | Refusal {
+    const counters = accounts.map(account => this.#counter(account))
+    if (!force) {
+      for (const [index, account] of accounts.entries()) {
+        const refusal = counters[index]!.refusal(account, hold, least, this.#at(account))
+        if (refusal !== undefined) return refusal
+      }
     }
-    const bucket = this.#bucket!
-    return { limit: bucket.burst, remaining: second, resetMs: bucket.reset(now) }
+    const now = this.#clock.now()
+    for (const [index, counter] of counters.entries()) counter.take(accounts[index]!, hold, now)
+    return {
+      accounts,
+      held: { ...hold },
+      spent: { ...NOTHING },
+      isOpen: true,
+      requests: tightest(counters.map((each, index) => each.requestsLeft(accounts[index]!, now))),
+      tokens: tightest(counters.map((each, index) => each.tokensLeft(accounts[index]!, now)))
+    }
   }
 
-  isIdle(now: number): boolean {
-    const back = (this.#window?.reset(now) ?? 0) + (this.#bucket?.reset(now) ?? 0)
-    return this.slots.inUse === 0 && back <= 0
+  async extend(lease: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+    return this.extendNow(lease, spent, more, force)
   }
+
+  extendNow(lease: Lease, spent: Amount, more: Amount, force: boolean): boolean {
+    this.#book(lease, spent)
+    const hasRoom =
+      force ||
+      lease.accounts.every(account =>
+        this.#counter(account).hasRoom(account, more, this.#at(account))
+      )
+    if (hasRoom) this.#hold(lease, more)
+    return hasRoom
+  }
+
+  settle(lease: Lease, spent: Amount): void {
+    if (!lease.isOpen) return
+    lease.isOpen = false
+    this.#book(lease, spent)
+    this.#hold(lease, { tokens: -lease.held.tokens, cost: -lease.held.cost })
+    for (const account of lease.accounts) this.#counter(account).release()
+  }
+
+  async close(): Promise<void> {
+    await this.#quotas?.close()
+  }
+
+  /** All that is counted. */
+  counters(): Iterable<Counter> {
+    return this.#counters.values()
+  }
+
+  /** What an account has spent of its quota. */
+  spent(account: Account): Amount {
+    return this.#counter(account).spent(account, this.#at(account))
+  }
+
+  /** Somebody else knows better what an account has spent of its quota. */
+  know(account: Account, { tokens, cost }: Amount): void {
+    if (account.limits.total_quota === 0) return
+    this.#counter(account).spending = { ...this.#at(account).period, tokens, cost }
+  }
+
+  /** What an account has; its windows as ages (ms) and amounts. */
+  seed(id: string) {
+    const counter = this.#counters.get(id)
+    if (counter === undefined) return undefined
+    const { account, slots, held, requests, tokens } = counter
+    const now = this.#clock.now()
+    const ages = (window: SlidingWindow) =>
+      window.entries(now).map(([time, amount]) => [now - time, amount])
+    return {
+      account,
+      slots,
+      held: { ...held },
+      requests: ages(requests),
+      tokens: ages(tokens),
+      known: this.spent(account)
+    }
+  }
+
+  periodOf({ quota_reset_period }: Limits): Period {
+    return this.#periods.at(quota_reset_period, this.#clock.time())
+  }
+
+  /** What has been spent since the last time is not held any more, but spent. */
+  #book(lease: Lease, spent: Amount): void {
+    const { delta, less } = toBook(lease, spent)
+    for (const account of lease.accounts) {
+      const counter = this.#counter(account)
+      counter.spend(account, delta, this.#at(account))
+      if (account.limits.total_quota > 0) this.#quotas?.note(idOf(account), counter.spending!)
+    }
+    lease.spent = { ...spent }
+    this.#hold(lease, less)
+  }
+
+  #hold(lease: Lease, more: Amount): void {
+    lease.held = { tokens: lease.held.tokens + more.tokens, cost: lease.held.cost + more.cost }
+    for (const account of lease.accounts) this.#counter(account).hold(more)
+  }
+
+  #at({ limits }: Account): Moment {
+    const time = this.#clock.time()
+    return {
+      now: this.#clock.now(),
+      time,
+      period: this.#periods.at(limits.quota_reset_period, time)
+    }
+  }
+
+  #counter(account: Account): Counter {
+    const id = idOf(account)
+    const known = this.#counters.get(id)
+    if (known !== undefined) {
+      known.account = account
+      return known
+    }
+    if (this.#counters.size >= this.#sweepAt) this.#sweep(this.#clock.now())
+    const counter = new Counter(account)
+    counter.spending = this.#quotas?.known.get(id)
+    this.#counters.set(id, counter)
+    return counter
+  }
+
+  /** Forgets subjects that have everything back; if there are too many even so, the oldest ones. */
+  #sweep(now: number): void {
+    for (const [id, counter] of this.#counters) if (counter.isIdle(now)) this.#counters.delete(id)
+    for (const [id, counter] of this.#counters) {
+      if (this.#counters.size <= MAX_SUBJECTS - EVICTED) break
+      if (counter.slots === 0) this.#counters.delete(id)
+    }
+    this.#sweepAt = Math.min(MAX_SUBJECTS, Math.max(SWEEP_AT, this.#counters.size * 2))
+  }
+}
+
+export function idOf({ scope, id }: Account): string {
+  return `${scope}:${id}`
+}
+
+/** What of `spent` is new, and by how much less is held for it. */
+export function toBook({ spent: before, held }: Lease, spent: Amount) {
+  const delta = { tokens: spent.tokens - before.tokens, cost: spent.cost - before.cost }
+  const less = {
+    tokens: -Math.min(held.tokens, Math.max(0, delta.tokens)),
+    cost: -Math.min(held.cost, Math.max(0, delta.cost))
+  }
+  return { delta, less }
+}
+
+export function tightest(all: (Left | undefined)[]): Left | undefined {
+  return all.reduce(
+    (least, each) => (each && !(least && least.remaining <= each.remaining) ? each : least),
+    undefined
+  )
 }

@@ -1,14 +1,14 @@
-/** The three ways a limit is counted. Times are milliseconds of a monotonic clock. */
+/** How rates are counted. Times are milliseconds of a monotonic clock. */
 
 const GRAINS = 512
+const EMPTY = new Float64Array(0)
 
 /**
  * At most `limit` in any window, exactly: no burst at a window's border.
  *
- * Up to 512 requests a window each has its own time. Above that, requests of the same 1/512 of the
- * window share the time of the latest of them: still never more than `limit` in any window, a place
- * comes back at most 1/512 of the window late (0.12 s a minute), and memory stays below 9 KB for
- * any limit.
+ * Up to 512 entries each has its own time. Above that, entries of the same 1/512 of the window share the
+ * time of the latest of them: still never more than `limit` in any window, a place comes back at most
+ * 1/512 of the window late (0.12 s a minute), and memory stays below 9 KB for any limit.
  *
  * @example
  * const window = new SlidingWindow(2)
@@ -19,43 +19,44 @@ const GRAINS = 512
 export class SlidingWindow {
   readonly windowMs: number
   limit: number
-  #times = new Float64Array(8)
-  #counts = new Float64Array(8)
+  #times = EMPTY
+  #counts = EMPTY
   #head = 0
   #size = 0
   #total = 0
+  #isCoarse = false
 
   constructor(limit: number, windowMs = 60_000) {
     this.limit = limit
     this.windowMs = windowMs
   }
 
-  /** Milliseconds until one more has room; 0: now. */
-  wait(now: number): number {
+  /** Milliseconds until `amount` more have room; 0: now. More than the limit have when nothing else is there. */
+  wait(now: number, amount = 1): number {
     this.#expire(now)
-    if (this.#total < this.limit) return 0
-    let excess = this.#total - this.limit
+    let excess = this.#total + Math.min(amount, this.limit) - this.limit
+    if (excess <= 0) return 0
     for (let at = 0; at < this.#size; at++) {
       const index = (this.#head + at) % this.#times.length
       excess -= this.#counts[index]!
-      if (excess < 0) return this.#times[index]! + this.windowMs - now
+      if (excess <= 0) return this.#times[index]! + this.windowMs - now
     }
     return this.windowMs
   }
 
-  take(now: number): void {
+  take(now: number, amount = 1): void {
     this.#expire(now)
-    this.#total++
+    this.#total += amount
     const last = (this.#head + this.#size - 1) % this.#times.length
     if (this.#size > 0 && this.#grain(this.#times[last]!) === this.#grain(now)) {
       this.#times[last] = now
-      this.#counts[last]!++
+      this.#counts[last]! += amount
       return
     }
     if (this.#size === this.#times.length) this.#grow()
     const next = (this.#head + this.#size) % this.#times.length
     this.#times[next] = now
-    this.#counts[next] = 1
+    this.#counts[next] = amount
     this.#size++
   }
 
@@ -71,8 +72,17 @@ export class SlidingWindow {
     return this.#times[(this.#head + this.#size - 1) % this.#times.length]! + this.windowMs - now
   }
 
+  /** What was taken and when, oldest first. */
+  entries(now: number): [time: number, amount: number][] {
+    this.#expire(now)
+    return Array.from({ length: this.#size }, (_, at) => {
+      const index = (this.#head + at) % this.#times.length
+      return [this.#times[index]!, this.#counts[index]!]
+    })
+  }
+
   #grain(time: number): number {
-    return this.limit <= GRAINS ? time : Math.floor((time * GRAINS) / this.windowMs)
+    return this.#isCoarse ? Math.floor((time * GRAINS) / this.windowMs) : time
   }
 
   #expire(now: number): void {
@@ -81,11 +91,13 @@ export class SlidingWindow {
       this.#head = (this.#head + 1) % this.#times.length
       this.#size--
     }
+    if (this.#size === 0) this.#isCoarse = false
   }
 
-  /** Makes room for one more. What was noted one by one under a smaller limit shares its grains now. */
+  /** Makes room for one more. Of many, those that were noted one by one share their grains from now on. */
   #grow(): void {
-    const length = Math.min(this.#times.length * 2, GRAINS + 2)
+    if (this.#size >= GRAINS) this.#isCoarse = true
+    const length = Math.min(Math.max(8, this.#times.length * 2), GRAINS + 2)
     const times = new Float64Array(length)
     const counts = new Float64Array(length)
     let last = -1
@@ -140,15 +152,5 @@ export class TokenBucket {
     const elapsed = Math.max(0, now - this.#at)
     this.#tokens = Math.min(this.burst, this.#tokens + (elapsed / 1000) * this.perSecond)
     this.#at = Math.max(this.#at, now)
-  }
-}
-
-/** At most `limit` in flight at a time. */
-export class Slots {
-  limit: number
-  inUse = 0
-
-  constructor(limit: number) {
-    this.limit = limit
   }
 }

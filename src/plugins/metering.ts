@@ -23,6 +23,18 @@ import { type Answer, READ_MS } from '../pool/answer.ts'
  * await fastify.register(metering)
  * fastify.exchanges.onEnd('record', exchange => console.log(exchange.usage?.totalTokens))
  */
+declare module 'fastify' {
+  interface FastifyInstance {
+    /** What an exchange likely spends, before the backend has said it. */
+    tokens: {
+      /** Tokens of the prompt. */
+      input(exchange: Exchange): number
+      /** Tokens that have passed of an answer. */
+      output(exchange: Exchange): number
+    }
+  }
+}
+
 const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
   const exchanges = withExchanges(fastify)
   const estimates = new Estimates(MAX_MODELS)
@@ -35,9 +47,23 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     return known
   }
 
+  fastify.decorate('tokens', {
+    input(exchange) {
+      const { payload } = exchange.request
+      if (exchange.endpoint?.spends === undefined || payload === undefined) return 0
+      exchange.prompt ??= promptText(payload.bytes)
+      return estimates.input(payload.model ?? '', exchange.prompt.counts)
+    },
+    output({ meter, endpoint, request }) {
+      if (meter === undefined || endpoint?.spends !== 'input and output') return 0
+      const { tokens, since } = meter.counted
+      return tokens + estimates.output(request.payload?.model ?? '', since)
+    }
+  })
+
   fastify.addHook('preHandler', ({ exchange, payload }, _reply, done) => {
     const { endpoint } = exchange
-    if (endpoint?.spends && payload) exchange.prompt = promptText(payload.bytes)
+    if (endpoint?.spends && payload) exchange.prompt ??= promptText(payload.bytes)
     if (endpoint?.asksForUsage && payload?.stream && !payload.includeUsage) {
       exchange.question = { bytes: askForUsage(payload.bytes), asked: false }
     }

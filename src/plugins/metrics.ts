@@ -165,11 +165,25 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
   if (fastify.hasDecorator('limits')) {
     const refusals = new Counter({
       name: 'llmproxy_limit_refusals_total',
-      help: 'Requests refused by a limit',
-      labelNames: ['scope', 'limit'],
+      help: 'Requests refused by a limit, or in shadow mode those that would have been',
+      labelNames: ['scope', 'limit', 'mode'],
       registers
     })
-    fastify.limits.refusals.push(({ scope, limit }) => refusals.inc({ scope, limit }))
+    const stopped = new Counter({
+      name: 'llmproxy_limit_stopped_total',
+      help: 'Answers ended before their time because a budget was used up',
+      registers
+    })
+    const troubles = new Counter({
+      name: 'llmproxy_limit_store_errors_total',
+      help: 'Steps that the store of the limits could not take',
+      registers
+    })
+    fastify.limits.observers.push({
+      refused: ({ scope, limit }, mode) => refusals.inc({ scope, limit, mode }),
+      stopped: () => stopped.inc(),
+      trouble: () => troubles.inc()
+    })
   }
   if (fastify.hasDecorator('usage')) usageMetrics(fastify.usage, registers)
 }

@@ -68,6 +68,7 @@ function readPayload(request: FastifyRequest, endpoint: Endpoint): Payload {
     model: model ?? undefined,
     stream: stream ?? endpoint.streamsByDefault ?? false,
     includeUsage: asksForUsage(stream_options),
+    maxTokens: maxTokens(body),
     previousResponseId: typeof previous_response_id === 'string' ? previous_response_id : undefined
   }
 }
@@ -105,6 +106,15 @@ function refuseAmbiguity(bytes: Buffer): void {
       throw new GatewayError('invalid_request', `${read} must be there only once.`)
     }
   }
+}
+
+/** The most tokens that all its answers together may have. */
+function maxTokens({ n, options, ...body }: Record<string, unknown>): number | undefined {
+  const { max_completion_tokens, max_tokens = max_completion_tokens } = body
+  const { max_output_tokens = max_tokens } = body
+  const { num_predict } = (options ?? {}) as { num_predict?: unknown }
+  const most = Number(max_output_tokens ?? num_predict)
+  return most > 0 ? most * Math.max(1, Number(n) || 1) : undefined
 }
 
 function asksForUsage(options: unknown): boolean {

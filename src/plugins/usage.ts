@@ -10,7 +10,7 @@ import type { OutboxState } from '../peers.ts'
 import type { OnDelivery } from '../reporters/courier.ts'
 import { type Keeping, Outbox } from '../reporters/outbox.ts'
 import type { Sink } from '../reporters/posts.ts'
-import { type Price, toRecord } from '../reporters/record.ts'
+import { cost, type Price, toRecord } from '../reporters/record.ts'
 import { toEntry } from '../reporters/reporter.ts'
 import { ReporterOptions, reporterIssues, toReporters } from '../reporters/reporters.ts'
 import { StorageOptions } from '../store/storage.ts'
@@ -83,6 +83,8 @@ declare module 'fastify' {
 export interface UsageReports extends Readonly<OutboxState> {
   readonly onDelivery: OnDelivery[]
   update(options: UsageOptions, storage: StorageOptions): Promise<void>
+  /** What so many tokens of a model cost; 0 where no price is configured. */
+  cost(model: string | undefined, tokens: { input: number; output: number; cached: number }): number
   /** Delivers what is pending until the signal fires. */
   flush(signal: AbortSignal): Promise<void>
 }
@@ -132,6 +134,10 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     },
     onDelivery,
     update,
+    cost(model, { input, output, cached }) {
+      const price = rules.price(model)
+      return price === undefined ? 0 : cost(price, input, output, cached)
+    },
     async flush(signal) {
       await outbox?.close(signal)
       outbox = undefined

@@ -117,7 +117,7 @@ export function toRecord(
 }
 
 /** Cached tokens are part of the input, at a price of their own where there is one. */
-function cost(price: Price, input: number, output: number, cached: number): number {
+export function cost(price: Price, input: number, output: number, cached: number): number {
   const fresh = (input - cached) * price.input
   return (fresh + cached * (price.cached ?? price.input) + output * price.output) / MILLION
 }

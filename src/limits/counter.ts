@@ -1,0 +1,169 @@
+import type { Limits } from './limits.ts'
+import { SlidingWindow, TokenBucket } from './rates.ts'
+import {
+  type Account,
+  type Amount,
+  type Left,
+  type LimitName,
+  NOTHING,
+  type Refusal
+} from './store.ts'
+
+/** When it is worth asking again (ms) for what comes back as soon as a running call ends. */
+const RETRY = 1_000
+
+/** What one subject has spent in the period of its quota. */
+export interface Spending extends Amount {
+  /** Where the period begins and ends (Unix ms). */
+  start: number
+  end: number
+}
+
+export interface Period {
+  start: number
+  end: number
+}
+
+/** The time of one step: of a monotonic clock (ms), and of the wall (Unix ms). */
+export interface Moment {
+  now: number
+  time: number
+  period: Period
+}
+
+/** What one subject has taken, and whether it may take more. */
+export class Counter {
+  /** As it was last asked for. */
+  account: Account
+  slots = 0
+  readonly held: Amount = { tokens: 0, cost: 0 }
+  readonly requests = new SlidingWindow(0)
+  readonly tokens = new SlidingWindow(0)
+  spending: Spending | undefined
+  #bucket: TokenBucket | undefined
+
+  constructor(account: Account) {
+    this.account = account
+  }
+
+  /** Why a call has no room that wants `hold`, and at `least` so many tokens; the limit it waits for longest. */
+  refusal(account: Account, hold: Amount, least: number, at: Moment): Refusal | undefined {
+    const { scope, limits } = account
+    let longest: Refusal | undefined
+    const check = (limit: LimitName, max: number, retryAfterMs: number) => {
+      if (max > 0 && retryAfterMs > (longest?.retryAfterMs ?? 0)) {
+        longest = { scope, limit, max, retryAfterMs }
+      }
+    }
+    const { requests_per_minute, tokens_per_minute, max_concurrent, total_quota } = limits
+    const bucket = this.#bucketOf(limits)
+    if (bucket) check('requests_per_second', bucket.perSecond, bucket.wait(at.now))
+    this.requests.limit = requests_per_minute
+    check('requests_per_minute', requests_per_minute, this.requests.wait(at.now))
+    const isTooLarge = least > tokens_per_minute
+    const forTokens = isTooLarge ? Number.POSITIVE_INFINITY : this.#tokenWait(limits, hold, at.now)
+    check('tokens_per_minute', tokens_per_minute, forTokens)
+    check('max_concurrent', max_concurrent, this.slots < max_concurrent ? 0 : RETRY)
+    const hasRoom = this.#hasQuota(account, hold, at)
+    check('total_quota', total_quota, hasRoom ? 0 : at.period.end - at.time)
+    return longest
+  }
+
+  /** Is there room to hold so much more? */
+  hasRoom(account: Account, more: Amount, at: Moment): boolean {
+    return this.#tokenWait(account.limits, more, at.now) === 0 && this.#hasQuota(account, more, at)
+  }
+
+  take({ limits }: Account, hold: Amount, now: number): void {
+    if (limits.requests_per_minute > 0) this.requests.take(now)
+    this.#bucketOf(limits)?.take(now)
+    this.slots++
+    this.hold(hold)
+  }
+
+  /** Holds more, or with negative amounts less. */
+  hold({ tokens, cost }: Amount): void {
+    this.held.tokens += tokens
+    this.held.cost += cost
+  }
+
+  release(): void {
+    this.slots--
+    // What is left over is what floating point numbers leave over.
+    if (this.slots === 0) Object.assign(this.held, NOTHING)
+  }
+
+  /** Books what was spent. */
+  spend(account: Account, { tokens, cost }: Amount, at: Moment): void {
+    const { tokens_per_minute, total_quota } = account.limits
+    if (tokens_per_minute > 0 && tokens > 0) this.tokens.take(at.now, tokens)
+    if (total_quota === 0) return
+    const spent = this.spent(account, at)
+    this.spending = { ...at.period, tokens: spent.tokens + tokens, cost: spent.cost + cost }
+  }
+
+  /** What was spent in this period. */
+  spent({ limits, spent: before }: Account, { period }: Moment): Amount {
+    // A clock may be behind the one by which the period began.
+    if (this.spending !== undefined && this.spending.start >= period.start) return this.spending
+    const isOld = before?.at !== undefined && before.at < period.start
+    if (this.spending !== undefined || before === undefined || isOld) return { tokens: 0, cost: 0 }
+    return { tokens: 0, cost: 0, [limits.quota_unit]: before.amount }
+  }
+
+  requestsLeft({ limits }: Account, now: number): Left | undefined {
+    const { requests_per_minute: limit } = limits
+    this.requests.limit = limit
+    const ofMinute = limit > 0 ? this.requests.remaining(now) : Number.POSITIVE_INFINITY
+    const bucket = this.#bucketOf(limits)
+    const ofBucket = bucket?.remaining(now) ?? Number.POSITIVE_INFINITY
+    if (bucket && ofBucket < ofMinute) {
+      return { limit: bucket.burst, remaining: ofBucket, resetMs: bucket.reset(now) }
+    }
+    return limit > 0 ? { limit, remaining: ofMinute, resetMs: this.requests.reset(now) } : undefined
+  }
+
+  tokensLeft({ limits }: Account, now: number): Left | undefined {
+    const { tokens_per_minute: limit } = limits
+    if (limit === 0) return undefined
+    this.tokens.limit = limit
+    const remaining = Math.max(0, this.tokens.remaining(now) - this.held.tokens)
+    return { limit, remaining, resetMs: this.tokens.reset(now) }
+  }
+
+  /** Has everything come back? Then it can be forgotten. */
+  isIdle(now: number): boolean {
+    const back = this.requests.reset(now) + this.tokens.reset(now) + (this.#bucket?.reset(now) ?? 0)
+    return this.slots === 0 && back <= 0 && this.spending === undefined
+  }
+
+  /** What is held counts as if it were spent now. More than all of the limit needs the limit alone. */
+  #tokenWait({ tokens_per_minute: limit }: Limits, { tokens }: Amount, now: number): number {
+    if (limit === 0) return 0
+    this.tokens.limit = limit
+    const wanted = Math.min(tokens, limit) + this.held.tokens
+    return wanted > limit ? RETRY : this.tokens.wait(now, wanted)
+  }
+
+  /** A call that spends nothing has room as long as anything is left. */
+  #hasQuota(account: Account, more: Amount, at: Moment): boolean {
+    const { total_quota, quota_unit } = account.limits
+    if (total_quota === 0) return true
+    const left = total_quota - this.spent(account, at)[quota_unit] - this.held[quota_unit]
+    return more[quota_unit] > 0 ? more[quota_unit] <= left : left > 0
+  }
+
+  #bucketOf(limits: Limits): TokenBucket | undefined {
+    const { burst_size, requests_per_minute, requests_per_second } = limits
+    const perSecond = requests_per_second || (burst_size > 0 ? requests_per_minute / 60 : 0)
+    if (perSecond === 0) {
+      this.#bucket = undefined
+      return undefined
+    }
+    const burst = burst_size || perSecond * 2
+    this.#bucket ??= new TokenBucket(perSecond, burst)
+    this.#bucket.perSecond = perSecond
+    this.#bucket.burst = burst
+    return this.#bucket
+  }
+}

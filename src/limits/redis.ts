@@ -1,0 +1,458 @@
+import { hash, randomUUID } from 'node:crypto'
+import { readFileSync } from 'node:fs'
+import { writeFile } from 'node:fs/promises'
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { FastifyBaseLogger } from 'fastify'
+import { Redis } from '../store/redis.ts'
+import type { CacheOptions } from '../store/storage.ts'
+import { CLOCK, idOf, MemoryStore, tightest, toBook } from './memory.ts'
+import type { Periods } from './period.ts'
+import { SCRIPT } from './script.ts'
+import {
+  type Account,
+  type Amount,
+  type Call,
+  isRefusal,
+  type Lease,
+  type Left,
+  type LimitStore,
+  NOTHING,
+  type Refusal,
+  StoreError
+} from './store.ts'
+
+/** How often (ms) a replica says that it lives; it is taken for dead after 8 s. */
+const BEAT_INTERVAL = 500
+/** How long (ms) Redis may take for one step of a call. */
+const STEP_TIMEOUT = 500
+/** How long (ms) closing waits for what has been sent. */
+const CLOSE_TIMEOUT = 1_000
+const SEEDS = 100
+const SHA = hash('sha1', SCRIPT)
+
+export interface RedisStoreOptions {
+  cache: CacheOptions
+  /** Begins all names. */
+  prefix: string
+  periods: Periods
+  /** What happens to calls while Redis is away. */
+  onError: 'allow' | 'deny' | 'local'
+  log: FastifyBaseLogger
+  /** Where it is remembered how many processes there are, for a start without Redis. */
+  file?: string | undefined
+  /** Something could not be asked of Redis. */
+  onTrouble?: () => void
+  /** A key was revoked somewhere: its hash. */
+  onRevoked?: (hash: string) => void
+  /** For tests: how much (ms) later than Redis' clock it is. */
+  skew?: () => number
+}
+
+interface RedisLease extends Lease {
+  held: Amount
+  /** The same in the mirror. */
+  readonly mirror: Lease
+  /** While more is asked for. */
+  extending?: Promise<unknown> | undefined
+}
+
+/** What Redis has not heard of. */
+interface Owed extends Amount {
+  requests: number
+}
+
+/** The answer of each operation of the script. */
+interface Answers {
+  reserve:
+    | { refused: Omit<Refusal, 'retryAfterMs'> & { wait: number } }
+    | { accounts: AccountState[] }
+  extend: { held: boolean }
+  settle: object
+  beat: { replicas: number; now: number; revoked: string[] | object }
+  join: { epoch: string; now: number }
+  seed: object
+  leave: object
+  revoke: object
+}
+
+interface AccountState {
+  spent_tokens: number
+  spent_cost: number
+  requests?: LeftState
+  tokens?: LeftState
+}
+type LeftState = [limit: number, remaining: number, resetMs: number]
+
+/**
+ * Limits that several processes hold together, in Redis; one round trip a call.
+ *
+ * Beside it each process counts in memory what it lets through itself. By that it goes on while Redis is
+ * away, with its share of every limit (the whole divided by the processes that were last seen), and from
+ * that Redis gets back what it has lost.
+ */
+export class RedisStore implements LimitStore {
+  readonly #options: RedisStoreOptions
+  readonly #redis: Redis
+  readonly #replica = randomUUID()
+  readonly #mirror: MemoryStore
+  /** Accounts that Redis may see differently. */
+  readonly #unsure = new Map<string, Owed>()
+  /** Accounts of which Redis has lost everything. */
+  readonly #lost = new Set<string>()
+  #epoch = ''
+  #isJoined = false
+  #isSilent = false
+  #replicas = 1
+  #heardSince = 0
+  #beating: Promise<void> | undefined
+  readonly #timer: NodeJS.Timeout
+  readonly #settling = new Set<Promise<void>>()
+
+  constructor(options: RedisStoreOptions) {
+    this.#options = options
+    const { cache, skew = () => 0 } = options
+    this.#redis = new Redis({
+      ...cache,
+      read_timeout: Math.min(cache.read_timeout, STEP_TIMEOUT),
+      dial_timeout: Math.min(cache.dial_timeout, STEP_TIMEOUT)
+    })
+    this.#mirror = new MemoryStore(options.periods, undefined, {
+      now: () => CLOCK.now() + skew(),
+      time: () => CLOCK.time() + skew()
+    })
+    if (options.file !== undefined) this.#replicas = readCount(options.file)
+    this.#timer = setInterval(() => void this.beat(), BEAT_INTERVAL).unref()
+  }
+
+  /** Is Redis there, and does it know this process? */
+  get isJoined(): boolean {
+    return this.#isJoined
+  }
+
+  /** It would take a round trip. */
+  look(): undefined {
+    return undefined
+  }
+
+  async reserve(call: Call): Promise<Lease | Refusal> {
+    if (!this.#isJoined) return this.#alone(call)
+    const { accounts, hold, least, force = false } = call
+    let answer: Answers['reserve']
+    try {
+      answer = await this.#step('reserve', accounts, { hold, least, force })
+    } catch {
+      return this.#alone(call)
+    }
+    if ('refused' in answer) {
+      const { wait, ...refused } = answer.refused
+      return { ...refused, retryAfterMs: wait < 0 ? Number.POSITIVE_INFINITY : wait }
+    }
+    const states = answer.accounts
+    const mirror = this.#mirror.reserveNow({ ...call, force: true }) as Lease
+    for (const [index, account] of accounts.entries()) {
+      const { spent_tokens: tokens, spent_cost: cost } = states[index]!
+      this.#mirror.know(account, { tokens, cost })
+    }
+    return {
+      ...mirror,
+      mirror,
+      requests: tightest(states.map(each => toLeft(each.requests))),
+      tokens: tightest(states.map(each => toLeft(each.tokens)))
+    } as RedisLease
+  }
+
+  extend(lease: RedisLease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+    const extending = this.#extend(lease, spent, more, force).finally(() => {
+      lease.extending = undefined
+      lease.held = lease.mirror.held
+      lease.spent = lease.mirror.spent
+    })
+    lease.extending = extending
+    return extending
+  }
+
+  settle(lease: RedisLease, spent: Amount): void {
+    if (!lease.isOpen) return
+    lease.isOpen = false
+    // What is being asked for must be known before it can be given back.
+    const settling =
+      lease.extending?.then(() => this.#settle(lease, spent)) ?? this.#settle(lease, spent)
+    this.#settling.add(settling)
+    void settling.then(() => this.#settling.delete(settling))
+  }
+
+  /** Tells all replicas that a key (its hash) has been revoked. */
+  async revoke(key: string): Promise<void> {
+    await this.#step('revoke', [], { key })
+  }
+
+  /** Says that this process lives, and joins the others if they do not know it. */
+  beat(): Promise<void> {
+    this.#beating ??= this.#beat()
+      .catch(error => this.#fail(error as Error))
+      .finally(() => {
+        this.#beating = undefined
+      })
+    return this.#beating
+  }
+
+  async close(): Promise<void> {
+    clearInterval(this.#timer)
+    const sent = Promise.all([...this.#settling, this.#beating])
+    await Promise.race([sent, sleep(CLOSE_TIMEOUT, undefined, { ref: false })])
+    if (this.#isJoined) await this.#step('leave', [], {}).catch(() => {})
+    await this.#redis.close()
+  }
+
+  async #extend(lease: RedisLease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+    const { accounts, mirror } = lease
+    const { delta, less } = toBook(mirror, spent)
+    if (this.#isJoined) {
+      try {
+        const order = { spent: delta, less, more, force }
+        const { held } = await this.#step('extend', accounts, order)
+        return this.#mirror.extendNow(mirror, spent, held ? more : NOTHING, true) && held
+      } catch {
+        // Redis may have heard it or not; it is told again.
+      }
+    }
+    this.#owe(accounts, { ...delta, requests: 0 })
+    const { onError } = this.#options
+    return this.#mirror.extendNow(mirror, spent, more, force || onError === 'allow')
+  }
+
+  async #settle({ accounts, mirror }: RedisLease, spent: Amount): Promise<void> {
+    const { delta } = toBook(mirror, spent)
+    const less = { tokens: -mirror.held.tokens, cost: -mirror.held.cost }
+    this.#mirror.settle(mirror, spent)
+    if (this.#isJoined) {
+      try {
+        await this.#step('settle', accounts, { spent: delta, less })
+        return
+      } catch {}
+    }
+    this.#owe(accounts, { ...delta, requests: 0 })
+  }
+
+  /** Redis is away. */
+  #alone(call: Call): Lease | Refusal {
+    const { onError } = this.#options
+    if (onError === 'deny') throw new StoreError('Redis cannot be asked')
+    const force = call.force || onError === 'allow'
+    const accounts = call.accounts.map(account => this.#shareOf(account))
+    const mirror = this.#mirror.reserveNow({ ...call, accounts, force })
+    if (isRefusal(mirror)) {
+      const account = call.accounts.find(({ scope }) => scope === mirror.scope)!
+      const { requests_per_minute, burst_size, ...limits } = account.limits
+      const rate = limits.requests_per_second || (burst_size > 0 ? requests_per_minute / 60 : 0)
+      const max = { ...limits, requests_per_minute, requests_per_second: rate }[mirror.limit]
+      return { ...mirror, max }
+    }
+    this.#owe(call.accounts, { tokens: 0, cost: 0, requests: 1 })
+    return { ...mirror, accounts: call.accounts, mirror } as RedisLease
+  }
+
+  /** What this process may let through by itself. */
+  #shareOf(account: Account): Account {
+    const { limits } = account
+    const share = (limit: number) =>
+      limit === 0 ? 0 : Math.max(1, Math.floor(limit / this.#replicas))
+    const spent = this.#mirror.spent(account)[limits.quota_unit]
+    const left = Math.max(0, limits.total_quota - spent)
+    return {
+      ...account,
+      limits: {
+        ...limits,
+        requests_per_second: limits.requests_per_second / this.#replicas,
+        requests_per_minute: share(limits.requests_per_minute),
+        burst_size: share(limits.burst_size),
+        tokens_per_minute: share(limits.tokens_per_minute),
+        max_concurrent: share(limits.max_concurrent),
+        total_quota: limits.total_quota === 0 ? 0 : spent + left / this.#replicas
+      }
+    }
+  }
+
+  #owe(accounts: readonly Account[], { requests, tokens, cost }: Owed): void {
+    for (const account of accounts) {
+      const id = idOf(account)
+      const owed = this.#unsure.get(id) ?? { requests: 0, tokens: 0, cost: 0 }
+      owed.requests += requests
+      owed.tokens += tokens
+      owed.cost += cost
+      this.#unsure.set(id, owed)
+    }
+  }
+
+  /** From now on this process counts by itself, until it has joined again. */
+  #fail(error: Error): void {
+    const { log, onTrouble } = this.#options
+    onTrouble?.()
+    if (!this.#isSilent) {
+      this.#isSilent = true
+      log.error(
+        { reason: error.message, on_store_error: this.#options.onError },
+        'limits: Redis is away'
+      )
+    }
+    if (!this.#isJoined) return
+    this.#isJoined = false
+    for (const { account } of this.#mirror.counters()) this.#owe([account], NO_DEBT)
+  }
+
+  async #beat(): Promise<void> {
+    if (!this.#isJoined) return this.#join()
+    const answer = await this.#ask('beat', [], { since: this.#heardSince })
+    if ('lost' in answer) {
+      this.#fail(new Error('it does not know this process any more'))
+      return this.#join()
+    }
+    this.#hear(answer)
+  }
+
+  #hear({ replicas, now, revoked }: Answers['beat']): void {
+    const { file } = this.#options
+    if (file !== undefined && replicas !== this.#replicas) {
+      writeFile(file, `${replicas}\n`).catch(() => {})
+    }
+    this.#replicas = replicas
+    // Redis' Lua makes an object of an empty list.
+    for (const hash of Array.isArray(revoked) ? revoked : []) this.#options.onRevoked?.(hash)
+    this.#heardSince = now
+  }
+
+  /** Tells Redis what this process has, and what it has not heard of. */
+  async #join(): Promise<void> {
+    const { epoch, now } = (await this.#ask('join', [], { fresh: randomUUID() })) as Answers['join']
+    if (this.#heardSince === 0) this.#heardSince = now
+    if (this.#epoch !== '' && this.#epoch !== epoch) {
+      for (const { account } of this.#mirror.counters()) {
+        this.#lost.add(idOf(account))
+        this.#owe([account], NO_DEBT)
+      }
+    }
+    this.#epoch = epoch
+    while (this.#unsure.size > 0) await this.#seed([...this.#unsure].slice(0, SEEDS))
+    this.#isJoined = true
+    if (this.#isSilent) this.#options.log.info('limits: Redis is back')
+    this.#isSilent = false
+    const heard = (await this.#ask('beat', [], { since: this.#heardSince })) as Answers['beat']
+    this.#hear(heard)
+  }
+
+  async #seed(some: [string, Owed][]): Promise<void> {
+    const seeds = some.flatMap(([id, owed]) => {
+      this.#unsure.delete(id)
+      const seed = this.#mirror.seed(id)
+      if (seed === undefined) return []
+      const { account, ...own } = seed
+      const isLost = this.#lost.has(id)
+      return {
+        account,
+        own: {
+          ...own,
+          requests: isLost ? own.requests : [[0, owed.requests]],
+          tokens: isLost ? own.tokens : [[0, owed.tokens]],
+          owed: isLost ? NOTHING : owed
+        }
+      }
+    })
+    try {
+      const accounts = seeds.map(({ account, own }) => ({ ...this.#toOrder(account), own }))
+      await this.#ask(
+        'seed',
+        seeds.map(({ account }) => account),
+        { accounts }
+      )
+      for (const [id] of some) this.#lost.delete(id)
+    } catch (error) {
+      for (const [id, owed] of some) {
+        const since = this.#unsure.get(id) ?? NO_DEBT
+        this.#unsure.set(id, {
+          requests: owed.requests + since.requests,
+          tokens: owed.tokens + since.tokens,
+          cost: owed.cost + since.cost
+        })
+      }
+      throw error
+    }
+  }
+
+  /** @throws when Redis cannot be asked, or does not know this process */
+  async #step<Op extends keyof Answers>(
+    op: Op,
+    accounts: readonly Account[],
+    order: object
+  ): Promise<Answers[Op]> {
+    try {
+      const orders = accounts.map(each => this.#toOrder(each))
+      const answer = await this.#ask(op, accounts, { ...order, accounts: orders })
+      if ('lost' in answer) throw new Error('it does not know this process any more')
+      return answer
+    } catch (error) {
+      this.#fail(error as Error)
+      void this.beat()
+      throw error
+    }
+  }
+
+  async #ask<Op extends keyof Answers>(
+    op: Op,
+    accounts: readonly Account[],
+    order: object
+  ): Promise<Answers[Op] | { lost: true }> {
+    const tag = `${this.#options.prefix}:{limits}`
+    const names = accounts.map(each => `${tag}:${hash('sha256', idOf(each)).slice(0, 32)}`)
+    const keys = [`${tag}:replicas`, `${tag}:epoch`, `${tag}:revoked`, ...names]
+    const skew = this.#options.skew?.() ?? 0
+    const json = JSON.stringify({ op, replica: this.#replica, skew, ...order })
+    const text = await this.#redis.run(async client => {
+      const rest = [String(keys.length), ...keys, json]
+      try {
+        return await client.sendCommand(['EVALSHA', SHA, ...rest])
+      } catch (error) {
+        if (!String((error as Error).message).startsWith('NOSCRIPT')) throw error
+        return client.sendCommand(['EVAL', SCRIPT, ...rest])
+      }
+    })
+    return JSON.parse(String(text))
+  }
+
+  /** An account as the script reads it. */
+  #toOrder({ scope, limits, spent }: Account): object {
+    const { requests_per_second, requests_per_minute, burst_size, total_quota } = limits
+    const { tokens_per_minute, max_concurrent, quota_unit } = limits
+    const rate = requests_per_second || (burst_size > 0 ? requests_per_minute / 60 : 0)
+    const { start, end } = this.#mirror.periodOf(limits)
+    const isOld = spent?.at !== undefined && spent.at < start
+    return {
+      scope,
+      rate,
+      burst: burst_size || rate * 2,
+      requests_per_minute,
+      tokens_per_minute,
+      max_concurrent,
+      total_quota,
+      quota_unit,
+      start,
+      finish: Number.isFinite(end) ? end : 0,
+      before: { ...NOTHING, ...(spent && !isOld ? { [quota_unit]: spent.amount } : {}) }
+    }
+  }
+}
+
+const NO_DEBT: Owed = { requests: 0, tokens: 0, cost: 0 }
+
+function readCount(file: string): number {
+  try {
+    return Math.max(1, Number.parseInt(readFileSync(file, 'utf8'), 10) || 1)
+  } catch {
+    return 1
+  }
+}
+
+function toLeft(state: LeftState | undefined): Left | undefined {
+  if (state === undefined) return undefined
+  const [limit, remaining, resetMs] = state
+  return { limit, remaining, resetMs }
+}

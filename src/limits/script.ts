@@ -1,0 +1,297 @@
+/**
+ * What Redis does for limits: one step over all accounts of a call, by Redis' own clock. It counts as
+ * {@link Counter} does, with windows in grains of a second: a place comes back up to a second late.
+ *
+ * KEYS: the living replicas, the epoch, revoked keys, then the accounts. ARGV[1]: the order, JSON. All names
+ * have one hash tag, so that a cluster keeps them together. Slots and what is held stand in an account for each
+ * replica by itself: those of one that is not heard of are taken out by whoever comes next.
+ */
+export const SCRIPT = `
+local LEASE, WINDOW, GRAIN, RETRY = 8000, 60000, 1000, 1000
+local MINUTES, DAY = 150000, 86400000
+local order = cjson.decode(ARGV[1])
+local clock = redis.call('TIME')
+local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000) + order.skew
+local me = order.replica
+
+local alive = {}
+local replicas = redis.call('ZRANGEBYSCORE', KEYS[1], now - LEASE, '+inf')
+for _, id in ipairs(replicas) do alive[id] = true end
+
+local function sum(numbers)
+  local total = 0
+  for _, number in pairs(numbers) do total = total + number end
+  return total
+end
+
+local function read(index)
+  local packed = redis.call('GET', KEYS[3 + index])
+  local counter = packed and cmsgpack.unpack(packed)
+    or { requests = {}, tokens = {}, slots = {}, held_tokens = {}, held_cost = {} }
+  for _, window in ipairs({ counter.requests, counter.tokens }) do
+    for grain in pairs(window) do
+      if (tonumber(grain) + 1) * GRAIN + WINDOW <= now then window[grain] = nil end
+    end
+  end
+  for _, share in ipairs({ counter.slots, counter.held_tokens, counter.held_cost }) do
+    for id in pairs(share) do
+      if not alive[id] then share[id] = nil end
+    end
+  end
+  return counter
+end
+
+local function write(index, counter, account)
+  local packed = cmsgpack.pack(counter)
+  local key = KEYS[3 + index]
+  local keep = next(counter.slots) and DAY or MINUTES
+  if account.total_quota > 0 or counter.start then
+    local finish = counter.finish or 0
+    if finish == 0 then return redis.call('SET', key, packed) end
+    keep = math.max(keep, finish - now + DAY)
+  end
+  redis.call('SET', key, packed, 'PX', math.floor(keep))
+end
+
+local function take_grain(window, amount, age)
+  local grain = tostring(math.floor((now - (age or 0)) / GRAIN))
+  window[grain] = (window[grain] or 0) + amount
+end
+
+local function window_wait(window, limit, amount)
+  local excess = sum(window) + amount - limit
+  if excess <= 0 then return 0 end
+  local grains = {}
+  for grain in pairs(window) do grains[#grains + 1] = tonumber(grain) end
+  table.sort(grains)
+  for _, grain in ipairs(grains) do
+    excess = excess - window[tostring(grain)]
+    if excess <= 0 then return (grain + 1) * GRAIN + WINDOW - now end
+  end
+  return WINDOW
+end
+
+local function reset(window)
+  local latest = 0
+  for grain in pairs(window) do latest = math.max(latest, tonumber(grain)) end
+  return latest == 0 and 0 or (latest + 1) * GRAIN + WINDOW - now
+end
+
+local function bucket(counter, account)
+  local rate, burst = account.rate, account.burst
+  if rate == 0 then return 0, 0 end
+  local level = counter.level or burst
+  level = math.min(burst, level + math.max(0, now - (counter.at or now)) / 1000 * rate)
+  counter.level, counter.at = level, math.max(now, counter.at or now)
+  return level, level >= 1 and 0 or (1 - level) / rate * 1000
+end
+
+local function token_wait(counter, account, amount)
+  local limit = account.tokens_per_minute
+  if limit == 0 then return 0 end
+  local wanted = math.min(amount, limit) + sum(counter.held_tokens)
+  if wanted > limit then return RETRY end
+  return window_wait(counter.tokens, limit, wanted)
+end
+
+local function roll(counter, account)
+  if account.total_quota == 0 then return end
+  if counter.start and counter.start >= account.start then return end
+  local before = not counter.start and account.before or { tokens = 0, cost = 0 }
+  counter.start, counter.finish = account.start, account.finish
+  counter.spent_tokens, counter.spent_cost = before.tokens, before.cost
+end
+
+local function has_quota(counter, account, more)
+  if account.total_quota == 0 then return true end
+  local unit = account.quota_unit
+  local left = account.total_quota - counter['spent_' .. unit] - sum(counter['held_' .. unit])
+  if more[unit] > 0 then return more[unit] <= left end
+  return left > 0
+end
+
+local function hold(counter, more)
+  counter.held_tokens[me] = (counter.held_tokens[me] or 0) + more.tokens
+  counter.held_cost[me] = (counter.held_cost[me] or 0) + more.cost
+end
+
+local function spend(counter, account, amount)
+  if account.tokens_per_minute > 0 and amount.tokens > 0 then
+    take_grain(counter.tokens, amount.tokens)
+  end
+  if account.total_quota > 0 then
+    counter.spent_tokens = counter.spent_tokens + amount.tokens
+    counter.spent_cost = counter.spent_cost + amount.cost
+  end
+end
+
+local function refusal(counter, account)
+  local longest, limit, max = 0, nil, 0
+  local function check(name, most, wait)
+    if most > 0 and wait > longest then longest, limit, max = wait, name, most end
+  end
+  local _, for_bucket = bucket(counter, account)
+  check('requests_per_second', account.rate, for_bucket)
+  local per_minute = account.requests_per_minute
+  check('requests_per_minute', per_minute,
+    per_minute > 0 and window_wait(counter.requests, per_minute, 1) or 0)
+  local for_tokens = token_wait(counter, account, order.hold.tokens)
+  if order.least > account.tokens_per_minute then for_tokens = math.huge end
+  check('tokens_per_minute', account.tokens_per_minute, for_tokens)
+  check('max_concurrent', account.max_concurrent,
+    sum(counter.slots) < account.max_concurrent and 0 or RETRY)
+  if not has_quota(counter, account, order.hold) then
+    check('total_quota', account.total_quota,
+      account.finish == 0 and math.huge or math.max(1, account.finish - now))
+  end
+  if limit then
+    return { scope = account.scope, limit = limit, max = max, wait = longest == math.huge and -1 or longest }
+  end
+end
+
+local function left(counter, account)
+  local found = { spent_tokens = counter.spent_tokens or 0, spent_cost = counter.spent_cost or 0 }
+  if account.requests_per_minute > 0 then
+    local remaining = account.requests_per_minute - sum(counter.requests)
+    found.requests = { account.requests_per_minute, math.max(0, remaining), reset(counter.requests) }
+  end
+  if account.rate > 0 then
+    local level = math.max(0, math.floor(counter.level))
+    if not found.requests or level < found.requests[2] then
+      found.requests = { account.burst, level, (account.burst - counter.level) / account.rate * 1000 }
+    end
+  end
+  if account.tokens_per_minute > 0 then
+    local remaining = account.tokens_per_minute - sum(counter.tokens) - sum(counter.held_tokens)
+    found.tokens = { account.tokens_per_minute, math.max(0, remaining), reset(counter.tokens) }
+  end
+  return found
+end
+
+local function each(step)
+  local counters = {}
+  for index, account in ipairs(order.accounts) do
+    counters[index] = read(index)
+    roll(counters[index], account)
+  end
+  return step(counters)
+end
+
+local function write_all(counters)
+  for index, account in ipairs(order.accounts) do write(index, counters[index], account) end
+end
+
+local operations = {}
+
+function operations.reserve()
+  return each(function(counters)
+    if not order.force then
+      for index, account in ipairs(order.accounts) do
+        local refused = refusal(counters[index], account)
+        if refused then return { refused = refused } end
+      end
+    end
+    local state = {}
+    for index, account in ipairs(order.accounts) do
+      local counter = counters[index]
+      bucket(counter, account)
+      if account.requests_per_minute > 0 then take_grain(counter.requests, 1) end
+      if account.rate > 0 then counter.level = counter.level - 1 end
+      counter.slots[me] = (counter.slots[me] or 0) + 1
+      hold(counter, order.hold)
+      state[index] = left(counter, account)
+    end
+    write_all(counters)
+    return { accounts = state }
+  end)
+end
+
+function operations.extend()
+  return each(function(counters)
+    local has_room = true
+    for index, account in ipairs(order.accounts) do
+      local counter = counters[index]
+      spend(counter, account, order.spent)
+      hold(counter, order.less)
+      has_room = has_room and token_wait(counter, account, order.more.tokens) == 0
+        and has_quota(counter, account, order.more)
+    end
+    if has_room or order.force then
+      for _, counter in ipairs(counters) do hold(counter, order.more) end
+    end
+    write_all(counters)
+    return { held = has_room or order.force }
+  end)
+end
+
+function operations.settle()
+  return each(function(counters)
+    for index, account in ipairs(order.accounts) do
+      local counter = counters[index]
+      spend(counter, account, order.spent)
+      local slots = (counter.slots[me] or 1) - 1
+      if slots <= 0 then
+        counter.slots[me], counter.held_tokens[me], counter.held_cost[me] = nil, nil, nil
+      else
+        counter.slots[me] = slots
+        hold(counter, order.less)
+      end
+    end
+    write_all(counters)
+    return { settled = true }
+  end)
+end
+
+-- One that was not heard of for too long, or that a new Redis does not know, has to join.
+function operations.beat()
+  redis.call('ZADD', KEYS[1], now, me)
+  local revoked = redis.call('ZRANGEBYSCORE', KEYS[3], '(' .. order.since, '+inf')
+  return { replicas = #replicas, now = now, revoked = revoked }
+end
+
+function operations.join()
+  local epoch = redis.call('GET', KEYS[2])
+  if not epoch then
+    epoch = order.fresh
+    redis.call('SET', KEYS[2], epoch)
+  end
+  redis.call('ZADD', KEYS[1], now, me)
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - DAY)
+  redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now - 30 * DAY)
+  return { epoch = epoch, now = now }
+end
+
+-- What this replica has, in place of what Redis thinks it has, and what Redis has not heard of.
+function operations.seed()
+  return each(function(counters)
+    for index, account in ipairs(order.accounts) do
+      local counter, own = counters[index], account.own
+      counter.slots[me] = own.slots > 0 and own.slots or nil
+      counter.held_tokens[me] = own.slots > 0 and own.held.tokens or nil
+      counter.held_cost[me] = own.slots > 0 and own.held.cost or nil
+      for _, entry in ipairs(own.requests) do take_grain(counter.requests, entry[2], entry[1]) end
+      for _, entry in ipairs(own.tokens) do take_grain(counter.tokens, entry[2], entry[1]) end
+      if account.total_quota > 0 then
+        counter.spent_tokens = math.max(counter.spent_tokens, own.known.tokens) + own.owed.tokens
+        counter.spent_cost = math.max(counter.spent_cost, own.known.cost) + own.owed.cost
+      end
+    end
+    write_all(counters)
+    return { seeded = true }
+  end)
+end
+
+function operations.leave()
+  redis.call('ZREM', KEYS[1], me)
+  return { left = true }
+end
+
+function operations.revoke()
+  redis.call('ZADD', KEYS[3], now, order.key)
+  return { revoked = true }
+end
+
+local needs_none = { join = true, leave = true, revoke = true }
+if not needs_none[order.op] and not alive[me] then return cjson.encode({ lost = true }) end
+return cjson.encode(operations[order.op]())
+`

@@ -1,0 +1,101 @@
+import type { Limits } from './limits.ts'
+
+/** Where limits are counted: in this process, or for several processes together. */
+
+export type Scope = 'global' | 'per_key' | 'per_user' | 'per_model'
+
+/** One subject and what it may do. */
+export interface Account {
+  scope: Scope
+  /** A key's id, a user, a model, an address; '' for everybody together. */
+  id: string
+  limits: Limits
+  /** What of its quota was spent before it was first counted here. */
+  spent?: { amount: number; at: number | undefined } | undefined
+}
+
+/** Tokens, and what they cost. */
+export interface Amount {
+  tokens: number
+  cost: number
+}
+
+export const NOTHING: Amount = { tokens: 0, cost: 0 }
+
+/** What one call wants. */
+export interface Call {
+  accounts: readonly Account[]
+  /** What it will likely spend. */
+  hold: Amount
+  /** What it will surely spend: with more than a minute's tokens it could never be let through. */
+  least: number
+  /** Takes even where there is no room. */
+  force?: boolean
+}
+
+export type LimitName =
+  | 'requests_per_second'
+  | 'requests_per_minute'
+  | 'tokens_per_minute'
+  | 'max_concurrent'
+  | 'total_quota'
+
+export interface Refusal {
+  scope: Scope
+  limit: LimitName
+  /** The number that was reached. */
+  max: number
+  /** When it is worth trying again; Infinity: never, as it stands. */
+  retryAfterMs: number
+}
+
+/** What is left of the tightest limit of its kind, for response headers. */
+export interface Left {
+  limit: number
+  remaining: number
+  resetMs: number
+}
+
+/** What a call holds until it is settled. */
+export interface Lease {
+  readonly accounts: readonly Account[]
+  /** Reserved, and not spent yet. */
+  held: Amount
+  /** Spent so far. */
+  spent: Amount
+  isOpen: boolean
+  readonly requests?: Left | undefined
+  readonly tokens?: Left | undefined
+}
+
+export interface LimitStore {
+  /**
+   * One step over all accounts: each has room and all are taken, or nothing is.
+   *
+   * @throws {StoreError} when it can't be said
+   */
+  reserve(call: Call): Promise<Lease | Refusal>
+  /** Would it be refused now? Takes nothing; undefined also where that would take a round trip. */
+  look(accounts: readonly Account[]): Refusal | undefined
+  /**
+   * Books what has been spent since the last time, and reserves `more` where every account has room for
+   * it (with `force`: in any case).
+   *
+   * @param spent in all so far
+   * @returns whether it was reserved
+   */
+  extend(lease: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean>
+  /** Books what was spent in all and gives the rest back, with the slot; does nothing a second time. */
+  settle(lease: Lease, spent: Amount): void
+  /** Resolves when all is written down that has to be. */
+  close(): Promise<void>
+}
+
+/** Nobody can say whether there is room. */
+export class StoreError extends Error {
+  override name = 'StoreError'
+}
+
+export function isRefusal(result: Lease | Refusal): result is Refusal {
+  return 'scope' in result
+}

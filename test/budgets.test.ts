@@ -1,0 +1,313 @@
+import assert from 'node:assert/strict'
+import { type TestContext, test } from 'node:test'
+import {
+  CHAT,
+  chunk,
+  fakeBackend,
+  post,
+  rawClient,
+  rawPost,
+  startGateway,
+  type TestGateway
+} from './helper.ts'
+import { folder } from './process.ts'
+import { door, REDIS, uniqueName } from './servers.ts'
+
+/** Budgets of tokens and money, on real sockets. */
+
+const PROMPT = 10
+
+/** Answers with as many tokens as `max_tokens` says, one in each event, and says so in the end. */
+function answering(t: TestContext, { pause = 0 } = {}) {
+  return fakeBackend(t, async (request, response) => {
+    const { max_tokens: length = 5, stream } = JSON.parse(request.body)
+    const usage = {
+      prompt_tokens: PROMPT,
+      completion_tokens: length,
+      total_tokens: PROMPT + length
+    }
+    if (!stream) {
+      response.writeHead(200, { 'content-type': 'application/json' })
+      return response.end(JSON.stringify({ choices: [], usage }))
+    }
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    for (let at = 0; at < length && !response.destroyed; at++) {
+      response.write(chunk(' x'))
+      if (pause > 0) await new Promise(resolve => setTimeout(resolve, pause))
+    }
+    response.end(`data: ${JSON.stringify({ choices: [], usage })}\n\ndata: [DONE]\n\n`)
+  })
+}
+
+const keys = (own: object = {}) => [
+  { key: 'a', name: 'alice', user_id: 'u1', ...own },
+  { key: 'b', name: 'bob', user_id: 'u1' }
+]
+
+async function start(t: TestContext, rate_limit: object, more: object = {}) {
+  const backend = await answering(t)
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    auth: { enabled: true, keys: keys(), skip_paths: ['/health', '/metrics'] },
+    rate_limit: { enabled: true, ...rate_limit },
+    ...more
+  })
+  return { backend, gateway, call: caller(gateway) }
+}
+
+function caller(gateway: TestGateway) {
+  return (key: string, body: object = {}, path = '/v1/chat/completions') =>
+    post(gateway.url + path, { ...CHAT, ...body }, { authorization: `Bearer ${key}` })
+}
+
+test('tokens a minute: with headers, and a refusal that says when', async t => {
+  const { call } = await start(t, { per_key: { tokens_per_minute: 200 } })
+  const first = await call('a', { max_tokens: 50 })
+  assert.equal(first.headers.get('x-ratelimit-limit-tokens'), '200')
+  assert.ok(Number(first.headers.get('x-ratelimit-remaining-tokens')) < 150)
+  assert.match(first.headers.get('x-ratelimit-reset-tokens')!, /s$/)
+  await first.text()
+  assert.equal((await call('a', { max_tokens: 100 })).status, 200)
+  const refused = await call('a', { max_tokens: 100 })
+  assert.equal(refused.status, 429)
+  assert.ok(Number(refused.headers.get('retry-after')) > 50)
+  assert.equal(refused.headers.get('x-ratelimit-remaining-tokens'), '0')
+  const { error } = await refused.json()
+  assert.equal(error.code, 'rate_limit_exceeded')
+  assert.match(error.message, /This API key is limited to 200 tokens a minute/)
+  assert.equal((await call('b')).status, 200)
+})
+
+test('on /v1/messages the headers and the error are Anthropic’s', async t => {
+  const { call } = await start(t, {
+    per_key: { tokens_per_minute: 100, requests_per_minute: 2 }
+  })
+  const first = await call('a', { max_tokens: 50 }, '/v1/messages')
+  assert.equal(first.headers.get('anthropic-ratelimit-requests-limit'), '2')
+  assert.equal(first.headers.get('anthropic-ratelimit-requests-remaining'), '1')
+  assert.equal(first.headers.get('anthropic-ratelimit-tokens-limit'), '100')
+  const reset = first.headers.get('anthropic-ratelimit-requests-reset')!
+  assert.ok(Math.abs(Date.parse(reset) - Date.now() - 60_000) < 5_000, reset)
+  assert.equal(first.headers.get('x-ratelimit-limit-requests'), null)
+  await call('a', { max_tokens: 1 }, '/v1/messages')
+  const refused = await call('a', { max_tokens: 1 }, '/v1/messages')
+  assert.equal(refused.status, 429)
+  assert.equal(refused.headers.get('anthropic-ratelimit-requests-remaining'), '0')
+  assert.equal((await refused.json()).error.type, 'rate_limit_error')
+})
+
+test('a call that fits is not refused because its max_tokens is large', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'application/json' })
+    response.end('{"usage":{"prompt_tokens":10,"completion_tokens":20,"total_tokens":30}}')
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    rate_limit: { enabled: true, per_key: { tokens_per_minute: 500 } }
+  })
+  for (let at = 0; at < 14; at++) {
+    const answer = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, max_tokens: 4096 })
+    assert.equal(answer.status, 200, `call ${at}`)
+    await answer.text()
+  }
+})
+
+test('a prompt that is larger than a minute is refused, and trying again is no use', async t => {
+  const { call } = await start(t, { per_key: { tokens_per_minute: 100 } })
+  const messages = [{ role: 'user', content: 'many words '.repeat(200) }]
+  const refused = await call('a', { messages })
+  assert.equal(refused.status, 429)
+  assert.equal(refused.headers.get('x-should-retry'), 'false')
+  assert.match((await refused.json()).error.message, /This request alone is larger/)
+})
+
+test('a quota of a key holds without rate_limit, and tells that waiting does not help', async t => {
+  const backend = await answering(t)
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    auth: {
+      enabled: true,
+      keys: keys({ limits: { total_quota: 100, quota_reset_period: 'monthly' } })
+    }
+  })
+  const call = caller(gateway)
+  await (await call('a', { max_tokens: 50 })).text()
+  await (await call('a', { max_tokens: 25 })).text()
+  const refused = await call('a', { max_tokens: 25 })
+  assert.equal(refused.status, 429)
+  assert.equal(refused.headers.get('x-should-retry'), 'false')
+  const { error } = await refused.json()
+  assert.equal(error.code, 'insufficient_quota')
+  assert.match(error.message, /This API key has used up its quota\. It is renewed at \d{4}-/)
+  assert.equal((await call('b')).status, 200)
+})
+
+test('a quota of money', async t => {
+  const { call } = await start(
+    t,
+    { per_user: { total_quota: 0.001, quota_unit: 'cost', quota_reset_period: 'daily' } },
+    { usage: { prices: [{ model: '*', input: 0, output: 10 }] } }
+  )
+  await (await call('a', { max_tokens: 60 })).text()
+  const refused = await call('b', { max_tokens: 60 })
+  assert.equal(refused.status, 429)
+  assert.match((await refused.json()).error.message, /This user has used up its quota/)
+  assert.equal((await call('b', { max_tokens: 40 })).status, 200)
+})
+
+test('users and models have limits of their own', async t => {
+  const { call } = await start(t, {
+    users: { u1: { requests_per_minute: 3 } },
+    per_model: { requests_per_minute: 2 },
+    models: { 'small-*': { requests_per_minute: 100 } }
+  })
+  const status = async (key: string, model: string) => (await call(key, { model })).status
+  assert.equal(await status('a', 'large'), 200)
+  assert.equal(await status('b', 'large'), 200)
+  const refused = await call('b', { model: 'large' })
+  assert.match((await refused.json()).error.message, /This model is limited to 2/)
+  assert.equal(await status('a', 'small-1'), 200)
+  const user = await call('b', { model: 'small-1' })
+  assert.match((await user.json()).error.message, /This user is limited to 3/)
+})
+
+test('shadow refuses nothing, and counts what it would have refused', async t => {
+  const { call, gateway } = await start(t, { mode: 'shadow', per_key: { requests_per_minute: 1 } })
+  for (let at = 0; at < 3; at++) assert.equal((await call('a')).status, 200)
+  await gateway.logged({ msg: 'a limit would have refused this', limit: 'requests_per_minute' })
+  const labels = { scope: 'per_key', limit: 'requests_per_minute', mode: 'shadow' }
+  assert.equal(await gateway.metric('llmproxy_limit_refusals_total', labels), 2)
+})
+
+async function stream(t: TestContext, gateway: TestGateway, max_tokens: number) {
+  const body = JSON.stringify({ ...CHAT, stream: true, max_tokens })
+  const text = rawPost('/v1/chat/completions', body).replace(
+    '\r\n',
+    '\r\nauthorization: Bearer a\r\n'
+  )
+  return rawClient(t, gateway.port, text)
+}
+
+for (const [on_exhausted, storage] of [
+  ['stop', 'memory'],
+  ['finish', 'memory'],
+  ['stop', 'redis'],
+  ['finish', 'redis']
+] as const) {
+  const skip = storage === 'redis' && REDIS.skip
+  test(`${storage}: a stream that would go beyond its quota: ${on_exhausted}`, {
+    skip
+  }, async t => {
+    const backend = await answering(t, { pause: 2 })
+    const gateway = await startGateway(t, {
+      backends: [{ url: backend.url }],
+      auth: {
+        enabled: true,
+        skip_paths: ['/metrics'],
+        keys: keys({ limits: { total_quota: 400 } })
+      },
+      storage: {
+        caches: [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${REDIS.port}` }]
+      },
+      rate_limit: { enabled: true, on_exhausted, storage, redis_prefix: uniqueName('budget') }
+    })
+    const client = await stream(t, gateway, 1500)
+    const end = on_exhausted === 'stop' ? /insufficient_quota/ : /\[DONE\]/
+    const text = await client.until(end)
+    const passed = text.split('" x"').length - 1
+    const line = await gateway.logged({ msg: 'exchange' })
+    if (on_exhausted === 'finish') {
+      assert.equal(passed, 1500)
+      assert.equal(line.outcome, 'ok')
+    } else {
+      assert.ok(passed > 250 && passed < 400 + 256, String(passed))
+      assert.doesNotMatch(text, /\[DONE\]/)
+      assert.equal(line.outcome, 'rejected')
+      assert.equal(line.error, 'insufficient_quota')
+      assert.equal(await gateway.metric('llmproxy_limit_stopped_total'), 1)
+      await (await backend.request()).closed
+    }
+    assert.equal((await caller(gateway)('a')).status, 429)
+    assert.equal((await caller(gateway)('b')).status, 200)
+  })
+}
+
+test('what was spent of a quota outlives a restart', async t => {
+  const dir = folder(t)
+  const backend = await answering(t)
+  const config = {
+    server: { listen: '127.0.0.1:0' },
+    backends: [{ url: backend.url }],
+    auth: { enabled: true, keys: keys({ limits: { total_quota: 150 } }) }
+  }
+  const { CLI, start: startProcess, writeConfig } = await import('./process.ts')
+  const file = writeConfig(`${dir}/config.json`, config)
+  const begin = () => startProcess(t, [CLI, '--config', file], { LLMPROXY_DATA_DIR: dir })
+  const first = await begin()
+  const call = (url: string, max_tokens: number) =>
+    post(`${url}/v1/chat/completions`, { ...CHAT, max_tokens }, { authorization: 'Bearer a' })
+  await (await call(first.url, 100)).text()
+  first.child.kill('SIGTERM')
+  await first.exit
+  const second = await begin()
+  assert.equal((await call(second.url, 50)).status, 429)
+  assert.equal((await call(second.url, 5)).status, 200)
+})
+
+test('a reload changes limits, and what was counted stays counted', async t => {
+  const { call, gateway } = await start(t, { per_key: { requests_per_minute: 2 } })
+  await call('a')
+  await call('a')
+  assert.equal((await call('a')).status, 429)
+  const { parseConfig } = await import('../src/config.ts')
+  const {
+    server: _,
+    log: __,
+    ...changed
+  } = parseConfig(
+    JSON.stringify({
+      backends: [{ url: 'http://127.0.0.1:1' }],
+      auth: { enabled: true, keys: keys() },
+      rate_limit: { enabled: true, per_key: { requests_per_minute: 3 } }
+    }),
+    'x',
+    {}
+  )
+  await gateway.control.reload(changed)
+  assert.equal((await call('a')).status, 502)
+  assert.equal((await call('a')).status, 429)
+})
+
+for (const on_store_error of ['local', 'allow', 'deny'] as const) {
+  test(`Redis goes away: ${on_store_error}; and comes back`, { skip: REDIS.skip }, async t => {
+    const way = await door(t, REDIS)
+    const { call, gateway } = await start(
+      t,
+      {
+        storage: 'redis',
+        on_store_error,
+        redis_prefix: uniqueName('away'),
+        per_key: { requests_per_minute: 3 }
+      },
+      { storage: { caches: [{ name: 'default', driver: 'redis', addr: `127.0.0.1:${way.port}` }] } }
+    )
+    assert.equal((await call('a')).status, 200)
+    way.set('shut')
+    const statuses = []
+    for (let at = 0; at < 4; at++) statuses.push((await call('a')).status)
+    const expected = {
+      local: [200, 200, 429, 429],
+      allow: [200, 200, 200, 200],
+      deny: [503, 503, 503, 503]
+    }
+    assert.deepEqual(statuses, expected[on_store_error])
+    assert.ok((await gateway.metric('llmproxy_limit_store_errors_total')) > 0)
+    if (on_store_error === 'deny') {
+      assert.equal((await (await call('a')).json()).error.code, 'limits_unavailable')
+    }
+    way.set('open')
+    await gateway.logged({ msg: 'limits: Redis is back' })
+    const after = { local: 429, allow: 429, deny: 200 }
+    assert.equal((await call('a')).status, after[on_store_error])
+  })
+}
