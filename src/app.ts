@@ -1,5 +1,11 @@
 import type { Registry } from '@prometheus-io/client'
-import type { FastifyPluginAsync, FastifyReply, FastifyRequest, RegisterOptions } from 'fastify'
+import type {
+  FastifyInstance,
+  FastifyPluginAsync,
+  FastifyReply,
+  FastifyRequest,
+  RegisterOptions
+} from 'fastify'
 import { type Static, Type } from 'typebox'
 import { anthropic } from './dialects/anthropic.ts'
 import type { Dialect } from './dialects/dialect.ts'
@@ -8,6 +14,7 @@ import { openai } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { type Exchanges, withExchanges } from './exchange.ts'
 import type { Issue } from './issues.ts'
+import { sourceIssues } from './keys/sources.ts'
 import { checkOptions, Duration, type Given, OptionsError } from './options.ts'
 import type { Peers } from './peers.ts'
 import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
@@ -134,11 +141,12 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   })
 
   // Who is it? Before the body is read: a stranger costs nothing.
-  await fastify.register(auth, options.auth)
+  await fastify.register(auth, { ...options.auth, storage: options.storage })
   // What is asked? The body stays the bytes that came.
   await fastify.register(payload)
   // May it be asked now? The last question, so that a refused call has cost nothing.
   await fastify.register(limits, { ...options.rate_limit, caches: options.storage.caches })
+  shareKeyChanges(fastify)
   // Who answers, and how the answer comes back.
   await fastify.register(backends, {
     backends: options.backends,
@@ -186,25 +194,38 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       return fastify.backends.demoUrl
     },
     async reload(changed) {
+      await fastify.keys.update(changed.auth, changed.storage)
       await fastify.logging.update(changed.logging, changed.storage)
       const { backends, routing, health_check } = changed
       await fastify.backends.update({ backends, routing, health_check })
-      fastify.keys.update(changed.auth)
       await fastify.limits.update(changed.rate_limit, changed.storage.caches)
       await fastify.usage.update(changed.usage, changed.storage)
     }
   })
 }
 
+/** Whoever shares the limits forgets a key that was changed here, and the other way round. */
+function shareKeyChanges({ keys, limits, log }: FastifyInstance): void {
+  keys.onChange.push(hashes => {
+    for (const hash of hashes ?? []) {
+      limits.revoke(hash).catch(error => {
+        log.warn({ reason: error.message }, 'other gateways could not be told of a changed key')
+      })
+    }
+  })
+  limits.observers.push({ revoked: hash => keys.forget(hash) })
+}
+
 /** What sections ask of the storage that it doesn't have. */
 export function storageUseIssues(options: GatewayOptions): Issue[] {
-  const { usage, logging, rate_limit, storage } = options
+  const { auth, usage, logging, rate_limit, storage } = options
   const within = (section: string, issues: Issue[]) =>
     issues.map(({ path, message }) => ({
       path: path[0] === 'storage' ? path : [section, ...path],
       message
     }))
   return [
+    ...within('auth', sourceIssues(auth, storage)),
     ...within('rate_limit', limitIssues(rate_limit, usage, storage)),
     ...within('usage', reporterIssues(usage, storage)),
     ...within('logging', requestLogIssues(logging, storage))

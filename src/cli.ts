@@ -4,8 +4,10 @@ import { existsSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import closeWithGrace from 'close-with-grace'
-import { CommandError, runUsage } from './commands/usage.ts'
-import { ConfigError, loadConfig } from './config.ts'
+import { CommandError } from './commands/command.ts'
+import { runKeys } from './commands/keys.ts'
+import { runUsage } from './commands/usage.ts'
+import { loadConfig } from './config.ts'
 import { followFile, startServer } from './server.ts'
 import { VERSION } from './version.ts'
 import { runWorker, startWorkers, workerCount } from './workers.ts'
@@ -15,6 +17,7 @@ const HELP = `LLMProxy ${VERSION}: a reverse proxy for LLM inference servers
 Usage
   llmproxy [serve] [--config FILE]   serve until SIGTERM or Ctrl-C; SIGHUP reloads the file
   llmproxy check [FILE]              check a configuration file and exit
+  llmproxy keys ...                  make, list, change and revoke API keys; see llmproxy keys --help
   llmproxy usage ...                 export usage records, report them again; see llmproxy usage --help
   llmproxy --version
   llmproxy --help
@@ -32,6 +35,8 @@ Whatever the gateway writes goes below LLMPROXY_DATA_DIR (default: ./data).
 const PARENT_INTERVAL = 500
 /** Interrupts so close together (ms) are one press of Ctrl-C. */
 const SAME_KEY = 300
+/** Errors that say all there is to say, and where. */
+const PLAIN = new Set(['ConfigError', 'OptionsError', 'KeyFileError'])
 const DATA_DIR = process.env.LLMPROXY_DATA_DIR ?? './data'
 const CONTAINER_CONFIG = '/home/llmproxy/config.yaml'
 const DEFAULT_CONFIG = fileURLToPath(new URL('../config/llmproxy.yaml', import.meta.url))
@@ -40,12 +45,13 @@ try {
   if (cluster.isWorker) runWorker(DATA_DIR)
   else process.exitCode = await run(process.argv.slice(2))
 } catch (error) {
-  console.error(error instanceof ConfigError ? error.message : explain(error as Error))
+  console.error(explain(error as Error))
   process.exit(isMisuse(error) ? 2 : 1)
 }
 
 /** @returns the exit code, or undefined while the server runs */
 async function run(args: string[]): Promise<number | undefined> {
+  if (args[0] === 'keys') return runKeys(args.slice(1), DATA_DIR, defaultConfig())
   if (args[0] === 'usage') return runUsage(args.slice(1), DATA_DIR, defaultConfig())
   const { values, positionals } = parseArgs({
     // The original's only option was written with one dash.
@@ -135,6 +141,7 @@ function misused(complaint: string): number {
 
 /** An error of the operating system in a line; anything else with its stack, for a report. */
 function explain(error: NodeJS.ErrnoException): string {
+  if (PLAIN.has(error.name)) return error.message
   if (isMisuse(error)) return `llmproxy: ${error.message.split('. ')[0]}; see llmproxy --help`
   if (error instanceof CommandError) return `llmproxy: ${error.message}`
   return `llmproxy: ${error.code?.startsWith('E') ? error.message : error.stack}`

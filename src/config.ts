@@ -21,7 +21,7 @@ const texts = (description: string, fallback: string[] = []) =>
 
 const MAX_WORKERS = 128
 /** Sections that must be right before it is asked whether they find what they name. */
-const USES_STORAGE = ['rate_limit', 'usage', 'logging', 'storage']
+const USES_STORAGE = ['auth', 'rate_limit', 'usage', 'logging', 'storage']
 
 const ServerOptions = Section(
   {
@@ -169,13 +169,8 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
 }
 
 /** Rules between members, which the schema can't say. */
-function incomplete({ server, rate_limit: limits }: Config): Issue[] {
+function incomplete({ server }: Config): Issue[] {
   const issues: Issue[] = []
-  if (server?.workers !== 1 && limits?.enabled === true && limits.storage === 'memory') {
-    const message =
-      'must be 1 together with rate_limit.storage: memory, which counts in one process; several share redis'
-    issues.push({ path: ['server', 'workers'], message })
-  }
   const tls = server?.tls
   if (server?.read_timeout < server?.header_timeout) {
     const message = 'must not be shorter than header_timeout, which is part of it'

@@ -151,8 +151,9 @@ export function expected(schema: Described): string {
   if (schema.unit === 'ms') return 'a duration such as 500ms, 30s or 1m30s'
   if (schema.unit === 'bytes') return 'a size such as 64MB'
   if (schema.later !== undefined) {
-    const later = schema.later.join(', ')
-    return `${schema.enum!.join(' or ')} (${later}: not supported by this version yet)`
+    const now =
+      schema.enum!.length > 2 ? `one of ${schema.enum!.join(', ')}` : schema.enum!.join(' or ')
+    return `${now} (${schema.later.join(', ')}: not supported by this version yet)`
   }
   if (schema.anyOf !== undefined) return schema.anyOf.map(expected).join(' or ')
   if (schema.enum !== undefined) return `one of ${schema.enum.join(', ')}`

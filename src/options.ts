@@ -216,10 +216,13 @@ const keywords: FuncKeywordDefinition[] = [
   {
     keyword: 'partOfType',
     errors: false,
-    // Of a type that isn't known its part can't be missing.
-    validate: (_: true, value: Record<string, unknown>, schema?: unknown) =>
-      !(schema as SchemaNode).properties!.type!.enum!.includes(value.type) ||
-      typeof value[String(value.type)] === 'object'
+    // Of a type that isn't known, that has no part of its own, or that is off, it can't be missing.
+    validate: (_: true, value: Record<string, unknown>, schema?: unknown) => {
+      const { properties } = schema as SchemaNode
+      const type = String(value.type)
+      const hasPart = properties!.type!.enum!.includes(type) && Object.hasOwn(properties!, type)
+      return !hasPart || value.enabled === false || typeof value[type] === 'object'
+    }
   },
   {
     keyword: 'hashed',

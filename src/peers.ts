@@ -1,3 +1,4 @@
+import type { LimitStore } from './limits/store.ts'
 import type { Sink } from './reporters/posts.ts'
 
 /** The other processes that serve the same port (`server.workers`). */
@@ -8,6 +9,8 @@ export interface Peers {
   tell(news: News): void
   /** Where usage records go: one process writes them down for all. */
   readonly usage: Sink
+  /** What one process counts for all, where limits are kept in memory. */
+  readonly limits: LimitStore
   /** How that one fares; of what waits there one of the others tells, so that the sum is right. */
   readonly outbox: OutboxState
   onNews(listener: (news: News) => void): void
@@ -20,11 +23,22 @@ export interface OutboxState {
   trouble: string | undefined
 }
 
+/** Something that all workers must know. */
+export type News = ResponseMade | KeysChanged
+
 /** A stored response was made: later calls about it go to the same backend. */
-export interface News {
+export interface ResponseMade {
+  kind: 'response'
   response: string
   backend: string
   caller: string | undefined
+}
+
+/** Keys of the builtin store were changed: what is remembered of them is old. */
+export interface KeysChanged {
+  kind: 'keys'
+  /** SHA-256 of each; absent: all may be. */
+  hashes?: readonly string[]
 }
 
 declare module 'fastify' {

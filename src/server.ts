@@ -216,6 +216,7 @@ function needRestart(before: Config, after: Config): string[] {
       )
       .map(name => `${section}.${name}`)
   )
+  if (before.auth.db_path !== after.auth.db_path) names.push('auth.db_path')
   return isDeepStrictEqual(before.metrics, after.metrics) ? names : [...names, 'metrics']
 }
 

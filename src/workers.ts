@@ -5,8 +5,11 @@ import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
 import type { Gateway } from './app.ts'
 import type { Config } from './config.ts'
+import { Periods } from './limits/period.ts'
+import { type LimitAnswer, type LimitQuestion, RemoteLeases, RemoteStore } from './limits/remote.ts'
 import { collectGarbage } from './memory.ts'
 import type { News, OutboxState, Peers } from './peers.ts'
+import { openMemoryStore } from './plugins/limits.ts'
 import { toKeeping, usageFile } from './plugins/usage.ts'
 import type { Delivery } from './reporters/courier.ts'
 import { Outbox } from './reporters/outbox.ts'
@@ -28,14 +31,16 @@ type Order =
   | { kind: 'metrics'; id: number; text?: string; error?: string }
   | { kind: 'news'; news: News }
   | { kind: 'recorded' }
+  | { kind: 'limited'; answer: LimitAnswer }
   | { kind: 'outbox'; state: OutboxState }
   | { kind: 'delivered'; result: Delivery; records: number }
 
 /** What a worker says to the primary. */
 type Message =
   | { kind: 'records'; entries: string[] }
+  | { kind: 'limit'; question: LimitQuestion }
   | { kind: 'serves'; url: string }
-  | { kind: 'failed'; message: string; code: string | undefined }
+  | { kind: 'failed'; message: string; name: string; code: string | undefined }
   | { kind: 'reloaded'; error?: string }
   | { kind: 'scraped'; id: number }
   | { kind: 'news'; news: News }
@@ -71,6 +76,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     log,
     countDelivery
   )
+  const limits = await openMemoryStore(config.rate_limit, dataDir, log)
   cluster.setupPrimary({ args: [] })
 
   const urls = await Promise.all(Array.from({ length: workerCount(config) }, start)).catch(
@@ -89,16 +95,20 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   function start(): Promise<string> {
     const worker = cluster.fork()
     const startedAt = performance.now()
+    const leases = new RemoteLeases(limits, answer => send(worker, { kind: 'limited', answer }))
     return new Promise((resolve, reject) => {
       worker.on('message', (message: Message) => {
         if (message.kind === 'serves') resolve(message.url)
         else if (message.kind === 'failed') {
-          reject(Object.assign(new Error(message.message), { code: message.code }))
+          const { name, code } = message
+          reject(Object.assign(new Error(message.message), { name, code }))
         } else if (message.kind === 'news') tellOthers(worker, message.news)
         else if (message.kind === 'scraped') void answerScrape(worker, message.id)
+        else if (message.kind === 'limit') void leases.hear(message.question)
         else if (message.kind === 'records') void record(worker, message.entries)
       })
       worker.once('exit', (code, signal) => {
+        leases.close()
         reject(new Error('a worker has stopped while it was starting'))
         if (isClosing) return
         if (performance.now() - startedAt > STABLE_AFTER) wait = FIRST_WAIT
@@ -157,6 +167,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     async reload(changed) {
       config = changed
       log.level = changed.log.level
+      limits.update({ periods: new Periods(changed.rate_limit.time_zone) })
       await outbox.update(reporters(config), toKeeping(config.usage))
       await Promise.all(
         workers().map(async worker => {
@@ -175,6 +186,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
           await once(worker, 'exit')
         })
       )
+      await limits.close()
       await outbox.close(AbortSignal.timeout(FLUSH_TIMEOUT))
       log.info('stopped')
       await flushLog(log)
@@ -215,6 +227,7 @@ export function runWorker(dataDir: string): void {
   const scrapes = new Map<number, (order: Order & { kind: 'metrics' }) => void>()
   const newsListeners: ((news: News) => void)[] = []
   const usage = new Posts(entries => tell({ kind: 'records', entries }))
+  const limits = new RemoteStore(question => tell({ kind: 'limit', question }))
   let lastScrape = 0
   let server: (Server & { gateway: Gateway }) | undefined
   const peers: Peers = {
@@ -229,6 +242,7 @@ export function runWorker(dataDir: string): void {
     },
     tell: news => tell({ kind: 'news', news }),
     usage,
+    limits,
     outbox: { pending: 0, trouble: undefined },
     onNews: listener => newsListeners.push(listener)
   }
@@ -237,6 +251,7 @@ export function runWorker(dataDir: string): void {
     if (order.kind === 'serve') await serve(order.config)
     else if (order.kind === 'reload') await reload(order.config)
     else if (order.kind === 'recorded') usage.settle()
+    else if (order.kind === 'limited') limits.hear(order.answer)
     else if (order.kind === 'outbox') Object.assign(peers.outbox, order.state)
     else if (order.kind === 'delivered') server?.gateway.countDelivery(order.result, order.records)
     else if (order.kind === 'news') for (const listener of newsListeners) listener(order.news)
@@ -263,8 +278,9 @@ export function runWorker(dataDir: string): void {
       for (const signal of SIGNALS) process.on(signal, () => {})
       tell({ kind: 'serves', url: started.url })
     } catch (error) {
-      const { message, code } = error as NodeJS.ErrnoException
-      process.send!({ kind: 'failed', message, code } satisfies Message, () => process.exit(1))
+      const { message, name, code } = error as NodeJS.ErrnoException
+      const failed: Message = { kind: 'failed', message, name, code }
+      process.send!(failed, () => process.exit(1))
     }
   }
 

@@ -28,7 +28,7 @@ function answering(t: TestContext, { pause = 0 } = {}) {
     }
     if (!stream) {
       response.writeHead(200, { 'content-type': 'application/json' })
-      return response.end(JSON.stringify({ choices: [], usage }))
+      return void response.end(JSON.stringify({ choices: [], usage }))
     }
     response.writeHead(200, { 'content-type': 'text/event-stream' })
     for (let at = 0; at < length && !response.destroyed; at++) {
@@ -127,7 +127,7 @@ test('a quota of a key holds without rate_limit, and tells that waiting does not
     backends: [{ url: backend.url }],
     auth: {
       enabled: true,
-      keys: keys({ limits: { total_quota: 100, quota_reset_period: 'monthly' } })
+      keys: keys({ total_quota: 100, quota_reset_period: 'monthly' })
     }
   })
   const call = caller(gateway)
@@ -204,7 +204,7 @@ for (const [on_exhausted, storage] of [
       auth: {
         enabled: true,
         skip_paths: ['/metrics'],
-        keys: keys({ limits: { total_quota: 400 } })
+        keys: keys({ total_quota: 400 })
       },
       storage: {
         caches: [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${REDIS.port}` }]
@@ -238,7 +238,7 @@ test('what was spent of a quota outlives a restart', async t => {
   const config = {
     server: { listen: '127.0.0.1:0' },
     backends: [{ url: backend.url }],
-    auth: { enabled: true, keys: keys({ limits: { total_quota: 150 } }) }
+    auth: { enabled: true, keys: keys({ total_quota: 150 }) }
   }
   const { CLI, start: startProcess, writeConfig } = await import('./process.ts')
   const file = writeConfig(`${dir}/config.json`, config)

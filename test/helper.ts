@@ -28,7 +28,8 @@ export interface TestGateway {
 export async function startGateway(
   t: TestContext,
   config: Record<string, unknown>,
-  env: NodeJS.ProcessEnv = {}
+  env: NodeJS.ProcessEnv = {},
+  dataDir?: string
 ): Promise<TestGateway> {
   const lines: Record<string, unknown>[] = []
   const waiting = new Set<() => void>()
@@ -42,7 +43,7 @@ export async function startGateway(
     }
   )
   const parsed = parseConfig(JSON.stringify(config), 'test.yaml', env)
-  const { fastify, control } = await createApp(parsed, log)
+  const { fastify, control } = await createApp(parsed, log, { dataDir })
   await fastify.listen({ host: '127.0.0.1', port: 0 })
   t.after(() => fastify.close())
   const { port } = fastify.server.address() as AddressInfo

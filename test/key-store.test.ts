@@ -120,7 +120,7 @@ test('an update changes what it names, and null takes away', async t => {
   const changed = await store.update(record.id, {
     name: null,
     user_id: 'u1',
-    limits: { requests_per_minute: null } as never,
+    limits: { requests_per_minute: null },
     tags: { team: 'blue' },
     expires_at: '2099-01-01'
   })

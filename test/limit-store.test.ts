@@ -1,11 +1,7 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
+import { createClient } from '@redis/client'
 import fc from 'fast-check'
-import { pino } from 'pino'
-import { LimitSet, type OwnLimits } from '../src/limits/limits.ts'
-import { MemoryStore } from '../src/limits/memory.ts'
-import { Periods } from '../src/limits/period.ts'
-import { RedisStore } from '../src/limits/redis.ts'
 import {
   type Account,
   type Amount,
@@ -13,77 +9,31 @@ import {
   isRefusal,
   type Lease,
   type LimitStore,
-  NOTHING,
-  type Scope
+  NOTHING
 } from '../src/limits/store.ts'
-import { checkOptions } from '../src/options.ts'
-import { StorageOptions } from '../src/store/storage.ts'
-import { REDIS, uniqueName } from './servers.ts'
+import {
+  account,
+  joinRedis,
+  type Opened,
+  openMemory,
+  openRedis,
+  openRemote,
+  type Several,
+  severalReplicas,
+  severalWorkers
+} from './limit-stores.ts'
+import { door, REDIS, uniqueName } from './servers.ts'
 
-/** One contract, and everything that holds limits: in memory, and in a real Redis. */
-
-interface Opened {
-  store: LimitStore
-  /** Time goes on (ms). */
-  later(ms: number): Promise<void>
-}
-
-const HOST = `${REDIS.host}:${REDIS.port}`
-const { caches } = checkOptions(StorageOptions, {
-  caches: [{ name: 'default', driver: 'redis', addr: HOST }]
-})
-const log = pino({ level: 'silent' })
-const UTC = new Periods('UTC')
-/** A Thursday. */
-const START = Date.parse('2026-01-15T12:00:00Z')
+/** One contract, and everything that holds limits: in memory, in another process, and in a real Redis. */
 
 const STORES: [name: string, skip: string | false, open: (t: TestContext) => Promise<Opened>][] = [
-  [
-    'memory',
-    false,
-    async () => {
-      let now = 0
-      const clock = { now: () => now, time: () => START + now }
-      return {
-        store: new MemoryStore(UTC, undefined, clock),
-        async later(ms) {
-          now += ms
-        }
-      }
-    }
-  ],
+  ['memory', false, openMemory],
+  ['remote', false, openRemote],
   ['redis', REDIS.skip, openRedis]
 ]
 
-async function openRedis(t: TestContext, prefix = uniqueName('limits')): Promise<Opened> {
-  let skew = 0
-  const store = new RedisStore({
-    cache: caches[0]!,
-    prefix,
-    periods: UTC,
-    onError: 'deny',
-    log,
-    skew: () => skew
-  })
-  t.after(() => store.close())
-  await store.beat()
-  assert.ok(store.isJoined)
-  return {
-    store,
-    async later(ms) {
-      skew += ms
-      await store.beat()
-      assert.ok(store.isJoined)
-    }
-  }
-}
+type Process = Awaited<ReturnType<Several['join']>>
 
-const limits = (own: OwnLimits) => ({ ...checkOptions(LimitSet, {}), ...own })
-const account = (own: OwnLimits, id = 'alice', scope: Scope = 'per_key'): Account => ({
-  scope,
-  id,
-  limits: limits(own)
-})
 const tokens = (count: number): Amount => ({ tokens: count, cost: 0 })
 const call = (accounts: Account[], hold: Amount = NOTHING, least = 0): Call => ({
   accounts,
@@ -333,3 +283,168 @@ for (const [name, skip, open] of STORES) {
     )
   })
 }
+
+for (const [name, skip, several] of [
+  ['workers', false, severalWorkers],
+  ['replicas', REDIS.skip, severalReplicas]
+] as const) {
+  test(`${name}: in any order of calls and crashes nothing goes beyond a limit, and all comes back`, {
+    skip,
+    timeout: 60_000
+  }, async t => {
+    const { join, noticed } = await several(t)
+    let run = 0
+    const step = fc.record({
+      at: fc.constantFrom(0, 1),
+      action: fc.constantFrom('begin', 'begin', 'grow', 'end', 'crash'),
+      amount: fc.integer({ min: 1, max: 200 })
+    })
+    await fc.assert(
+      fc.asyncProperty(fc.array(step, { minLength: 10, maxLength: 40 }), async steps => {
+        run++
+        const processes = [await join(), await join()]
+        const accounts = [account({ total_quota: 1000, max_concurrent: 4 }, `all-${run}`)]
+        /** What was said to be spent; a crashed call's later tokens nobody knows. */
+        let spent = 0
+        let open: { at: number; lease: Lease }[] = []
+        for (const { at, action, amount } of steps) {
+          const { store, kill } = processes[at]!
+          const running = open.find(each => each.at === at)
+          if (action === 'begin') {
+            const lease = await store.reserve(call(accounts, tokens(amount)))
+            if (!isRefusal(lease)) open.push({ at, lease })
+          } else if (action === 'crash') {
+            kill()
+            for (const { lease } of open.filter(each => each.at === at)) spent += lease.spent.tokens
+            open = open.filter(each => each.at !== at)
+            await noticed()
+            processes[at] = await join()
+          } else if (running !== undefined) {
+            const { lease } = running
+            const used = tokens(lease.spent.tokens + lease.held.tokens)
+            if (action === 'grow') await store.extend(lease, used, tokens(amount), false)
+            else {
+              store.settle(lease, used)
+              await settled(store)
+              spent += used.tokens
+              open.splice(open.indexOf(running), 1)
+            }
+          }
+          const taken = open.reduce(
+            (sum, { lease }) => sum + lease.spent.tokens + lease.held.tokens,
+            0
+          )
+          assert.ok(spent + taken <= 1000, 'beyond the quota')
+          assert.ok(open.length <= 4, 'beyond the slots')
+        }
+        for (const { at, lease } of open) {
+          processes[at]!.store.settle(lease, lease.spent)
+          spent += lease.spent.tokens
+        }
+        for (const { store } of processes) await settled(store)
+        const [{ store, kill }, other] = processes as [Process, Process]
+        if (spent < 1000) {
+          await granted(store, call(accounts, tokens(1000 - spent)))
+          for (let slot = 0; slot < 3; slot++) {
+            await refused(other.store, call(accounts, tokens(1)))
+            await granted(store, call([account({ max_concurrent: 4 }, `all-${run}`)]))
+          }
+          await refused(other.store, call([account({ max_concurrent: 4 }, `all-${run}`)]))
+        }
+        kill()
+        other.kill()
+      }),
+      { numRuns: name === 'workers' ? 200 : 15, endOnFailure: true }
+    )
+  })
+}
+
+test('redis: what a crashed process had taken comes back within 10 s', {
+  skip: REDIS.skip
+}, async t => {
+  let skew = 0
+  const prefix = uniqueName('crash')
+  const way = await door(t, REDIS)
+  const itsRedis = { host: '127.0.0.1', port: way.port }
+  const crashed = await joinRedis(t, itsRedis, prefix, { skew: () => skew })
+  const other = await joinRedis(t, REDIS, prefix, { skew: () => skew })
+  const accounts = [account({ max_concurrent: 2, total_quota: 1000, tokens_per_minute: 1000 })]
+  await granted(crashed, call(accounts, tokens(500)))
+  const lease = await granted(crashed, call(accounts, tokens(500)))
+  // What it has said that it has spent stays spent.
+  await crashed.extend(lease, tokens(100), tokens(100), true)
+  await refused(other, call(accounts, tokens(1)))
+  way.set('shut')
+  skew += 7_000
+  await other.beat()
+  await refused(other, call(accounts, tokens(1)))
+  skew += 3_000
+  await other.beat()
+  await granted(other, call(accounts, tokens(900)))
+  await granted(
+    other,
+    call(accounts, NOTHING).accounts === accounts
+      ? call([account({ max_concurrent: 2 })])
+      : call([])
+  )
+})
+
+test('redis: a process that was not heard of for too long gets back what it has', {
+  skip: REDIS.skip
+}, async t => {
+  let skew = 0
+  const prefix = uniqueName('late')
+  const late = await joinRedis(t, REDIS, prefix, { skew: () => skew })
+  const other = await joinRedis(t, REDIS, prefix, { skew: () => skew })
+  const accounts = [account({ max_concurrent: 2 })]
+  const first = await granted(late, call(accounts))
+  await granted(late, call(accounts))
+  skew += 20_000
+  await other.beat()
+  const third = await granted(other, call(accounts))
+  other.settle(third, NOTHING)
+  await late.beat()
+  await refused(other, call(accounts))
+  late.settle(first, NOTHING)
+  await settled(late)
+  await granted(other, call(accounts))
+  await refused(other, call(accounts))
+})
+
+test('redis: one that has lost everything is told by those who know', {
+  skip: REDIS.skip
+}, async t => {
+  const prefix = uniqueName('lost')
+  const [one, two] = [await joinRedis(t, REDIS, prefix), await joinRedis(t, REDIS, prefix)]
+  const accounts = [account({ requests_per_minute: 10, max_concurrent: 5, total_quota: 1000 })]
+  const lease = await granted(one, call(accounts, tokens(10)))
+  for (const store of [one, two, two]) {
+    store.settle(await granted(store, call(accounts, tokens(100))), tokens(100))
+    await settled(store)
+  }
+  const client = createClient({ url: REDIS.url })
+  await client.connect()
+  t.after(() => client.destroy())
+  await client.del(await client.keys(`${prefix}:*`))
+  for (const store of [one, two]) {
+    while (!(await store.reserve(call([account({}, 'nobody')])).catch(() => false)))
+      await store.beat()
+    await store.beat()
+    assert.ok(store.isJoined)
+  }
+  const next = await granted(two, call(accounts, tokens(690)))
+  assert.deepEqual([next.requests?.remaining], [5])
+  await refused(two, call(accounts, tokens(1)))
+  one.settle(lease, tokens(10))
+})
+
+test('redis: a revoked key is heard of everywhere', { skip: REDIS.skip }, async t => {
+  const prefix = uniqueName('revoked')
+  const heard: string[] = []
+  const one = await joinRedis(t, REDIS, prefix)
+  const two = await joinRedis(t, REDIS, prefix, { onRevoked: hash => heard.push(hash) })
+  await one.revoke('abc')
+  await two.beat()
+  await two.beat()
+  assert.deepEqual([...new Set(heard)], ['abc'])
+})

@@ -5,6 +5,7 @@ import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { pino } from 'pino'
 import { parseConfig } from '../src/config.ts'
+import { RemoteStore } from '../src/limits/remote.ts'
 import type { Peers } from '../src/peers.ts'
 import { Answer } from '../src/pool/answer.ts'
 import type { OnDelivery } from '../src/reporters/courier.ts'
@@ -36,6 +37,7 @@ async function heldGateway(t: TestContext, answer: Answerer, durability = 'stric
     tell() {},
     onNews() {},
     outbox: { pending: 0, trouble: undefined },
+    limits: new RemoteStore(() => {}),
     usage: {
       append(entry) {
         records.push(JSON.parse(entry))

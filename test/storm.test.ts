@@ -4,14 +4,9 @@ import { existsSync } from 'node:fs'
 import { createServer as reservePort } from 'node:net'
 import { type TestContext, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { pino } from 'pino'
-import { LimitSet } from '../src/limits/limits.ts'
-import { Periods } from '../src/limits/period.ts'
-import { RedisStore } from '../src/limits/redis.ts'
 import { isRefusal, NOTHING } from '../src/limits/store.ts'
-import { checkOptions } from '../src/options.ts'
-import { StorageOptions } from '../src/store/storage.ts'
 import { chunk, fakeBackend } from './helper.ts'
+import { account, joinRedis } from './limit-stores.ts'
 import { CLI, folder, start, writeConfig } from './process.ts'
 
 /**
@@ -203,21 +198,9 @@ for (const redisDies of [false, true]) {
 
 /** Another process that shares the limits gets every slot, once the killed ones are known to be dead. */
 async function everySlotIsFree(t: TestContext, port: number): Promise<void> {
-  const { caches } = checkOptions(StorageOptions, {
-    caches: [{ name: 'default', driver: 'redis', addr: `127.0.0.1:${port}` }]
-  })
-  const store = new RedisStore({
-    cache: caches[0]!,
-    prefix: 'llmproxy',
-    periods: new Periods('UTC'),
-    onError: 'deny',
-    log: pino({ level: 'silent' })
-  })
-  t.after(() => store.close())
-  await store.beat()
-  const limits = { ...checkOptions(LimitSet, {}), max_concurrent: SLOTS }
+  const store = await joinRedis(t, { host: '127.0.0.1', port }, 'llmproxy')
   for (const id of KEYS) {
-    const call = { accounts: [{ scope: 'per_key' as const, id, limits }], hold: NOTHING, least: 0 }
+    const call = { accounts: [account({ max_concurrent: SLOTS }, id)], hold: NOTHING, least: 0 }
     const deadline = performance.now() + 10_000
     for (let slot = 0; slot < SLOTS; ) {
       if (!isRefusal(await store.reserve(call))) slot++

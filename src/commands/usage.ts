@@ -1,6 +1,5 @@
 import { existsSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { type ParseArgsConfig, parseArgs } from 'node:util'
 import { pino } from 'pino'
 import { loadConfig } from '../config.ts'
 import { parseQuantity } from '../options.ts'
@@ -13,6 +12,7 @@ import { type Reporter, recordJson } from '../reporters/reporter.ts'
 import { toReporters } from '../reporters/reporters.ts'
 import { type Dimension, prepareStore, readSums } from '../reporters/usage-store.ts'
 import { Sqlite } from '../store/sqlite.ts'
+import { CommandError, read, show } from './command.ts'
 
 /**
  * `llmproxy usage ...`: what can be done with the records on the disk, whether the gateway runs or not.
@@ -35,18 +35,6 @@ WHAT is day, key, user, model, backend, or tag: and a tag's name.
 TIME is a date (2026-01-31), a time (2026-01-31T12:00:00Z), or how long ago (24h, 7d).
 Records are below LLMPROXY_DATA_DIR (default: ./data).
 `
-
-/** A command that cannot be carried out; the message says why. */
-export class CommandError extends Error {
-  override name = 'CommandError'
-  /** 2: what was asked for makes no sense; 1: it did not work. */
-  readonly exitCode: 1 | 2
-
-  constructor(message: string, exitCode: 1 | 2 = 2) {
-    super(message)
-    this.exitCode = exitCode
-  }
-}
 
 /** How often a receiver that cannot be reached is asked, and how long (ms) it is left alone in between. */
 const TRIES = 6
@@ -226,12 +214,6 @@ function list(letters: DeadLetter[], asJson: boolean): void {
   show(rows, asJson, 'There are no dead letters.')
 }
 
-function show(rows: object[], asJson: boolean, nothing: string): void {
-  if (asJson) for (const row of rows) console.log(JSON.stringify(row))
-  else if (rows.length === 0) console.log(nothing)
-  else console.table(rows)
-}
-
 function toIds(positionals: string[], letters: DeadLetter[]): number[] {
   if (positionals.length === 0) throw new CommandError('which ones? give their ids, or --all')
   return positionals.map(text => {
@@ -278,10 +260,6 @@ function toTime(name: string, text: string): number {
 
 function toDay(time: number): string {
   return new Date(time).toISOString().slice(0, 10)
-}
-
-function read<T extends ParseArgsConfig['options']>(args: string[], options: T) {
-  return parseArgs({ args, options, allowPositionals: true })
 }
 
 function open(dataDir: string): Ledger {

@@ -1,5 +1,6 @@
 import { GatewayError } from '../errors.ts'
 import type { OwnLimits } from '../limits/limits.ts'
+import { isTagName, MAX_TAG } from './fields.ts'
 import { idOfHash, type KeyRecord, parseStatus, parseTime, toNetworks } from './key.ts'
 
 /**
@@ -113,7 +114,8 @@ function toLimits(value: unknown): OwnLimits | undefined {
 function toTags(value: unknown): Record<string, string> | undefined {
   const members = toObject(value)
   if (members === undefined) return undefined
-  return Object.fromEntries(Object.entries(members).map(([name, tag]) => [name, String(tag)]))
+  const tags = Object.entries(members).filter(([name]) => isTagName(name))
+  return Object.fromEntries(tags.map(([name, tag]) => [name, String(tag).slice(0, MAX_TAG)]))
 }
 
 export function toObject(value: unknown): Record<string, unknown> | undefined {

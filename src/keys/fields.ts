@@ -4,7 +4,7 @@ import { isNetwork, type KeyRecord, parseStatus, parseTime, toNetworks } from '.
 
 /** What may stand with a key, the same in the configuration, in a file and in the builtin store. */
 
-const MAX_TAG = 200
+export const MAX_TAG = 200
 
 const Networks = (description: string) =>
   Type.Array(
@@ -86,9 +86,13 @@ export const keyFields = {
   )
 }
 
+export function isTagName(name: string): boolean {
+  return /^[\w.-]{1,64}$/.test(name)
+}
+
 function areTags(tags: unknown): boolean {
-  return Object.entries(tags as Record<string, string>).every(
-    ([name, tag]) => /^[\w.-]{1,64}$/.test(name) && String(tag).length <= MAX_TAG
+  return Object.entries(tags ?? {}).every(
+    ([name, tag]) => isTagName(name) && String(tag).length <= MAX_TAG
   )
 }
 

@@ -1,41 +1,23 @@
-import { randomBytes } from 'node:crypto'
-import { type Static, Type } from 'typebox'
+import { isAbsolute, resolve } from 'node:path'
+import { Type } from 'typebox'
 import { checkOptions } from '../options.ts'
 import { DatabaseError, type Row } from '../store/sql.ts'
 import { prepareFile, Sqlite } from '../store/sqlite.ts'
-import { type KeyFields, keyFields } from './fields.ts'
-import { type KeyStatus, parseStatus, parseTime } from './key.ts'
-import { KeyText, toHash } from './static.ts'
+import type { KeyFields } from './fields.ts'
+import { toHash } from './static.ts'
+import {
+  type KeyChanges,
+  KeySpec,
+  maskKey,
+  newKey,
+  OwnedKey,
+  type StoredKey,
+  toPatch,
+  toRow,
+  toStored
+} from './stored-key.ts'
 
 /** Keys in a file of SQLite: what the `builtin` source looks up, and the commands and the admin API change. */
-
-/** What a key is made of. With `key` it is one that its owner has already; else a new one is made. */
-export const KeySpec = Type.Object(
-  { key: Type.Optional(KeyText), ...keyFields },
-  { additionalProperties: false }
-)
-export type KeySpec = Static<typeof KeySpec>
-
-const OwnedKey = Type.Object({ key: KeyText, ...keyFields }, { additionalProperties: false })
-export type OwnedKey = Static<typeof OwnedKey>
-const Fields = Type.Object(keyFields, { additionalProperties: false })
-
-/** Fields to change; null takes one away, and so it does within `limits` and `tags` (RFC 7396). */
-export type KeyChanges = { [Name in keyof KeyFields]?: KeyFields[Name] | null }
-
-/** A key as it is shown: never the key itself. Times are ISO 8601 in UTC. */
-export interface StoredKey extends KeyFields {
-  /** Stays the same when the key is rotated: limits and bills hang on it. */
-  id: string
-  /** Enough to tell keys apart: `sk-AbCd...wXyZ`. */
-  key: string
-  status: KeyStatus | 'revoked'
-  created_at: string
-  updated_at: string
-  revoked_at?: string
-  /** The key before the last rotation is valid until then. */
-  old_key_until?: string
-}
 
 /** What a lookup needs to know. */
 export interface FoundKey {
@@ -44,6 +26,15 @@ export interface FoundKey {
   isRevoked: boolean
   /** It was rotated away, and is valid until then (Unix ms). */
   until: number | undefined
+}
+
+/** A store that ends with the process. */
+export const MEMORY = ':memory:'
+
+/** The file of the embedded store; where there is no place for one, {@link MEMORY}. */
+export function keyFile(dataDir: string | undefined, path: string): string {
+  const hasPlace = path !== MEMORY && (dataDir !== undefined || isAbsolute(path))
+  return hasPlace ? resolve(dataDir ?? '', path) : MEMORY
 }
 
 /** Somebody has this key already. */
@@ -78,6 +69,8 @@ const INSERT = 'INSERT INTO keys (id, hash, masked, fields, created_at, updated_
 const VIEW = `SELECT id, masked, fields, created_at, updated_at, revoked_at,
   (SELECT max(until) FROM old_keys WHERE old_keys.id = keys.id) AS until FROM keys`
 const HASHES = 'SELECT hash FROM keys WHERE id = ? UNION SELECT hash FROM old_keys WHERE id = ?'
+/** Of a table with AUTOINCREMENT the last number stays, whatever is deleted. */
+const HAD_KEYS = "SELECT 1 FROM sqlite_sequence WHERE name = 'keys'"
 
 /**
  * @example
@@ -99,7 +92,7 @@ export class KeyStore {
   #prepared: Promise<void> | undefined
 
   /**
-   * @param file a path, or `:memory:`
+   * @param file a path, or {@link MEMORY}
    * @param onChange is told of each change made here: the hashes it is about, or undefined for all
    */
   constructor(file: string, onChange: (hashes: string[] | undefined) => void = () => {}) {
@@ -119,8 +112,13 @@ export class KeyStore {
 
   /** The same, but undefined if there is a key, or ever was one: whoever comes first makes it. */
   createFirst(spec: KeySpec): Promise<{ key: string; record: StoredKey } | undefined> {
-    const never = "NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'keys')"
-    return this.#insert(spec, `SELECT ?, ?, ?, ?, ?, ? WHERE ${never}`)
+    return this.#insert(spec, `SELECT ?, ?, ?, ?, ?, ? WHERE NOT EXISTS (${HAD_KEYS})`)
+  }
+
+  /** Is there a key, or was there ever one? */
+  async hadKeys(): Promise<boolean> {
+    await this.#ready()
+    return (await this.#db.run(HAD_KEYS, [])).length > 0
   }
 
   /**
@@ -219,7 +217,7 @@ export class KeyStore {
       },
       {
         sql: 'UPDATE keys SET hash = ?, masked = ?, updated_at = ? WHERE id = ?',
-        values: [toHash(key), mask(key), now, id]
+        values: [toHash(key), maskKey(key), now, id]
       }
     )
     return record && { key, record }
@@ -312,55 +310,5 @@ export class KeyStore {
       this.#prepared = undefined
       throw error
     }
-  }
-}
-
-/** 256 random bits. */
-function newKey(): string {
-  return `sk-${randomBytes(32).toString('base64url')}`
-}
-
-function mask(key: string): string {
-  return key.length < 20 ? '...' : `${key.slice(0, 7)}...${key.slice(-4)}`
-}
-
-function toRow({ key: _, ...fields }: KeySpec, key: string, now: number) {
-  const id = `key_${randomBytes(8).toString('hex')}`
-  const json = JSON.stringify({ ...fields, ...normalized(fields) })
-  return [id, toHash(key), mask(key), json, now, now] as const
-}
-
-/** Checks what is set; what is taken away needs no check. */
-function toPatch(changes: KeyChanges): object {
-  const set = JSON.parse(JSON.stringify(changes), (_, each) => each ?? undefined)
-  return { ...changes, ...normalized(checkOptions(Fields, set, 'key')) }
-}
-
-/** Those that can be written in several ways: a status as text, times in ISO 8601. */
-function normalized(fields: KeyFields): KeyFields {
-  const { status } = fields
-  const times = TIMES.filter(name => fields[name] !== undefined)
-  const iso = (time: unknown) => new Date(parseTime(time)).toISOString()
-  return {
-    ...(status === undefined ? {} : { status: parseStatus(status)! }),
-    ...Object.fromEntries(times.map(name => [name, iso(fields[name])]))
-  }
-}
-
-const TIMES = ['starts_at', 'expires_at', 'last_reset_at'] as const
-
-function toStored(row: Row): StoredKey {
-  const { id, masked, fields, created_at, updated_at, revoked_at, until } = row
-  const time = (at: unknown) => new Date(Number(at)).toISOString()
-  const { status = 'active', ...rest } = JSON.parse(String(fields))
-  return {
-    id: String(id),
-    key: String(masked),
-    status: revoked_at === null ? status : 'revoked',
-    ...rest,
-    created_at: time(created_at),
-    updated_at: time(updated_at),
-    ...(revoked_at === null ? {} : { revoked_at: time(revoked_at) }),
-    ...(until === null || Number(until) <= Date.now() ? {} : { old_key_until: time(until) })
   }
 }

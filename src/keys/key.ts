@@ -199,6 +199,7 @@ const ISO = /^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d(?::\d\d(?:\.\d+)?)?)(Z|[+-]\d\d
  * parseTime('2026-12-31') // 1798675200000
  */
 export function parseTime(time: unknown): number {
+  if (time instanceof Date) return time.getTime()
   if (typeof time === 'string' && !/^\d+$/.test(time)) return parseIso(time)
   const number = typeof time === 'string' || typeof time === 'number' ? Number(time) : Number.NaN
   if (number >= LEAST_MILLISECONDS) return number < MOST_MILLISECONDS ? number : Number.NaN

@@ -30,6 +30,8 @@ export interface KeyringOptions {
 export class Keyring {
   readonly #options: KeyringOptions
   readonly #log: FastifyBaseLogger
+  #running = 0
+  #onIdle: (() => void) | undefined
 
   constructor(options: KeyringOptions, log: FastifyBaseLogger) {
     this.#options = options
@@ -39,7 +41,26 @@ export class Keyring {
   /** @throws {GatewayError} 401 unknown, 403 refused, 429 quota, 503 when a source can't tell */
   async caller(key: string, ip: string): Promise<Caller> {
     const hash = hashKey(key)
-    return this.#options.mode === 'all' ? this.#all(key, hash, ip) : this.#first(key, hash, ip)
+    this.#running++
+    try {
+      const { mode } = this.#options
+      return await (mode === 'all' ? this.#all(key, hash, ip) : this.#first(key, hash, ip))
+    } finally {
+      if (--this.#running === 0) this.#onIdle?.()
+    }
+  }
+
+  /** Drops what sources remember of the key with this hash, or of all. */
+  forget(hash?: string): void {
+    for (const source of this.#options.sources) source.forget?.(hash)
+  }
+
+  /** Resolves when nobody waits for a source any more. */
+  async idle(): Promise<void> {
+    if (this.#running === 0) return
+    await new Promise<void>(resolve => {
+      this.#onIdle = resolve
+    })
   }
 
   async #first(key: string, hash: string, ip: string): Promise<Caller> {

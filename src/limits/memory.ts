@@ -38,7 +38,7 @@ export const CLOCK: Clock = { now: () => performance.now(), time: () => Date.now
  * await store.reserve(call) // { scope: 'per_key', limit: 'max_concurrent', max: 1, retryAfterMs: 1000 }
  */
 export class MemoryStore implements LimitStore {
-  readonly #periods: Periods
+  #periods: Periods
   readonly #quotas: Quotas | undefined
   readonly #clock: Clock
   readonly #counters = new Map<string, Counter>()
@@ -109,6 +109,10 @@ export class MemoryStore implements LimitStore {
     this.#book(lease, spent)
     this.#hold(lease, { tokens: -lease.held.tokens, cost: -lease.held.cost })
     for (const account of lease.accounts) this.#counter(account).release()
+  }
+
+  update({ periods }: { periods: Periods }): void {
+    this.#periods = periods
   }
 
   async close(): Promise<void> {

@@ -6,7 +6,6 @@ import type { FastifyBaseLogger } from 'fastify'
 import { Redis } from '../store/redis.ts'
 import type { CacheOptions } from '../store/storage.ts'
 import { CLOCK, idOf, MemoryStore, tightest, toBook } from './memory.ts'
-import type { Periods } from './period.ts'
 import { SCRIPT } from './script.ts'
 import {
   type Account,
@@ -18,7 +17,8 @@ import {
   type LimitStore,
   NOTHING,
   type Refusal,
-  StoreError
+  StoreError,
+  type StoreSettings
 } from './store.ts'
 
 /** How often (ms) a replica says that it lives; it is taken for dead after 8 s. */
@@ -30,13 +30,10 @@ const CLOSE_TIMEOUT = 1_000
 const SEEDS = 100
 const SHA = hash('sha1', SCRIPT)
 
-export interface RedisStoreOptions {
+export interface RedisStoreOptions extends StoreSettings {
   cache: CacheOptions
   /** Begins all names. */
   prefix: string
-  periods: Periods
-  /** What happens to calls while Redis is away. */
-  onError: 'allow' | 'deny' | 'local'
   log: FastifyBaseLogger
   /** Where it is remembered how many processes there are, for a start without Redis. */
   file?: string | undefined
@@ -91,7 +88,7 @@ type LeftState = [limit: number, remaining: number, resetMs: number]
  * that Redis gets back what it has lost.
  */
 export class RedisStore implements LimitStore {
-  readonly #options: RedisStoreOptions
+  #options: RedisStoreOptions
   readonly #redis: Redis
   readonly #replica = randomUUID()
   readonly #mirror: MemoryStore
@@ -161,7 +158,13 @@ export class RedisStore implements LimitStore {
     } as RedisLease
   }
 
-  extend(lease: RedisLease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+  update(settings: StoreSettings): void {
+    this.#options = { ...this.#options, ...settings }
+    this.#mirror.update(settings)
+  }
+
+  extend(given: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+    const lease = given as RedisLease
     const extending = this.#extend(lease, spent, more, force).finally(() => {
       lease.extending = undefined
       lease.held = lease.mirror.held
@@ -171,7 +174,8 @@ export class RedisStore implements LimitStore {
     return extending
   }
 
-  settle(lease: RedisLease, spent: Amount): void {
+  settle(given: Lease, spent: Amount): void {
+    const lease = given as RedisLease
     if (!lease.isOpen) return
     lease.isOpen = false
     // What is being asked for must be known before it can be given back.

@@ -1,13 +1,14 @@
 /**
  * What Redis does for limits: one step over all accounts of a call, by Redis' own clock. It counts as
- * {@link Counter} does, with windows in grains of a second: a place comes back up to a second late.
+ * {@link Counter} does; a window of more than 512 in grains of half a second, by which a place comes back late.
  *
  * KEYS: the living replicas, the epoch, revoked keys, then the accounts. ARGV[1]: the order, JSON. All names
  * have one hash tag, so that a cluster keeps them together. Slots and what is held stand in an account for each
  * replica by itself: those of one that is not heard of are taken out by whoever comes next.
  */
 export const SCRIPT = `
-local LEASE, WINDOW, GRAIN, RETRY = 8000, 60000, 1000, 1000
+local LEASE, WINDOW, RETRY = 8000, 60000, 1000
+local EXACT, GRAIN = 512, 500
 local MINUTES, DAY = 150000, 86400000
 local order = cjson.decode(ARGV[1])
 local clock = redis.call('TIME')
@@ -30,7 +31,7 @@ local function read(index)
     or { requests = {}, tokens = {}, slots = {}, held_tokens = {}, held_cost = {} }
   for _, window in ipairs({ counter.requests, counter.tokens }) do
     for grain in pairs(window) do
-      if (tonumber(grain) + 1) * GRAIN + WINDOW <= now then window[grain] = nil end
+      if tonumber(grain) + WINDOW <= now then window[grain] = nil end
     end
   end
   for _, share in ipairs({ counter.slots, counter.held_tokens, counter.held_cost }) do
@@ -53,9 +54,20 @@ local function write(index, counter, account)
   redis.call('SET', key, packed, 'PX', math.floor(keep))
 end
 
-local function take_grain(window, amount, age)
-  local grain = tostring(math.floor((now - (age or 0)) / GRAIN))
-  window[grain] = (window[grain] or 0) + amount
+-- Amounts by their times; those of one grain share the time of the latest.
+local function take_grain(window, limit, amount, age)
+  local time = math.ceil(now - (age or 0))
+  if limit > EXACT then
+    local grain = math.floor(time / GRAIN)
+    for other in pairs(window) do
+      if math.floor(other / GRAIN) == grain then
+        time, amount = math.max(time, tonumber(other)), amount + window[other]
+        window[other] = nil
+      end
+    end
+  end
+  local name = string.format('%d', time)
+  window[name] = (window[name] or 0) + amount
 end
 
 local function window_wait(window, limit, amount)
@@ -65,8 +77,8 @@ local function window_wait(window, limit, amount)
   for grain in pairs(window) do grains[#grains + 1] = tonumber(grain) end
   table.sort(grains)
   for _, grain in ipairs(grains) do
-    excess = excess - window[tostring(grain)]
-    if excess <= 0 then return (grain + 1) * GRAIN + WINDOW - now end
+    excess = excess - window[string.format('%d', grain)]
+    if excess <= 0 then return grain + WINDOW - now end
   end
   return WINDOW
 end
@@ -74,7 +86,7 @@ end
 local function reset(window)
   local latest = 0
   for grain in pairs(window) do latest = math.max(latest, tonumber(grain)) end
-  return latest == 0 and 0 or (latest + 1) * GRAIN + WINDOW - now
+  return latest == 0 and 0 or latest + WINDOW - now
 end
 
 local function bucket(counter, account)
@@ -117,7 +129,7 @@ end
 
 local function spend(counter, account, amount)
   if account.tokens_per_minute > 0 and amount.tokens > 0 then
-    take_grain(counter.tokens, amount.tokens)
+    take_grain(counter.tokens, account.tokens_per_minute, amount.tokens)
   end
   if account.total_quota > 0 then
     counter.spent_tokens = counter.spent_tokens + amount.tokens
@@ -195,7 +207,8 @@ function operations.reserve()
     for index, account in ipairs(order.accounts) do
       local counter = counters[index]
       bucket(counter, account)
-      if account.requests_per_minute > 0 then take_grain(counter.requests, 1) end
+      local per_minute = account.requests_per_minute
+      if per_minute > 0 then take_grain(counter.requests, per_minute, 1) end
       if account.rate > 0 then counter.level = counter.level - 1 end
       counter.slots[me] = (counter.slots[me] or 0) + 1
       hold(counter, order.hold)
@@ -245,7 +258,8 @@ end
 -- One that was not heard of for too long, or that a new Redis does not know, has to join.
 function operations.beat()
   redis.call('ZADD', KEYS[1], now, me)
-  local revoked = redis.call('ZRANGEBYSCORE', KEYS[3], '(' .. order.since, '+inf')
+  -- What came in the same millisecond may be told twice.
+  local revoked = redis.call('ZRANGEBYSCORE', KEYS[3], order.since, '+inf')
   return { replicas = #replicas, now = now, revoked = revoked }
 end
 
@@ -269,8 +283,12 @@ function operations.seed()
       counter.slots[me] = own.slots > 0 and own.slots or nil
       counter.held_tokens[me] = own.slots > 0 and own.held.tokens or nil
       counter.held_cost[me] = own.slots > 0 and own.held.cost or nil
-      for _, entry in ipairs(own.requests) do take_grain(counter.requests, entry[2], entry[1]) end
-      for _, entry in ipairs(own.tokens) do take_grain(counter.tokens, entry[2], entry[1]) end
+      for _, entry in ipairs(own.requests) do
+        take_grain(counter.requests, account.requests_per_minute, entry[2], entry[1])
+      end
+      for _, entry in ipairs(own.tokens) do
+        take_grain(counter.tokens, account.tokens_per_minute, entry[2], entry[1])
+      end
       if account.total_quota > 0 then
         counter.spent_tokens = math.max(counter.spent_tokens, own.known.tokens) + own.owed.tokens
         counter.spent_cost = math.max(counter.spent_cost, own.known.cost) + own.owed.cost

@@ -1,4 +1,5 @@
 import type { Limits } from './limits.ts'
+import type { Periods } from './period.ts'
 
 /** Where limits are counted: in this process, or for several processes together. */
 
@@ -68,6 +69,12 @@ export interface Lease {
   readonly tokens?: Left | undefined
 }
 
+export interface StoreSettings {
+  periods: Periods
+  /** What happens to calls while the store cannot be asked. */
+  onError: 'allow' | 'deny' | 'local'
+}
+
 export interface LimitStore {
   /**
    * One step over all accounts: each has room and all are taken, or nothing is.
@@ -87,6 +94,8 @@ export interface LimitStore {
   extend(lease: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean>
   /** Books what was spent in all and gives the rest back, with the slot; does nothing a second time. */
   settle(lease: Lease, spent: Amount): void
+  /** What was counted stays counted. */
+  update(settings: StoreSettings): void
   /** Resolves when all is written down that has to be. */
   close(): Promise<void>
 }

@@ -4,11 +4,23 @@ import { type Static, Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import { type Caller, withExchanges } from '../exchange.ts'
 import { pathBelow } from '../http.ts'
-import { type KeySource, matchesModel, StatusCodes } from '../keys/key.ts'
+import type { Distinct } from '../issues.ts'
+import { admitSomebody } from '../keys/first-key.ts'
+import { matchesModel, StatusCodes } from '../keys/key.ts'
+import { KeyStore, keyFile } from '../keys/key-store.ts'
 import { Keyring } from '../keys/keyring.ts'
-import { type StaticKey, StaticKeyList, StaticKeys } from '../keys/static.ts'
-import { WebhookKeys, WebhookKeysOptions } from '../keys/webhook.ts'
-import { checkOptions, type Given, HeaderName, NotBuilt, Section } from '../options.ts'
+import {
+  closeSources,
+  SourceOptions,
+  type Sources,
+  sourceIssues,
+  toSources
+} from '../keys/sources.ts'
+import { type StaticKey, StaticKeyList } from '../keys/static.ts'
+import { checkOptions, type Given, HeaderName, OptionsError, Section } from '../options.ts'
+import type {} from '../peers.ts'
+import { StorageOptions } from '../store/storage.ts'
+import type {} from './usage.ts'
 
 /**
  * Checks API keys: a request with a good key gets `request.caller`, any other is answered 401, 403,
@@ -18,32 +30,6 @@ import { checkOptions, type Given, HeaderName, NotBuilt, Section } from '../opti
  * await fastify.register(auth, { keys: ['sk-secret'] })
  * fastify.get('/hello', async request => `hello ${request.caller.id}`)
  */
-
-const Provider = Type.Object(
-  {
-    name: Type.Optional(Type.String({ description: 'Name in logs' })),
-    type: Type.Enum(['static', 'webhook'], {
-      later: ['file', 'builtin', 'redis', 'database', 'lua'],
-      description: 'What it is'
-    }),
-    enabled: Type.Boolean({ default: true, description: 'Switches it on' }),
-    static: Type.Optional(
-      Type.Object(
-        { keys: StaticKeyList('Keys') },
-        { additionalProperties: false, description: 'Keys in this file' }
-      )
-    ),
-    webhook: Type.Optional(WebhookKeysOptions),
-    lua: NotBuilt('Script that decides'),
-    script: NotBuilt('Script that decides'),
-    redis: NotBuilt('Keys in Redis'),
-    database: NotBuilt('Keys in a database')
-  },
-  {
-    additionalProperties: false,
-    partOfType: true
-  }
-)
 
 export const AuthOptions = Section(
   {
@@ -67,15 +53,28 @@ export const AuthOptions = Section(
     ),
     status_codes: StatusCodes,
     keys: StaticKeyList('Keys, in short'),
-    pipeline: Type.Array(Provider, { default: [], description: 'Sources of keys, in order' })
+    db_path: Type.String({
+      minLength: 1,
+      default: 'keys.db',
+      description:
+        'File of the embedded store, below the data directory if relative; it is used where neither keys nor pipeline are given'
+    }),
+    pipeline: Type.Array(SourceOptions, {
+      default: [],
+      distinct: [
+        { by: given => (given as { name?: unknown }).name, what: 'name' }
+      ] satisfies Distinct[],
+      description: 'Sources of keys, in order'
+    })
   },
   'API keys'
 )
 export type AuthOptions = Static<typeof AuthOptions>
 
-/** A key alone may be given as text. */
+/** A key alone may be given as text; `storage` has what the pipeline names. */
 export type GivenAuthOptions = Given<Omit<AuthOptions, 'keys'>> & {
   keys?: readonly (string | Given<StaticKey>)[]
+  storage?: Given<StorageOptions>
 }
 
 declare module 'fastify' {
@@ -83,25 +82,83 @@ declare module 'fastify' {
     caller: Caller | undefined
   }
   interface FastifyInstance {
-    keys: { update(options: AuthOptions): void; credentialHeaders(): readonly string[] }
+    keys: Keys
   }
 }
 
+export interface Keys {
+  update(options: AuthOptions, storage: StorageOptions): Promise<void>
+  credentialHeaders(): readonly string[]
+  /** Drops what is remembered of the key with this SHA-256, or of all, in this process. */
+  forget(hash?: string): void
+  /** Are told the SHA-256 of keys that were changed in the store, here; undefined: all may have been. */
+  readonly onChange: ((hashes: readonly string[] | undefined) => void)[]
+  /** The embedded store, whether keys are looked up there or not. A change of it is told to all workers. */
+  store(): KeyStore
+}
+
 const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fastify, given) {
-  let options = checkOptions(AuthOptions, { enabled: true, ...given })
-  let headerNames = lowerCased(options.header_names)
-  let keyring = toKeyring(options, fastify.log)
+  const { storage: givenStorage, ...givenOptions } = given
+  const storage = checkOptions(StorageOptions, givenStorage)
+  let options = checkOptions(AuthOptions, { enabled: true, ...givenOptions })
+  let headerNames: string[] = []
+  let keyring: Keyring | undefined
+  let sources: Sources = new Map()
+  let opened: KeyStore | undefined
+  const onChange: Keys['onChange'] = []
+  const file = keyFile(fastify.dataDir, options.db_path)
+  const issues = sourceIssues(options, storage)
+  if (issues.length > 0) throw new OptionsError(issues)
   withExchanges(fastify)
 
   if (!fastify.hasRequestDecorator('caller')) fastify.decorateRequest('caller', undefined)
   fastify.decorate('keys', {
-    update: changed => {
-      options = changed
-      headerNames = lowerCased(changed.header_names)
-      keyring = toKeyring(changed, fastify.log)
-    },
-    credentialHeaders: () => headerNames
+    update,
+    credentialHeaders: () => headerNames,
+    forget: hash => keyring?.forget(hash),
+    onChange,
+    store
+  } satisfies Keys)
+  fastify.addHook('onClose', async () => {
+    await keyring?.idle()
+    closeSources(sources, new Map())
+    await opened?.close()
   })
+  fastify.peers?.onNews(news => {
+    if (news.kind === 'keys') forget(news.hashes)
+  })
+  await update(options, storage).catch(async error => {
+    await opened?.close()
+    throw error
+  })
+
+  /** What is refused changes nothing. */
+  async function update(changed: AuthOptions, storage: StorageOptions): Promise<void> {
+    const { dataDir, log } = fastify
+    const next = toSources(changed, { storage, dataDir, store, log }, sources)
+    if (changed.enabled) await admitSomebody(next, store, file, log)
+    const before = { keyring, sources }
+    const { mode, status_codes: codes } = changed
+    keyring = new Keyring({ mode, codes, sources: [...next.values()] }, log)
+    sources = next
+    options = changed
+    headerNames = changed.header_names.map(name => name.toLowerCase())
+    void before.keyring?.idle().then(() => closeSources(before.sources, next))
+  }
+
+  function store(): KeyStore {
+    opened ??= new KeyStore(file, hashes => {
+      forget(hashes)
+      fastify.peers?.tell({ kind: 'keys', ...(hashes === undefined ? {} : { hashes }) })
+      for (const listener of onChange) listener(hashes)
+    })
+    return opened
+  }
+
+  function forget(hashes: readonly string[] | undefined): void {
+    if (hashes === undefined) keyring?.forget()
+    else for (const hash of hashes) keyring?.forget(hash)
+  }
 
   fastify.addHook('onRequest', async request => {
     if (!options.enabled || isSkipped(request, fastify.prefix, options.skip_paths)) return
@@ -113,7 +170,7 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
         { headers: { 'www-authenticate': 'Bearer' } }
       )
     }
-    request.caller = await keyring.caller(key, request.ip)
+    request.caller = await keyring!.caller(key, request.ip)
   })
 
   fastify.addHook('preHandler', (request, _reply, done) => {
@@ -132,27 +189,6 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
     }
     done()
   })
-}
-
-function toKeyring(options: AuthOptions, log: FastifyRequest['log']): Keyring {
-  const sources: KeySource[] = []
-  const onUnreadable = (member: string, keyId: string) =>
-    log.warn({ keyId, member }, 'a member of a key is unreadable')
-  if (options.keys.length > 0) sources.push(new StaticKeys('keys', options.keys))
-  for (const { name, type, enabled, webhook, static: keys } of options.pipeline) {
-    if (!enabled) continue
-    if (type === 'webhook') {
-      sources.push(new WebhookKeys(name ?? type, webhook!, options.status_codes, onUnreadable))
-    } else sources.push(new StaticKeys(name ?? type, keys?.keys ?? []))
-  }
-  if (options.enabled && sources.length === 0) {
-    log.warn('auth is enabled but has no keys and no source of keys: nobody will be admitted')
-  }
-  return new Keyring({ mode: options.mode, codes: options.status_codes, sources }, log)
-}
-
-function lowerCased(names: string[]): string[] {
-  return names.map(name => name.toLowerCase())
 }
 
 /** The first key that one of the headers holds. */

@@ -1,7 +1,7 @@
 import { resolve } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import rateLimit, { normalizeIP } from '@fastify/rate-limit'
-import type { FastifyPluginAsync, FastifyRequest } from 'fastify'
+import type { FastifyBaseLogger, FastifyPluginAsync, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
@@ -153,14 +153,13 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
 
   fastify.decorate('limits', {
     async update(changed, caches) {
-      const isOther =
-        changed.storage !== options.storage ||
-        changed.time_zone !== options.time_zone ||
-        changed.on_store_error !== options.on_store_error ||
-        changed.redis_prefix !== options.redis_prefix ||
-        (changed.storage === 'redis' && !isDeepStrictEqual(cacheOf(changed, caches), cache))
       const before = store
+      const isOther =
+        changed.redis_prefix !== options.redis_prefix ||
+        !isDeepStrictEqual(cacheOf(changed, caches), cache)
       if (isOther) store = await openStore(changed, caches)
+      else
+        store.update({ periods: new Periods(changed.time_zone), onError: changed.on_store_error })
       options = changed
       cache = cacheOf(changed, caches)
       if (isOther) await before.close()
@@ -307,16 +306,13 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   }
 
   async function openStore(options: LimitsOptions, caches: Caches): Promise<LimitStore> {
-    const { log, dataDir } = fastify
-    const periods = new Periods(options.time_zone)
-    if (options.storage === 'memory') {
-      if (dataDir === undefined || fastify.peers !== undefined) return new MemoryStore(periods)
-      return new MemoryStore(periods, await Quotas.open(quotaFile(dataDir), log))
-    }
+    const { log, dataDir, peers } = fastify
+    const cache = cacheOf(options, caches)
+    if (cache === undefined) return peers?.limits ?? openMemoryStore(options, dataDir, log)
     const redis = new RedisStore({
-      cache: cacheOf(options, caches)!,
+      cache,
       prefix: options.redis_prefix,
-      periods,
+      periods: new Periods(options.time_zone),
       onError: options.on_store_error,
       log,
       ...(dataDir === undefined ? {} : { file: resolve(dataDir, 'replicas') }),
@@ -332,9 +328,15 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   }
 }
 
-/** The file that quotas outlive a restart in. */
-export function quotaFile(dataDir: string): string {
-  return resolve(dataDir, 'limits.db')
+/** Counts in this process; what was spent of quotas outlives a restart in a file, where there is a directory. */
+export async function openMemoryStore(
+  { time_zone }: LimitsOptions,
+  dataDir: string | undefined,
+  log: FastifyBaseLogger
+): Promise<MemoryStore> {
+  const periods = new Periods(time_zone)
+  if (dataDir === undefined) return new MemoryStore(periods)
+  return new MemoryStore(periods, await Quotas.open(resolve(dataDir, 'limits.db'), log))
 }
 
 /** Why these limits cannot be held. */
@@ -343,7 +345,7 @@ export function limitIssues(
   { prices }: UsageOptions,
   { caches }: StorageOptions
 ): Issue[] {
-  const issues = options.enabled ? redisIssues(options, caches) : []
+  const issues = redisIssues(options, caches)
   for (const [path, limits] of limitSets(options)) {
     const { burst_size, requests_per_second, requests_per_minute } = limits
     if (burst_size && !requests_per_second && !requests_per_minute) {
@@ -358,12 +360,13 @@ export function limitIssues(
 }
 
 function redisIssues(options: LimitsOptions, caches: Caches): Issue[] {
-  if (options.storage === 'memory') return []
+  if (options.storage === 'memory' || !options.enabled) return []
   return storageIssues({ caches, databases: [] }, 'caches', options.redis, ['redis'])
 }
 
-function cacheOf({ redis }: LimitsOptions, caches: Caches) {
-  return caches.find(({ name }) => name === redis)
+/** The Redis that counts; undefined: this process does. */
+function cacheOf({ storage, redis }: LimitsOptions, caches: Caches) {
+  return storage === 'redis' ? caches.find(({ name }) => name === redis) : undefined
 }
 
 function limitSets(options: LimitsOptions): [Issue['path'], Limits][] {

@@ -34,7 +34,7 @@ export interface UsageRecord {
   /** What it costs, where a price is configured. */
   cost?: number | undefined
   currency?: string | undefined
-  /** From request headers, as configured. */
+  /** Of the API key, and from request headers, as configured. */
   tags?: Record<string, string> | undefined
   /** The route's pattern, such as `/v1/chat/completions`. */
   endpoint: string
@@ -100,7 +100,7 @@ export function toRecord(
     exactness: usage?.exactness ?? null,
     cost: price && cost(price, input_tokens, output_tokens, usage?.cachedTokens ?? 0),
     currency: price?.currency,
-    tags: tagHeaders.size === 0 ? undefined : tags(request.headers, tagHeaders),
+    tags: tags(request, tagHeaders),
     endpoint: exchange.endpoint?.url ?? request.routeOptions.url ?? '',
     method: request.method,
     path: pathBelow(request.url, prefix),
@@ -122,16 +122,18 @@ export function cost(price: Price, input: number, output: number, cached: number
   return (fresh + cached * (price.cached ?? price.input) + output * price.output) / MILLION
 }
 
+/** What stands with the key counts more than what a client says: it must not put its bill on another team. */
 function tags(
-  headers: Record<string, string | string[] | undefined>,
+  { caller, headers }: Exchange['request'],
   tagHeaders: ReadonlyMap<string, string>
-): Record<string, string> {
+): Record<string, string> | undefined {
+  if (tagHeaders.size === 0) return caller?.tags
   const found: Record<string, string> = {}
   for (const [tag, header] of tagHeaders) {
     const value = headers[header]
     if (value !== undefined) found[tag] = String(value).slice(0, MAX_TAG)
   }
-  return found
+  return { ...found, ...caller?.tags }
 }
 
 /** The UUID whose digits are in a request id. */

@@ -3,7 +3,7 @@ import { openai } from '../dialects/openai.ts'
 import { responses } from '../dialects/responses.ts'
 import { GatewayError } from '../errors.ts'
 import type { Endpoint, Exchange } from '../exchange.ts'
-import type { News } from '../peers.ts'
+import type { ResponseMade } from '../peers.ts'
 import { forwarded } from './forwarded.ts'
 
 const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
@@ -65,15 +65,23 @@ const openaiRoutes: FastifyPluginAsync = async function openaiRoutes(fastify) {
   })
 
   await forwarded(fastify, ENDPOINTS)
-  fastify.peers?.onNews(remember)
+  fastify.peers?.onNews(news => {
+    if (news.kind === 'response') remember(news)
+  })
 
   function learn(exchange: Exchange, id: string): void {
-    const news = { response: id, backend: exchange.backend!, caller: exchange.request.caller?.id }
+    const { backend, request } = exchange
+    const news = {
+      kind: 'response',
+      response: id,
+      backend: backend!,
+      caller: request.caller?.id
+    } as const
     remember(news)
     fastify.peers?.tell(news)
   }
 
-  function remember({ response, backend, caller }: News): void {
+  function remember({ response, backend, caller }: ResponseMade): void {
     if (made.size >= MAX_RESPONSES) made.delete(made.keys().next().value!)
     made.set(response, { backend, caller })
   }

@@ -39,6 +39,8 @@ function connect(library: typeof import('mysql2'), target: Target): Connection {
     ...(ssl === undefined ? {} : { ssl: { ...ssl, verifyIdentity: ssl.rejectUnauthorized } }),
     stream: () => socket,
     charset: 'UTF8MB4_UNICODE_CI',
+    // Times have no zone there; they are in UTC.
+    timezone: 'Z',
     // Of statements that differ in their number of rows alone there are many.
     maxPreparedStatements: 16
   } as never)

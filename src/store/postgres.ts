@@ -22,9 +22,14 @@ function isRefusal(error: unknown): boolean {
   return severity !== undefined && REFUSALS.test(code ?? '')
 }
 
-function connect({ Client }: typeof pg, target: Target): Connection {
+/** Types without a zone: Node would take them for local time. */
+const [TIMESTAMP, DATE] = [1114, 1082]
+
+function connect({ Client, TypeOverrides }: typeof pg, target: Target): Connection {
   const { host, port = 5432, user, database, password = '' } = target
   const socket = new Socket()
+  const types = new TypeOverrides()
+  for (const type of [TIMESTAMP, DATE]) types.setTypeParser(type!, String)
   const client = new Client({
     host,
     port,
@@ -33,6 +38,7 @@ function connect({ Client }: typeof pg, target: Target): Connection {
     // A function, so that no file is searched for it.
     password: () => password,
     ssl: tlsOf(target) ?? false,
+    types,
     stream: () => socket,
     keepAlive: true,
     application_name: 'llmproxy'

@@ -62,7 +62,7 @@ export class Sqlite implements Database {
     thread.ref()
     await this.#ask({}, CLOSE_TIMEOUT).catch(() => {})
     this.#giveUp('closed')
-    await Promise.race([thread.terminate(), sleep(CLOSE_TIMEOUT)])
+    await Promise.race([thread.terminate(), sleep(CLOSE_TIMEOUT, undefined, { ref: false })])
   }
 
   async #ask<R extends Row[] | Row[][]>(order: Omit<Order, 'id'>, timeout: number): Promise<R> {
@@ -87,7 +87,8 @@ export class Sqlite implements Database {
 
   #start(): Worker {
     this.#opened++
-    const thread = new Worker(THREAD, { workerData: { file: this.#file } })
+    // Options of the process, such as --input-type, may be none for a thread.
+    const thread = new Worker(THREAD, { workerData: { file: this.#file }, execArgv: [] })
     thread.unref()
     thread.on('message', (answer: Answer) => this.#hear(answer))
     thread.on('error', error => this.#giveUp((error as Error).message))

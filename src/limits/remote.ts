@@ -1,0 +1,136 @@
+import {
+  type Amount,
+  type Call,
+  isRefusal,
+  type Lease,
+  type LimitStore,
+  NOTHING,
+  type Refusal,
+  StoreError
+} from './store.ts'
+
+/** What a process asks of the one that counts for all; it goes through JSON. */
+export type LimitQuestion =
+  | { op: 'reserve'; id: number; call: Call }
+  | { op: 'extend'; id: number; lease: number; spent: Amount; more: Amount; force: boolean }
+  | { op: 'settle'; lease: number; spent: Amount }
+
+/** What it is answered; of a lease all but its accounts. */
+export interface LimitAnswer {
+  id: number
+  refusal?: Refusal
+  lease?: Omit<Lease, 'accounts'>
+  held?: boolean
+}
+
+interface RemoteLease extends Lease {
+  readonly id: number
+}
+
+/** Limits that another process counts. */
+export class RemoteStore implements LimitStore {
+  readonly #ask: (question: LimitQuestion) => void
+  readonly #asked = new Map<number, (answer: LimitAnswer | undefined) => void>()
+  #lastId = 0
+
+  constructor(ask: (question: LimitQuestion) => void) {
+    this.#ask = ask
+  }
+
+  /** It would take a round trip. */
+  look(): undefined {
+    return undefined
+  }
+
+  async reserve(call: Call): Promise<Lease | Refusal> {
+    const id = ++this.#lastId
+    const { refusal, lease } = await this.#answer(id, { op: 'reserve', id, call })
+    if (lease !== undefined) return { ...lease, id, accounts: call.accounts } as RemoteLease
+    // JSON has no Infinity.
+    return { ...refusal!, retryAfterMs: refusal!.retryAfterMs ?? Number.POSITIVE_INFINITY }
+  }
+
+  async extend(given: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+    const lease = given as RemoteLease
+    const id = ++this.#lastId
+    const question = { op: 'extend', id, lease: lease.id, spent, more, force } as const
+    const { held = false, lease: now } = await this.#answer(id, question)
+    if (now !== undefined) Object.assign(lease, { held: now.held, spent: now.spent })
+    return held
+  }
+
+  settle(given: Lease, spent: Amount): void {
+    const lease = given as RemoteLease
+    if (!lease.isOpen) return
+    lease.isOpen = false
+    this.#ask({ op: 'settle', lease: lease.id, spent })
+  }
+
+  /** The process that counts is told by itself. */
+  update(): void {}
+
+  hear(answer: LimitAnswer): void {
+    this.#asked.get(answer.id)?.(answer)
+    this.#asked.delete(answer.id)
+  }
+
+  async close(): Promise<void> {
+    for (const resolve of this.#asked.values()) resolve(undefined)
+    this.#asked.clear()
+  }
+
+  async #answer(id: number, question: LimitQuestion): Promise<LimitAnswer> {
+    const answer = await new Promise<LimitAnswer | undefined>(resolve => {
+      this.#asked.set(id, resolve)
+      this.#ask(question)
+    })
+    if (answer === undefined) throw new StoreError('closed')
+    return answer
+  }
+}
+
+/** What one other process has taken; all of it comes back when that one is gone. */
+export class RemoteLeases {
+  readonly #store: LimitStore
+  readonly #tell: (answer: LimitAnswer) => void
+  readonly #open = new Map<number, Lease>()
+  #isGone = false
+
+  constructor(store: LimitStore, tell: (answer: LimitAnswer) => void) {
+    this.#store = store
+    this.#tell = tell
+  }
+
+  async hear(question: LimitQuestion): Promise<void> {
+    if (question.op === 'reserve') return this.#reserve(question.id, question.call)
+    const lease = this.#open.get(question.lease)
+    if (question.op === 'settle') {
+      this.#open.delete(question.lease)
+      if (lease !== undefined) this.#store.settle(lease, question.spent)
+      return
+    }
+    const { id, spent, more, force } = question
+    if (lease === undefined) return this.#tell({ id, held: false })
+    const held = await this.#store.extend(lease, spent, more, force)
+    this.#tell({ id, held, lease: withoutAccounts(lease) })
+  }
+
+  /** The other process is gone. */
+  close(): void {
+    this.#isGone = true
+    for (const lease of this.#open.values()) this.#store.settle(lease, lease.spent)
+    this.#open.clear()
+  }
+
+  async #reserve(id: number, call: Call): Promise<void> {
+    const result = await this.#store.reserve(call)
+    if (isRefusal(result)) return this.#tell({ id, refusal: result })
+    if (this.#isGone) return this.#store.settle(result, NOTHING)
+    this.#open.set(id, result)
+    this.#tell({ id, lease: withoutAccounts(result) })
+  }
+}
+
+function withoutAccounts({ accounts: _, ...lease }: Lease): Omit<Lease, 'accounts'> {
+  return lease
+}
