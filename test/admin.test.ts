@@ -51,6 +51,7 @@ test('a key is made, used, changed, rotated, revoked and deleted: at once, with 
     limits: { max_concurrent: 2 }
   })
   assert.equal(made.status, 201)
+  assert.equal(made.headers.get('cache-control'), 'no-store')
   const { id, key } = made.body
   assert.match(key, /^sk-[\w-]{43}$/)
   assert.equal(await call(key), 200)

@@ -85,7 +85,8 @@ const adminPlugin: FastifyPluginAsync<GivenAdminOptions> = async function admin(
 
   const failures = new Failures()
   const guarded: FastifyPluginAsync = async scope => {
-    scope.addHook('onRequest', async request => {
+    scope.addHook('onRequest', async (request, reply) => {
+      reply.header('cache-control', 'no-store')
       const address = normalizeIP(request.ip)
       failures.check(address)
       const token = presentedToken(request)
