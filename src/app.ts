@@ -14,7 +14,7 @@ import { openai } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { type Exchanges, withExchanges } from './exchange.ts'
 import type { Issue } from './issues.ts'
-import { looksIntoStore, sourceIssues } from './keys/sources.ts'
+import { keyQuotaIssues, looksIntoStore, sourceIssues } from './keys/sources.ts'
 import { masked } from './masked.ts'
 import { checkOptions, Duration, type Given, OptionsError } from './options.ts'
 import type { Peers } from './peers.ts'
@@ -275,6 +275,7 @@ export function storageUseIssues(options: GatewayOptions): Issue[] {
     }))
   return [
     ...within('auth', sourceIssues(auth, storage)),
+    ...within('auth', keyQuotaIssues(auth, usage.prices.length > 0)),
     ...within('rate_limit', limitIssues(rate_limit, usage, storage)),
     ...within('usage', reporterIssues(usage, storage)),
     ...within('logging', requestLogIssues(logging, storage))

@@ -135,6 +135,8 @@ export class Exchange {
   reservation: { store: LimitStore; lease: Lease } | undefined
   /** Somebody wants the request body when it is over. */
   keepsBody = false
+  /** A backend has the request, or some of it, and nothing came of it yet. */
+  isWaiting = false
   /** The text of the request, where its tokens may have to be estimated. */
   prompt: PromptText | undefined
   /** What it has spent is known, and given to the reporters. */

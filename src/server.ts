@@ -267,7 +267,6 @@ export function createLog(options: Config['log'], dataDir: string): Logger {
     file.touch()
     return pino(settings, new LogSink(file, 'log'))
   }
-  // Asking for the stream also makes a pipe one that never blocks.
   const { isTTY } = options.output === 'stdout' ? process.stdout : process.stderr
   const sink = new LogSink(options.output === 'stdout' ? 1 : 2, 'log')
   const isText = options.format === 'text' || (options.format === 'auto' && isTTY)

@@ -1,6 +1,7 @@
 import cluster, { type Worker } from 'node:cluster'
 import { once } from 'node:events'
 import { availableParallelism } from 'node:os'
+import { isDeepStrictEqual } from 'node:util'
 import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
 import type { Gateway } from './app.ts'
@@ -165,10 +166,13 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     url,
     log,
     async reload(changed) {
+      const { usage, storage } = config
       config = changed
       log.level = changed.log.level
       limits.update({ periods: new Periods(changed.rate_limit.time_zone) })
-      await outbox.update(reporters(config), toKeeping(config.usage))
+      if (!isDeepStrictEqual([changed.usage, changed.storage], [usage, storage])) {
+        await outbox.update(reporters(config), toKeeping(config.usage))
+      }
       await Promise.all(
         workers().map(async worker => {
           send(worker, { kind: 'reload', config })

@@ -6,6 +6,8 @@ import Fastify from 'fastify'
 import gateway from '../src/app.ts'
 import { openai } from '../src/dialects/openai.ts'
 import { StaticKeys } from '../src/keys/static.ts'
+import { LimitSet } from '../src/limits/limits.ts'
+import { Periods } from '../src/limits/period.ts'
 import { checkOptions } from '../src/options.ts'
 import { AuthOptions } from '../src/plugins/auth.ts'
 import backends from '../src/plugins/backends.ts'
@@ -67,6 +69,8 @@ for (const file of globSync('**/*.ts', { cwd: SRC }).sort()) {
         backends,
         gateway,
         Sqlite,
+        Periods,
+        noLimits: checkOptions(LimitSet, {}),
         log: name === 'log' ? exports.default : fastify.log,
         codes: checkOptions(AuthOptions, {}).status_codes,
         sources: [new StaticKeys('keys', [{ key: 'sk-alice', name: 'alice' }])],

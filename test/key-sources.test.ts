@@ -489,4 +489,9 @@ test('what a source names must be there, and is said with its place', async t =>
     assert.match(complaint(source), /^config\.yaml:\d+:\d+ auth\.pipeline\[0\]/)
   }
   assert.equal(complaint({ type: 'builtin' }), '')
+  const rich = { key: 'sk-a', total_quota: 5, quota_unit: 'cost' }
+  assert.match(
+    complaint({ type: 'static', static: { keys: [rich] } }),
+    /static\.keys\[0\]\.quota_unit: needs usage\.prices to count by$/
+  )
 })

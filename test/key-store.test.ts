@@ -184,6 +184,16 @@ test('a revoked key is refused at once, with all that it was before, and for goo
   assert.equal(await store.delete(record.id), false)
 })
 
+test('whoever looks while a key is revoked, afterwards nobody is admitted', async t => {
+  const { store, verdict } = open(t)
+  for (let round = 0; round < 100; round++) {
+    const { key, record } = await store.create({})
+    const looks = () => Array.from({ length: 3 }, () => verdict(key))
+    await Promise.all([...looks(), store.revoke(record.id), ...looks()])
+    assert.equal(await verdict(key), 'key_disabled')
+  }
+})
+
 test('what another process changes is noticed within 500 ms', async t => {
   const here = open(t)
   const there = open(t, here.dataDir)

@@ -13,17 +13,23 @@ const KILLS = process.env.LONG ? 100 : 4
 const CLIENTS = 8
 const LATEST_KILL = 400
 
-/** Records by id, and how often each came. */
+/** Records by id as JSON, how many came again, and those that came again as something else. */
 async function countingSink(t: TestContext) {
-  const seen = new Map<string, number>()
+  const seen = new Map<string, string>()
+  const twice = new Set<string>()
+  const changed: string[] = []
   const sink = createServer((request, response) => {
     let body = ''
     request.on('data', data => {
       body += data
     })
     request.on('end', () => {
-      for (const { request_id } of JSON.parse(body)) {
-        seen.set(request_id, (seen.get(request_id) ?? 0) + 1)
+      for (const record of JSON.parse(body)) {
+        const before = seen.get(record.request_id)
+        const json = JSON.stringify(record)
+        if (before !== undefined) twice.add(record.request_id)
+        if (before !== undefined && before !== json) changed.push(before, json)
+        seen.set(record.request_id, json)
       }
       // Now and then it answers late, so that a kill meets deliveries, too.
       setTimeout(() => response.end(), Math.random() < 0.1 ? 50 : 0)
@@ -34,7 +40,12 @@ async function countingSink(t: TestContext) {
     sink.closeAllConnections()
     sink.close()
   })
-  return { seen, url: `http://127.0.0.1:${(sink.address() as { port: number }).port}` }
+  return {
+    seen,
+    twice,
+    changed,
+    url: `http://127.0.0.1:${(sink.address() as { port: number }).port}`
+  }
 }
 
 /** Calls the gateway until it is gone; returns the ids of the answers that came to their end. */
@@ -87,11 +98,15 @@ for (const workers of [1, 2]) {
     }
     last.child.kill('SIGTERM')
     await last.exit
-    const twice = [...sink.seen.values()].filter(count => count > 1).length
     t.diagnostic(
-      `${KILLS} kills, ${name}: ${complete.length} complete answers, ${missing().length} of them not reported; ${sink.seen.size} records, ${twice} of them delivered more than once`
+      `${KILLS} kills, ${name}: ${complete.length} complete answers, ${missing().length} of them not reported; ${sink.seen.size} records, ${sink.twice.size} of them delivered more than once`
     )
     assert.ok(complete.length > KILLS)
     assert.deepEqual(missing(), [])
+    assert.deepEqual(sink.changed, [], 'what comes again is the same record')
+    for (const id of complete) {
+      const { outcome, exactness, total_tokens } = JSON.parse(sink.seen.get(id)!)
+      assert.deepEqual([outcome, exactness, total_tokens], ['ok', 'exact', 15])
+    }
   })
 }

@@ -1,6 +1,9 @@
 import assert from 'node:assert/strict'
+import { join } from 'node:path'
+import { DatabaseSync } from 'node:sqlite'
 import { test } from 'node:test'
 import { Ledger } from '../src/reporters/ledger.ts'
+import { folder } from './process.ts'
 
 test('pages come back as they were written, in order', () => {
   const ledger = new Ledger(':memory:')
@@ -10,6 +13,22 @@ test('pages come back as they were written, in order', () => {
   assert.deepEqual(ledger.next(0), { seq: 1, at: 1, entries: pages[0] })
   assert.deepEqual(ledger.next(1), { seq: 2, at: 1, entries: pages[1] })
   assert.equal(ledger.next(2), undefined)
+})
+
+test('whoever reads all records keeps nobody from writing, nor the file from being tidied', t => {
+  const file = join(folder(t), 'usage.db')
+  const ledger = new Ledger(file)
+  for (const at of [1, 2, 3, 4]) ledger.append([`a${at}`, `b${at}`], at)
+  const entries = ledger.entries(2)
+  assert.equal(entries.next().value, 'a2')
+  ledger.append(['late'], 5)
+  const other = new DatabaseSync(file)
+  const { busy } = other.prepare('PRAGMA wal_checkpoint(TRUNCATE)').get()!
+  assert.equal(busy, 0, 'no statement is open')
+  other.close()
+  assert.deepEqual([...entries], ['b2', 'a3', 'b3', 'a4', 'b4'])
+  assert.deepEqual([...ledger.entries(6)], [])
+  ledger.close()
 })
 
 test('a new reporter begins with what comes, and keeps its mark', () => {
@@ -36,6 +55,16 @@ test('what was put aside comes back in its order, and is settled by itself', () 
   )
 })
 
+/** Prunes to the end; returns how many records somebody still waited for. */
+function pruneAll(ledger: Ledger, ...args: Parameters<Ledger['prune']>): number {
+  let lost = 0
+  for (let step = ledger.prune(...args); step.gone > 0; step = ledger.prune(...args)) {
+    assert.ok(step.gone <= 100, 'a step does not take long')
+    lost += step.lost
+  }
+  return lost
+}
+
 test('old pages go when everybody has had them, and not before', () => {
   const ledger = new Ledger(':memory:')
   ledger.markOf('fast')
@@ -43,10 +72,10 @@ test('old pages go when everybody has had them, and not before', () => {
   for (const at of [1, 2, 3]) ledger.append([String(at)], at)
   ledger.mark('fast', 3)
   ledger.mark('slow', 1)
-  assert.equal(ledger.prune(['fast', 'slow'], 3, 1e9), 0)
+  assert.equal(pruneAll(ledger, ['fast', 'slow'], 3, 1e9), 0)
   assert.equal(ledger.next(0)!.seq, 2)
   ledger.mark('slow', 3)
-  ledger.prune(['fast', 'slow'], 3, 1e9)
+  pruneAll(ledger, ['fast', 'slow'], 3, 1e9)
   assert.equal(ledger.next(0)!.seq, 3)
 })
 
@@ -54,7 +83,7 @@ test('too much: the oldest go first, and what somebody still waited for is told'
   const ledger = new Ledger(':memory:')
   ledger.markOf('dead')
   for (let page = 0; page < 200; page++) ledger.append(['x'.repeat(10_000), 'y'])
-  const lost = ledger.prune(['dead'], 0, 1_000_000)
+  const lost = pruneAll(ledger, ['dead'], 0, 1_000_000)
   const left = ledger.next(0)!.seq
   assert.ok(left > 50 && left < 200, String(left))
   assert.equal(lost, (left - 1) * 2)

@@ -9,7 +9,7 @@ import { REDIS } from './servers.ts'
 const MINUTE = 60_000
 const LASTS = 5 * MINUTE
 
-/** When calls come (ms). What repeats does so a little later, for what asks Redis takes a moment. */
+/** When calls come (ms). */
 function every(gap: number, count = 1, offset = 0): number[] {
   const times: number[] = []
   for (let at = offset; at < LASTS; at += gap) for (let n = 0; n < count; n++) times.push(at)
@@ -17,16 +17,16 @@ function every(gap: number, count = 1, offset = 0): number[] {
 }
 
 const border = (count: number) =>
-  [...every(MINUTE + 50, count, MINUTE - 500), ...every(MINUTE + 50, count, MINUTE + 500)].sort(
+  [...every(MINUTE, count, MINUTE - 500), ...every(MINUTE, count, MINUTE + 500)].sort(
     (a, b) => a - b
   )
 
 const TRAFFIC: [name: string, limit: number, times: number[]][] = [
   ['steady: a call every 500 ms', 60, every(500)],
-  ['bursty: 50 calls every 20 s', 60, every(20_050, 50)],
+  ['bursty: 50 calls every 20 s', 60, every(20_000, 50)],
   ['60 calls 0.5 s before and after each full minute', 60, border(60)],
   ['steady: a call every 30 ms', 1000, every(30)],
-  ['bursty: 800 calls every 20 s', 1000, every(20_050, 800)],
+  ['bursty: 800 calls every 20 s', 1000, every(20_000, 800)],
   ['1,000 calls 0.5 s before and after each full minute', 1000, border(1000)]
 ]
 

@@ -13,6 +13,7 @@ import {
 } from '../src/limits/store.ts'
 import {
   account,
+  clock,
   joinRedis,
   type Opened,
   openMemory,
@@ -362,12 +363,12 @@ for (const [name, skip, several] of [
 test('redis: what a crashed process had taken comes back within 10 s', {
   skip: REDIS.skip
 }, async t => {
-  let skew = 0
+  const { later, time } = clock()
   const prefix = uniqueName('crash')
   const way = await door(t, REDIS)
   const itsRedis = { host: '127.0.0.1', port: way.port }
-  const crashed = await joinRedis(t, itsRedis, prefix, { skew: () => skew })
-  const other = await joinRedis(t, REDIS, prefix, { skew: () => skew })
+  const crashed = await joinRedis(t, itsRedis, prefix, { time })
+  const other = await joinRedis(t, REDIS, prefix, { time })
   const accounts = [account({ max_concurrent: 2, total_quota: 1000, tokens_per_minute: 1000 })]
   await granted(crashed, call(accounts, tokens(500)))
   const lease = await granted(crashed, call(accounts, tokens(500)))
@@ -375,10 +376,10 @@ test('redis: what a crashed process had taken comes back within 10 s', {
   await crashed.extend(lease, tokens(100), tokens(100), true)
   await refused(other, call(accounts, tokens(1)))
   way.set('shut')
-  skew += 7_000
+  await later(7_000)
   await other.beat()
   await refused(other, call(accounts, tokens(1)))
-  skew += 3_000
+  await later(3_000)
   await other.beat()
   await granted(other, call(accounts, tokens(900)))
   await granted(
@@ -392,14 +393,14 @@ test('redis: what a crashed process had taken comes back within 10 s', {
 test('redis: a process that was not heard of for too long gets back what it has', {
   skip: REDIS.skip
 }, async t => {
-  let skew = 0
+  const { later, time } = clock()
   const prefix = uniqueName('late')
-  const late = await joinRedis(t, REDIS, prefix, { skew: () => skew })
-  const other = await joinRedis(t, REDIS, prefix, { skew: () => skew })
+  const late = await joinRedis(t, REDIS, prefix, { time })
+  const other = await joinRedis(t, REDIS, prefix, { time })
   const accounts = [account({ max_concurrent: 2 })]
   const first = await granted(late, call(accounts))
   await granted(late, call(accounts))
-  skew += 20_000
+  await later(20_000)
   await other.beat()
   const third = await granted(other, call(accounts))
   other.settle(third, NOTHING)

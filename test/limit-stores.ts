@@ -23,7 +23,8 @@ const UTC = new Periods('UTC')
 /** A Thursday. */
 const START = Date.parse('2026-01-15T12:00:00Z')
 
-function clock() {
+/** A time that stands still until it is told to go on. */
+export function clock() {
   let now = 0
   return {
     now: () => now,
@@ -83,14 +84,14 @@ export async function severalWorkers(): Promise<Several> {
 }
 
 export async function severalReplicas(t: TestContext): Promise<Several> {
-  let skew = 0
+  const { later, time } = clock()
   const prefix = uniqueName('several')
   const alive = new Set<RedisStore>()
   return {
     async join() {
       const way = await door(t, REDIS)
       const itsRedis = { host: '127.0.0.1', port: way.port }
-      const store = await joinRedis(t, itsRedis, prefix, { skew: () => skew })
+      const store = await joinRedis(t, itsRedis, prefix, { time })
       alive.add(store)
       return {
         store,
@@ -104,7 +105,7 @@ export async function severalReplicas(t: TestContext): Promise<Several> {
     },
     async noticed() {
       for (let passed = 0; passed < 9_000; passed += 3_000) {
-        skew += 3_000
+        await later(3_000)
         for (const store of alive) await store.beat()
       }
     }
@@ -112,15 +113,12 @@ export async function severalReplicas(t: TestContext): Promise<Several> {
 }
 
 export async function openRedis(t: TestContext): Promise<Opened & { store: RedisStore }> {
-  let now = 0
-  const openedAt = performance.now()
-  // Redis' clock goes on; what is asked of it sees the time stand still.
-  const skew = () => Math.round(now - (performance.now() - openedAt))
-  const store = await joinRedis(t, REDIS, uniqueName('limits'), { skew })
+  const { later, time } = clock()
+  const store = await joinRedis(t, REDIS, uniqueName('limits'), { time })
   return {
     store,
     async later(ms) {
-      now += ms
+      await later(ms)
       await store.beat()
       assert.ok(store.isJoined)
     }

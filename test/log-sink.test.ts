@@ -2,7 +2,7 @@ import assert from 'node:assert/strict'
 import { execFileSync, type StdioOptions, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { closeSync, constants, createReadStream, openSync } from 'node:fs'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { LogSink } from '../src/logs/sink.ts'
@@ -10,15 +10,23 @@ import { CHAT, closedPort, fakeBackend, post, rawClient, rawPost } from './helpe
 import { CLI, folder, writeConfig } from './process.ts'
 
 /** A gateway whose log goes where the test says, and which therefore can't tell its port. */
-async function serve(t: TestContext, stdout: 'pipe' | number, log: object = {}, url = 'demo://') {
+async function serve(
+  t: TestContext,
+  stdout: 'pipe' | number,
+  log: object = {},
+  url = 'demo://',
+  more: object = {}
+) {
   const port = await closedPort()
   const file = writeConfig(join(folder(t), 'config.yaml'), {
     server: { listen: `127.0.0.1:${port}` },
     log: { level: 'debug', ...log },
-    backends: [{ url }]
+    backends: [{ url }],
+    ...more
   })
   const stdio: StdioOptions = ['ignore', stdout, 'pipe']
-  const child = spawn(process.execPath, [CLI, '--config', file], { stdio })
+  const env = { ...process.env, LLMPROXY_DATA_DIR: dirname(file) }
+  const child = spawn(process.execPath, [CLI, '--config', file], { stdio, env })
   t.after(() => child.kill('SIGKILL'))
   let stderr = ''
   child.stderr!.on('data', (data: Buffer) => {
@@ -72,6 +80,36 @@ test('serving goes on, and ends, when nobody reads the log', { timeout: 30_000 }
   for (let call = 0; call < 600; call++) await gateway.health()
   assert.equal(await gateway.stop('SIGTERM'), 0)
   assert.equal(gateway.stderr(), '')
+})
+
+test('the access log on a standard output that nobody reads does not keep the process from its end', {
+  timeout: 30_000
+}, async t => {
+  const logs = { log: { output: 'file' }, logging: { enabled: true, access: { enabled: true } } }
+  const gateway = await serve(t, stuckPipe(t), logs.log, 'demo://', { logging: logs.logging })
+  const url = `http://127.0.0.1:${gateway.port}/${'x'.repeat(500)}`
+  for (let call = 0; call < 200; call++) await (await fetch(url)).text()
+  assert.equal(await gateway.stop('SIGTERM'), 0)
+})
+
+test('lines that nobody reads are dropped at last, and that is said', async t => {
+  const sink = new URL('../src/logs/sink.ts', import.meta.url)
+  const code = `
+    import { LogSink } from '${sink}'
+    const sink = new LogSink(1, 'log')
+    for (let line = 0; line < 100_000; line++) sink.write('x'.repeat(99) + '\\n')
+    await sink.close()`
+  const args = ['--input-type=module', '-e', code]
+  const child = spawn(process.execPath, args, { stdio: ['ignore', stuckPipe(t), 'pipe'] })
+  let stderr = ''
+  child.stderr!.on('data', (data: Buffer) => {
+    stderr += data
+  })
+  await once(child, 'close')
+  const counts = stderr.match(/^llmproxy: the log is not read; lines dropped: \d+$/gm)
+  assert.equal(counts?.length, 2, stderr)
+  const dropped = counts.reduce((sum, line) => sum + Number(/\d+$/.exec(line)![0]), 0)
+  assert.ok(dropped > 10_000 && dropped < 20_000, String(dropped))
 })
 
 test('two sinks on one pipe that is full: no line gets into another', async t => {

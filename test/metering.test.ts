@@ -610,12 +610,19 @@ test('cached tokens are within prompt_tokens, also when they go by Anthropic’s
   )
 })
 
+test('more cached tokens than the prompt has do not make a call cheaper than nothing', () => {
+  const text =
+    '{"usage":{"prompt_tokens":10,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":64}}}'
+  const { meter } = run({ framing: 'json', dialect: openai, text } as Case, [], false)
+  assert.deepEqual([meter.usage?.promptTokens, meter.usage?.cachedTokens], [10, 10])
+})
+
 test('/api/generate streams by default too, and time per token is in seconds', async t => {
   const backend = await fakeBackend(t, async (_request, response) => {
     response.writeHead(200, { 'content-type': 'application/x-ndjson' })
     for (const word of ['a', 'b', 'c']) {
       response.write(`{"response":"${word}","done":false}\n`)
-      await new Promise(resolve => setTimeout(resolve, 30))
+      await new Promise(resolve => setTimeout(resolve, 100))
     }
     response.end('{"response":"","done":true,"eval_count":3,"prompt_eval_count":3}\n')
   })
@@ -623,7 +630,8 @@ test('/api/generate streams by default too, and time per token is in seconds', a
   await (await post(`${gateway.url}/api/generate`, { model: 'm', prompt: 'x' })).text()
   assert.equal((await gateway.logged({ msg: 'exchange' })).stream, true)
   const seconds = await gateway.metric('llmproxy_time_per_output_token_seconds_sum')
-  assert.ok(seconds >= 0.025 && seconds < 5, String(seconds))
+  // About 0.1, and less where the first one came late.
+  assert.ok(seconds >= 0.01 && seconds < 5, String(seconds))
 })
 
 /** Texts of about 40 tokens. */

@@ -37,7 +37,9 @@ test('the original’s five names and labels, and ours', async t => {
   sample('llmproxy_backend_up{backend="gpu"} 1')
   sample('llmproxy_backend_in_flight{backend="gpu"} 0')
   sample('llmproxy_attempts_total{backend="gpu",result="2xx"} 2')
-  sample('llmproxy_limit_refusals_total{scope="global",limit="requests_per_minute"} 1')
+  sample(
+    'llmproxy_limit_refusals_total{scope="global",limit="requests_per_minute",mode="enforce"} 1'
+  )
   sample('llmproxy_exchanges_total{outcome="ok"} 2')
   sample('llmproxy_exchanges_total{outcome="rejected"} 1')
   sample('process_resident_memory_bytes')

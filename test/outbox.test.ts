@@ -1,14 +1,17 @@
 import assert from 'node:assert/strict'
 import { once } from 'node:events'
+import { rmSync, writeFileSync } from 'node:fs'
 import { createServer } from 'node:http'
 import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { pino } from 'pino'
 import { parseConfig } from '../src/config.ts'
 import { RemoteStore } from '../src/limits/remote.ts'
+import { Complaint } from '../src/logs/complaint.ts'
 import type { Peers } from '../src/peers.ts'
 import { Answer } from '../src/pool/answer.ts'
 import type { OnDelivery } from '../src/reporters/courier.ts'
+import { Ledger } from '../src/reporters/ledger.ts'
 import { Outbox } from '../src/reporters/outbox.ts'
 import type { Reporter, Verdict } from '../src/reporters/reporter.ts'
 import { createApp } from '../src/server.ts'
@@ -216,15 +219,9 @@ test('a receiver that is down for a while gets everything, in order, and no clie
   assert.deepEqual(seen, ids)
 })
 
-/** A reporter that does what the test says, and an outbox for it. */
-function outboxFor(
-  t: TestContext,
-  file: string,
-  send: (entries: readonly string[]) => Promise<Verdict>,
-  more: Partial<Reporter> = {},
-  onDelivery: OnDelivery = () => {}
-) {
-  const reporter: Reporter = {
+/** A reporter that does what the test says. */
+function reporterFor(send: Reporter['send'], more: Partial<Reporter> = {}): Reporter {
+  return {
     name: 'test',
     wantsBody: false,
     concurrency: 1,
@@ -235,8 +232,29 @@ function outboxFor(
     close: async () => {},
     ...more
   }
-  const keeping = { keep: 1e9, max_size: 1e9 }
-  const outbox = new Outbox(file, [reporter], keeping, pino({ level: 'silent' }), onDelivery)
+}
+
+/** A receiver that never answers. */
+function untilStopped(_entries: readonly string[], signal: AbortSignal): Promise<Verdict> {
+  const stopped = Promise.withResolvers<Verdict>()
+  const verdict = { kind: 'unavailable', reason: 'stopped', retryAfter: 0 } as const
+  signal.addEventListener('abort', () => stopped.resolve(verdict))
+  return stopped.promise
+}
+
+const KEEPING = { keep: 1e9, max_size: 1e9 }
+
+/** A reporter that does what the test says, and an outbox for it. */
+function outboxFor(
+  t: TestContext,
+  file: string,
+  send: Reporter['send'],
+  more: Partial<Reporter> = {},
+  onDelivery: OnDelivery = () => {},
+  log = pino({ level: 'silent' })
+) {
+  const reporter = reporterFor(send, more)
+  const outbox = new Outbox(file, [reporter], KEEPING, log, onDelivery)
   t.after(() => outbox.close(AbortSignal.abort()))
   return outbox
 }
@@ -289,6 +307,204 @@ test('a file that cannot be used holds nothing up: records are delivered from me
   assert.match(outbox.trouble!, /EISDIR|unable to open/)
   while (seen.length < 1) await new Promise(resolve => setImmediate(resolve))
   await outbox.close(AbortSignal.timeout(1_000))
+})
+
+test('a record that is put aside while the disk takes nothing is not forgotten', async t => {
+  const parent = join(folder(t), 'parent')
+  writeFileSync(parent, '')
+  const seen: string[] = []
+  const verdicts: Verdict['kind'][] = ['refused']
+  const outbox = outboxFor(
+    t,
+    join(parent, 'usage.db'),
+    async entries => {
+      const kind = verdicts.shift() ?? 'delivered'
+      if (kind === 'delivered') seen.push(...entries)
+      return kind === 'delivered' ? { kind } : { kind, reason: 'status 400', retryAfter: 0 }
+    },
+    { concurrency: 2 }
+  )
+  await outbox.append('{"id":"1"}')
+  while (seen.length < 1) await new Promise(resolve => setImmediate(resolve))
+  assert.deepEqual(seen, ['{"id":"1"}'])
+})
+
+test('a record at which a receiver alone fails holds up no others, whatever it says', async t => {
+  const file = join(folder(t), 'usage.db')
+  const poison = '{"id":"poison"}'
+  const seen: string[] = []
+  let failures = 0
+  const outbox = outboxFor(
+    t,
+    file,
+    async entries => {
+      if (entries.includes(poison)) {
+        failures++
+        return { kind: 'unavailable', reason: 'status 500', retryAfter: 0 }
+      }
+      seen.push(...entries)
+      return { kind: 'delivered' }
+    },
+    { concurrency: 3, batch: { max_events: 2, max_wait: 1 } }
+  )
+  await Promise.all([outbox.append(poison), outbox.append('{"id":"beside"}')])
+  while (failures < 2) await new Promise(resolve => setTimeout(resolve, 5))
+  const ledger = new Ledger(file)
+  const count = () => ledger.deferred('test', 0, 10).length
+  for (let id = 0; count() === 0; id++) {
+    await outbox.append(`{"id":"${id}"}`)
+    await new Promise(resolve => setTimeout(resolve, 20))
+  }
+  assert.deepEqual(
+    ledger.deferred('test', 0, 10).map(({ entry }) => entry),
+    [poison]
+  )
+  while (!seen.includes('{"id":"beside"}')) await new Promise(resolve => setTimeout(resolve, 5))
+  assert.equal(new Set(seen).size, seen.length)
+  ledger.close()
+})
+
+test('of a batch only what is too old becomes a dead letter', async t => {
+  const file = join(folder(t), 'usage.db')
+  const ledger = new Ledger(file)
+  ledger.markOf('test')
+  ledger.append(['{"id":"old"}'], Date.now() - 100_000)
+  ledger.append(['{"id":"new"}'])
+  const seen: string[] = []
+  let calls = 0
+  outboxFor(
+    t,
+    file,
+    async entries => {
+      if (++calls === 1) return { kind: 'unavailable', reason: 'status 500', retryAfter: 0 }
+      seen.push(...entries)
+      return { kind: 'delivered' }
+    },
+    { maxAge: 50_000, batch: { max_events: 2, max_wait: 10_000 } }
+  )
+  while (seen.length < 1) await new Promise(resolve => setImmediate(resolve))
+  assert.deepEqual(seen, ['{"id":"new"}'])
+  assert.deepEqual(
+    ledger.deadLetters().map(({ entry }) => entry),
+    ['{"id":"old"}']
+  )
+  ledger.close()
+})
+
+test('what was put aside and is too old becomes a dead letter, also when nobody can say why', async t => {
+  const file = join(folder(t), 'usage.db')
+  const ledger = new Ledger(file)
+  ledger.defer('test', Date.now() - 100_000, '{"id":"old"}')
+  const send = async () => ({ kind: 'unavailable', reason: 'status 500', retryAfter: 0 }) as const
+  outboxFor(t, file, send, { maxAge: 50_000 })
+  while (ledger.deadLetters().length < 1) await new Promise(resolve => setTimeout(resolve, 5))
+  while (ledger.deferred('test', 0, 10).length > 0) await new Promise(r => setTimeout(r, 5))
+  ledger.close()
+})
+
+test('a new reporter gets what was written while its place was not known yet', async t => {
+  const parent = join(folder(t), 'parent')
+  writeFileSync(parent, '')
+  const seen: string[] = []
+  const outbox = outboxFor(t, join(parent, 'usage.db'), async entries => {
+    seen.push(...entries)
+    return { kind: 'delivered' }
+  })
+  await outbox.append('{"id":"1"}')
+  assert.ok(outbox.trouble)
+  rmSync(parent)
+  await outbox.append('{"id":"2"}')
+  assert.equal(outbox.trouble, undefined)
+  while (seen.length < 2) await new Promise(resolve => setTimeout(resolve, 5))
+  assert.deepEqual(seen, ['{"id":"1"}', '{"id":"2"}'])
+})
+
+test('another configuration while the disk takes nothing: what is in memory is not forgotten', async t => {
+  const parent = join(folder(t), 'parent')
+  writeFileSync(parent, '')
+  const asked = Promise.withResolvers<void>()
+  const lost: [string, number][] = []
+  const outbox = outboxFor(
+    t,
+    join(parent, 'usage.db'),
+    (entries, signal) => {
+      asked.resolve()
+      return untilStopped(entries, signal)
+    },
+    { batch: { max_events: 1, max_wait: 1 } },
+    (result, records) => lost.push([result, records])
+  )
+  await outbox.append('{"id":"1"}')
+  await asked.promise
+  await outbox.append('{"id":"2"}')
+  const seen: string[] = []
+  const heir = reporterFor(async entries => {
+    seen.push(...entries)
+    return { kind: 'delivered' }
+  })
+  await outbox.update([heir], KEEPING)
+  while (seen.length < 2) await new Promise(resolve => setImmediate(resolve))
+  assert.deepEqual(seen, ['{"id":"1"}', '{"id":"2"}'])
+  assert.deepEqual(lost, [['delivered', 2]])
+})
+
+test('two other configurations at the same moment: each record is delivered once', async t => {
+  const seen: string[] = []
+  const take = reporterFor(async entries => {
+    seen.push(...entries)
+    return { kind: 'delivered' }
+  })
+  const outbox = outboxFor(t, ':memory:', take.send)
+  await Promise.all([outbox.update([take], KEEPING), outbox.update([take], KEEPING)])
+  for (const id of ['1', '2', '3']) await outbox.append(id)
+  await outbox.close(AbortSignal.timeout(1_000))
+  assert.deepEqual(seen, ['1', '2', '3'])
+})
+
+test('what neither disk nor memory takes is counted, and said at most once in a while', async t => {
+  const parent = join(folder(t), 'parent')
+  writeFileSync(parent, '')
+  const said: { records: number }[] = []
+  const write = (line: string) => {
+    if (line.includes('are lost: neither')) said.push(JSON.parse(line))
+  }
+  let lost = 0
+  const outbox = outboxFor(
+    t,
+    join(parent, 'usage.db'),
+    untilStopped,
+    {},
+    (_result, records) => {
+      lost += records
+    },
+    pino({}, { write }) as never
+  )
+  for (let page = 0; page < 60; page++) {
+    await Promise.all(Array.from({ length: 100 }, (_, id) => outbox.append(`${page}-${id}`)))
+  }
+  assert.equal(lost, 900)
+  assert.deepEqual(
+    said.map(({ records }) => records),
+    [100]
+  )
+})
+
+test('a complaint is made at once, and then now and then with what has come together', t => {
+  t.mock.timers.enable({ apis: ['setTimeout'] })
+  const said: [number, string][] = []
+  const complaint = new Complaint((records, reason) => said.push([records, reason]))
+  for (let record = 0; record < 5; record++) complaint.add(1, 'a')
+  assert.deepEqual(said, [[1, 'a']])
+  t.mock.timers.tick(10_000)
+  assert.deepEqual(said[1], [4, 'a'])
+  t.mock.timers.tick(10_000)
+  complaint.add(2, 'b')
+  complaint.add(3, 'c')
+  complaint.end()
+  assert.deepEqual(said.slice(2), [
+    [2, 'b'],
+    [3, 'c']
+  ])
 })
 
 test('what cannot be delivered from memory before the end is counted as lost', async t => {

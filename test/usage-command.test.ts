@@ -208,7 +208,7 @@ test('the commands of the documentation', async t => {
   const dataDir = filled(t)
   const { state, url } = await receiver(t)
   const ledger = new Ledger(`${dataDir}/usage.db`)
-  for (let id = 1; id <= 17; id++) ledger.bury('billing', 'status 400', recordAt(`dead-${id}`, 1))
+  for (let id = 1; id <= 17; id++) ledger.bury('billing', 'status 400', [recordAt(`dead-${id}`, 1)])
   ledger.close()
   const config = writeConfig(`${dataDir}/config.json`, {
     backends: [{ url: 'http://127.0.0.1:1' }],

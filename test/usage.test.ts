@@ -129,6 +129,57 @@ test('a stream that was cut, a failed call and a refused one', async t => {
   assert.equal(hook.requests.length, 2, 'what reached no backend is not reported')
 })
 
+test('a client that leaves while it waits has cost its prompt; one whose backend is away has not', async t => {
+  const backend = await fakeBackend(t, () => {})
+  const hook = await receiver(t)
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    ...reporting(hook.url)
+  })
+  for (const [index, stream] of [true, false].entries()) {
+    const body = JSON.stringify({ ...CHAT, stream })
+    const client = await rawClient(t, gateway.port, rawPost('/v1/chat/completions', body))
+    await backend.request(index)
+    client.socket.destroy()
+    const event = await hook.event(index)
+    assert.deepEqual([event.outcome, event.exactness], ['client_gone', 'counted'])
+    assert.ok(event.prompt_tokens > 0)
+    assert.deepEqual([event.completion_tokens, event.total_tokens], [0, event.prompt_tokens])
+  }
+  const away = await startGateway(t, {
+    backends: [{ url: `http://127.0.0.1:${await closedPort()}` }],
+    ...reporting(hook.url)
+  })
+  await (await post(`${away.url}/v1/chat/completions`, CHAT)).text()
+  const { outcome, exactness, total_tokens } = await hook.event(2)
+  assert.deepEqual([outcome, exactness, total_tokens], ['backend_failed', null, 0])
+})
+
+test('a body that turns out too large on its way: one record, and an outcome that a record may have', async t => {
+  const backend = await fakeBackend(t, () => {})
+  const hook = await receiver(t)
+  const gateway = await startGateway(t, {
+    server: { max_body_size: '64KB' },
+    backends: [{ url: backend.url }],
+    ...reporting(hook.url)
+  })
+  const body = new ReadableStream({
+    async pull(controller) {
+      await new Promise(resolve => setTimeout(resolve, 5))
+      controller.enqueue(Buffer.alloc(20_000))
+    }
+  })
+  const response = await fetch(`${gateway.url}/v1/audio/transcriptions`, {
+    method: 'POST',
+    body,
+    duplex: 'half',
+    headers: { 'content-type': 'multipart/form-data; boundary=x' }
+  } as never)
+  assert.equal(response.status, 413)
+  const event = await hook.event()
+  assert.deepEqual([event.outcome, event.status_code, event.attempts], ['client_gone', 413, 1])
+})
+
 test('a delivery that fails is made again, and each event is delivered once', async t => {
   const backend = await fakeBackend(t, answerChat)
   const hook = await receiver(t, [500, [429, { 'retry-after': '0' }], 302, 200])
@@ -273,6 +324,47 @@ test('another configuration: what ends from then on is reported to its reporters
   await gateway.fastify.close()
 })
 
+test('the same configuration once more does not make deliveries anew that are under way', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const answered = Promise.withResolvers<void>()
+  const hook = await fakeBackend(t, async (_request, response) => {
+    await answered.promise
+    response.end()
+  })
+  const config = { backends: [{ url: backend.url }], ...reporting(hook.url) }
+  const gateway = await startGateway(t, config)
+  await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
+  await hook.request(0)
+  const { parseConfig } = await import('../src/config.ts')
+  await gateway.control.reload(parseConfig(JSON.stringify(config), 'test', {}) as never)
+  answered.resolve()
+  await until(async () => (await gateway.metric('llmproxy_webhook_success_total')) === 1)
+  assert.equal(hook.requests.length, 1)
+})
+
+test('a body that is asked for too late is left out', async t => {
+  const going = Promise.withResolvers<void>()
+  const backend = await fakeBackend(t, async (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.write(chunk('Hi'))
+    await going.promise
+    response.end(DONE)
+  })
+  const hook = await receiver(t)
+  const config = (webhook: object) => ({
+    backends: [{ url: backend.url }],
+    ...reporting(hook.url, webhook)
+  })
+  const gateway = await startGateway(t, config({}))
+  const answer = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+  const { parseConfig } = await import('../src/config.ts')
+  const changed = JSON.stringify(config({ include_request_body: true }))
+  await gateway.control.reload(parseConfig(changed, 'test', {}) as never)
+  going.resolve()
+  await answer.text()
+  assert.equal((await hook.event()).request_body, undefined)
+})
+
 test('tags come from headers, and a price makes a cost', async t => {
   const backend = await fakeBackend(t, answerChat)
   const hook = await receiver(t)
@@ -366,5 +458,5 @@ test('a record that alone is refused does not hold up those behind it', async t 
   }
   await hook.request(2)
   assert.deepEqual(seen.toSorted(), ['a', 'b', 'poison'])
-  await gateway.logged({ msg: 'a usage record was refused; it will be tried again' })
+  await gateway.logged({ msg: 'usage records were refused; they will be tried again' })
 })

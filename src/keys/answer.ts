@@ -24,7 +24,7 @@ const RATES = [
 /**
  * @example
  * toAnswer({ user_id: 'alice', status: 1 }, 'a1b2', () => {}) // { userId: 'alice', status: 'disabled', ... }
- * toAnswer({ code: 1 }, 'a1b2', () => {}) // GatewayError
+ * toAnswer({ expires_at: 'soon' }, 'a1b2', () => {}) // GatewayError
  */
 export function toAnswer(
   data: KeyAnswer,
@@ -32,8 +32,7 @@ export function toAnswer(
   onUnreadable: OnUnreadable
 ): KeyRecord | GatewayError {
   const status = data.status === undefined ? 'active' : parseStatus(data.status)
-  const accepted = data.code === undefined || ['0', '200'].includes(String(data.code))
-  if (!accepted || status === undefined) return refused(data.message)
+  if (status === undefined) return refused(data.message)
   const id = text(data.api_key_id) ?? text(data.id) ?? idOfHash(hash)
   const wrong: string[] = []
   const read = <T>(member: string, parse: (value: unknown) => T): T | undefined => {

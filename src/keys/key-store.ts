@@ -164,7 +164,7 @@ export class KeyStore {
     await this.#ready()
     const of = user_id === undefined ? '' : 'WHERE user_id = ?'
     const values = user_id === undefined ? [] : [user_id]
-    const page = [Math.min(limit, MAX_PAGE), offset]
+    const page = [Math.max(0, Math.min(limit, MAX_PAGE)), offset]
     const [rows, [count]] = (await this.#db.runAll([
       { sql: `${VIEW} ${of} ORDER BY number DESC LIMIT ? OFFSET ?`, values: [...values, ...page] },
       { sql: `SELECT count(*) AS total FROM keys ${of}`, values }

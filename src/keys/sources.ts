@@ -75,6 +75,21 @@ export function sourceIssues({ enabled, pipeline }: Asked, storage: StorageOptio
   })
 }
 
+/** Why quotas of keys in the configuration cannot be counted. */
+export function keyQuotaIssues({ enabled, keys, pipeline }: Asked, hasPrices: boolean): Issue[] {
+  if (!enabled || hasPrices) return []
+  const lists: [Issue['path'], StaticKey[]][] = [[['keys'], keys]]
+  for (const [at, each] of pipeline.entries()) {
+    if (each.enabled) lists.push([['pipeline', at, 'static', 'keys'], each.static?.keys ?? []])
+  }
+  return lists.flatMap(([path, list]) =>
+    list.flatMap(({ total_quota, quota_unit }, at) => {
+      if (!total_quota || quota_unit !== 'cost') return []
+      return [{ path: [...path, at, 'quota_unit'], message: 'needs usage.prices to count by' }]
+    })
+  )
+}
+
 function missing(file: string | undefined, path: Issue['path']): Issue[] {
   if (file === undefined || existsSync(file)) return []
   return [{ path, message: `must be a file that is there (got "${file}")` }]

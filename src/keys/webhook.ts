@@ -68,6 +68,8 @@ export class WebhookKeys implements KeySource {
     if (typeof data !== 'object' || data === null || Array.isArray(data)) {
       throw new WebhookError('no JSON object')
     }
+    const { code, message } = data as KeyAnswer
+    if (code !== undefined && code !== 0 && code !== 200) return refused(message)
     return toAnswer(data as KeyAnswer, hash, this.#onUnreadable)
   }
 

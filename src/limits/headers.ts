@@ -5,11 +5,9 @@ import type { Left } from './store.ts'
  * (`anthropic-ratelimit-tokens-remaining`) clients read it: https://platform.openai.com/docs/guides/rate-limits,
  * https://docs.anthropic.com/en/api/rate-limits.
  *
- * @example
- * limitHeaders('openai', { requests: { limit: 60, remaining: 59, resetMs: 1000 } }, 0)
- * // { 'x-ratelimit-limit-requests': '60', 'x-ratelimit-remaining-requests': '59', 'x-ratelimit-reset-requests': '1s' }
- *
  * @param time now (Unix ms)
+ * @example
+ * limitHeaders('openai', { tokens: { limit: 60, remaining: 59, resetMs: 1000 } }, 0)['x-ratelimit-reset-tokens'] // '1s'
  */
 export function limitHeaders(
   dialect: string,

@@ -32,10 +32,11 @@ export const CLOCK: Clock = { now: () => performance.now(), time: () => Date.now
  *
  * @example
  * const store = new MemoryStore(new Periods('UTC'))
- * const limits = { ...checkOptions(LimitSet, {}), max_concurrent: 1 }
+ * const limits = { ...noLimits, max_concurrent: 1 }
  * const call = { accounts: [{ scope: 'per_key', id: 'alice', limits }], hold: { tokens: 0, cost: 0 }, least: 0 }
- * await store.reserve(call) // a lease
+ * const lease = await store.reserve(call)
  * await store.reserve(call) // { scope: 'per_key', limit: 'max_concurrent', max: 1, retryAfterMs: 1000 }
+ * store.settle(lease, { tokens: 0, cost: 0 })
  */
 export class MemoryStore implements LimitStore {
   #periods: Periods

@@ -7,10 +7,10 @@ const FOR_EVER: Period = { start: 0, end: Number.POSITIVE_INFINITY }
 
 /**
  * The periods that quotas are counted by, in a time zone (a name of the IANA's database); weeks begin
- * on Monday (ISO 8601).
+ * on Monday (ISO 8601), and a day may have 23 hours.
  *
  * @example
- * new Periods('Europe/Berlin').at('daily', Date.parse('2026-03-29T12:00:00Z')) // 23 hours: { start: 1774738800000, end: 1774821600000 }
+ * new Periods('Europe/Berlin').at('daily', Date.parse('2026-03-29T12:00:00Z')) // { start: 1774738800000, end: 1774821600000 }
  */
 export class Periods {
   readonly #zone: string

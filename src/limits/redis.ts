@@ -1,6 +1,7 @@
 import { hash, randomUUID } from 'node:crypto'
 import { readFileSync } from 'node:fs'
-import { writeFile } from 'node:fs/promises'
+import { mkdir, writeFile } from 'node:fs/promises'
+import { dirname } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
 import { Redis } from '../store/redis.ts'
@@ -24,7 +25,9 @@ import {
 /** How often (ms) a replica says that it lives; it is taken for dead after 8 s. */
 const BEAT_INTERVAL = 500
 /** How long (ms) Redis may take for one step of a call. */
-const STEP_TIMEOUT = 500
+const STEP_TIMEOUT = 1_000
+/** How often a start asks for a Redis that does not answer. */
+const START_TRIES = 3
 /** How long (ms) closing waits for what has been sent. */
 const CLOSE_TIMEOUT = 1_000
 const SEEDS = 100
@@ -41,8 +44,8 @@ export interface RedisStoreOptions extends StoreSettings {
   onTrouble?: () => void
   /** A key was revoked somewhere: its hash. */
   onRevoked?: (hash: string) => void
-  /** For tests: how much (ms) later than Redis' clock it is. */
-  skew?: () => number
+  /** For tests: the time (Unix ms) in place of Redis' clock and this machine's. */
+  time?: () => number
 }
 
 interface RedisLease extends Lease {
@@ -107,16 +110,14 @@ export class RedisStore implements LimitStore {
 
   constructor(options: RedisStoreOptions) {
     this.#options = options
-    const { cache, skew = () => 0 } = options
+    const { cache, time } = options
     this.#redis = new Redis({
       ...cache,
       read_timeout: Math.min(cache.read_timeout, STEP_TIMEOUT),
       dial_timeout: Math.min(cache.dial_timeout, STEP_TIMEOUT)
     })
-    this.#mirror = new MemoryStore(options.periods, undefined, {
-      now: () => CLOCK.now() + skew(),
-      time: () => CLOCK.time() + skew()
-    })
+    const clock = time === undefined ? CLOCK : { now: time, time }
+    this.#mirror = new MemoryStore(options.periods, undefined, clock)
     if (options.file !== undefined) this.#replicas = readCount(options.file)
     this.#timer = setInterval(() => void this.beat(), BEAT_INTERVAL).unref()
   }
@@ -188,6 +189,11 @@ export class RedisStore implements LimitStore {
   /** Tells all replicas that a key (its hash) has been revoked. */
   async revoke(key: string): Promise<void> {
     await this.#step('revoke', [], { key })
+  }
+
+  /** Joins the others; what cannot be reached is tried again, and then goes on without. */
+  async start(): Promise<void> {
+    for (let tries = 0; tries < START_TRIES && !this.#isJoined; tries++) await this.beat()
   }
 
   /** Says that this process lives, and joins the others if they do not know it. */
@@ -315,14 +321,23 @@ export class RedisStore implements LimitStore {
   }
 
   #hear({ replicas, now, revoked }: Answers['beat']): void {
-    const { file } = this.#options
-    if (file !== undefined && replicas !== this.#replicas) {
-      writeFile(file, `${replicas}\n`).catch(() => {})
-    }
+    if (replicas !== this.#replicas) void this.#remember(replicas)
     this.#replicas = replicas
     // Redis' Lua makes an object of an empty list.
     for (const hash of Array.isArray(revoked) ? revoked : []) this.#options.onRevoked?.(hash)
     this.#heardSince = now
+  }
+
+  /** A start without Redis has to know it. */
+  async #remember(replicas: number): Promise<void> {
+    const { file, log } = this.#options
+    if (file === undefined) return
+    try {
+      await mkdir(dirname(file), { recursive: true })
+      await writeFile(file, `${replicas}\n`)
+    } catch (error) {
+      log.warn({ reason: (error as Error).message }, 'limits: the number of processes is not kept')
+    }
   }
 
   /** Tells Redis what this process has, and what it has not heard of. */
@@ -408,8 +423,12 @@ export class RedisStore implements LimitStore {
     const tag = `${this.#options.prefix}:{limits}`
     const names = accounts.map(each => `${tag}:${hash('sha256', idOf(each)).slice(0, 32)}`)
     const keys = [`${tag}:replicas`, `${tag}:epoch`, `${tag}:revoked`, ...names]
-    const skew = this.#options.skew?.() ?? 0
-    const json = JSON.stringify({ op, replica: this.#replica, skew, ...order })
+    const json = JSON.stringify({
+      op,
+      replica: this.#replica,
+      time: this.#options.time?.(),
+      ...order
+    })
     const text = await this.#redis.run(async client => {
       const rest = [String(keys.length), ...keys, json]
       try {

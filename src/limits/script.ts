@@ -12,7 +12,7 @@ local EXACT, GRAIN = 512, 500
 local MINUTES, DAY = 150000, 86400000
 local order = cjson.decode(ARGV[1])
 local clock = redis.call('TIME')
-local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000) + order.skew
+local now = order.time or tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 local me = order.replica
 
 local alive = {}

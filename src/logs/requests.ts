@@ -129,18 +129,22 @@ export class RequestLog {
   }
 
   async #run(): Promise<void> {
+    let size = BATCH
     for (let attempt = 0; this.#rows.length > 0; ) {
-      const batch = this.#rows.slice(0, BATCH)
+      const batch = this.#rows.slice(0, size)
       try {
         await this.#insert(batch)
         this.#drop(batch)
         this.#recover()
         attempt = 0
+        size = Math.min(size * 2, BATCH)
       } catch (error) {
         const { message, kind } = error as Error & { kind?: string }
-        if (kind === 'refused') {
+        // One of them spoils it for all: the halves tell which.
+        if (kind === 'refused' && batch.length > 1) size = Math.ceil(batch.length / 2)
+        else if (kind === 'refused') {
           this.#drop(batch)
-          this.#lose(batch.length, message)
+          this.#lose(1, message)
         } else {
           this.#fail(message)
           if (this.#closing.signal.aborted) return

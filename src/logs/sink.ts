@@ -1,4 +1,5 @@
 import { write, writeSync } from 'node:fs'
+import { Complaint } from './complaint.ts'
 import type { RotatingFile } from './rotating-file.ts'
 
 /** Lines are written beside the work, some at a time: so many bytes together, or after so long (ms). */
@@ -37,6 +38,9 @@ interface Target {
 export class LogSink {
   readonly #target: Target
   readonly #name: string
+  readonly #dropped = new Complaint(lines =>
+    complain(`the ${this.#name} is not read; lines dropped: ${lines}`)
+  )
   #lines = ''
   /** What is being written: the rest of it, as long as the target has not taken it. */
   #writing = NOTHING
@@ -55,8 +59,8 @@ export class LogSink {
   }
 
   write(line: string): void {
-    const isFull = this.#lines.length + this.#writing.length > MAX_WAITING
-    if (isFull || performance.now() < this.#quietUntil) return
+    if (performance.now() < this.#quietUntil) return
+    if (this.#lines.length + this.#writing.length > MAX_WAITING) return this.#dropped.add(1, '')
     this.#lines += line
     if (this.#lines.length >= BATCH) void this.#next()
     else this.#timer ??= setTimeout(() => void this.#next(), BATCH_MS).unref()
@@ -75,6 +79,7 @@ export class LogSink {
   async close(): Promise<void> {
     await new Promise<void>(resolve => this.flush(resolve))
     process.off('exit', this.#atExit)
+    this.#dropped.end()
     await this.#target.close()
   }
 
@@ -115,11 +120,7 @@ export class LogSink {
     this.#quietUntil = performance.now() + FAILED_WAIT
     if (this.#hasComplained) return
     this.#hasComplained = true
-    write(
-      2,
-      `llmproxy: the ${this.#name} cannot be written (${message}); serving goes on\n`,
-      () => {}
-    )
+    complain(`the ${this.#name} cannot be written (${message}); serving goes on`)
   }
 
   /** The last lines of a process that ends without a flush; what is under way is left to itself. */
@@ -138,8 +139,15 @@ export class LogSink {
   }
 }
 
+function complain(message: string): void {
+  write(2, `llmproxy: ${message}\n`, () => {})
+}
+
 /** Standard output or standard error. */
 function toDescriptor(fd: number): Target {
+  // Asking for the stream makes a pipe one that never blocks: a write that waits would wait for ever.
+  if (fd === 1) void process.stdout
+  else if (fd === 2) void process.stderr
   return {
     write(lines) {
       const part = lines.subarray(0, atOnce(lines))

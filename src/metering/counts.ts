@@ -46,7 +46,8 @@ export function toUsage(counts: Counts): Usage | undefined {
     promptTokens,
     completionTokens,
     totalTokens: Math.max(counts.total_tokens ?? 0, promptTokens + completionTokens),
-    ...(cachedTokens === undefined ? {} : { cachedTokens }),
+    // Whatever a server counts there: less than nothing is never left of the prompt.
+    ...(cachedTokens === undefined ? {} : { cachedTokens: Math.min(cachedTokens, promptTokens) }),
     ...(counts.reasoning_tokens === undefined ? {} : { reasoningTokens: counts.reasoning_tokens }),
     exactness: 'exact'
   }

@@ -57,7 +57,7 @@ export const AuthOptions = Section(
       minLength: 1,
       default: DEFAULT_STORE,
       description:
-        'File of the embedded store, below the data directory if relative; it is used where neither keys nor pipeline are given'
+        'File of the embedded store (where neither keys nor pipeline are given, and type: builtin), below the data directory if relative'
     }),
     pipeline: Type.Array(SourceOptions, {
       default: [],

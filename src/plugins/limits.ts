@@ -323,7 +323,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
         for (const observer of observers) observer.revoked?.(hash)
       }
     })
-    await redis.beat()
+    await redis.start()
     return redis
   }
 }

@@ -100,6 +100,9 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
 
   exchanges.onEnd('metering', exchange => {
     if (exchange.meter !== undefined) measure(exchange, exchange.meter, estimates)
+    else if (exchange.outcome === 'client_gone' && exchange.isWaiting) {
+      estimatePrompt(exchange, estimates)
+    }
   })
 }
 
@@ -160,6 +163,15 @@ function estimate(exchange: Exchange, meter: Meter, estimates: Estimates, isWhol
     totalTokens: promptTokens + completionTokens,
     exactness: isWhole ? 'estimated' : 'counted'
   }
+}
+
+/** The client did not wait for the answer, of which nothing was heard: a backend has had the prompt. */
+function estimatePrompt(exchange: Exchange, estimates: Estimates): void {
+  const { endpoint, prompt, request } = exchange
+  if (endpoint?.spends === undefined || prompt === undefined) return
+  const promptTokens = estimates.input(request.payload?.model ?? '', prompt.counts)
+  const usage = { promptTokens, completionTokens: 0, totalTokens: promptTokens }
+  exchange.usage = { ...usage, exactness: 'counted' }
 }
 
 /**

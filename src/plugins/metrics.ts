@@ -241,10 +241,19 @@ function usageMetrics(usage: import('./usage.ts').UsageReports, registers: Regis
   })
   new Gauge({
     name: 'llmproxy_webhook_queue',
-    help: 'Usage events not delivered yet',
+    help: 'Usage events not delivered yet, without those that only the disk has',
     registers,
     collect() {
       this.set(usage.pending)
+    }
+  })
+  new Gauge({
+    name: 'llmproxy_usage_not_safe',
+    help: '1: usage records cannot be written to the disk, and are kept in memory',
+    aggregator: 'max',
+    registers,
+    collect() {
+      this.set(Number(usage.trouble !== undefined))
     }
   })
 }

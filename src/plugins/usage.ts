@@ -1,4 +1,5 @@
 import { resolve } from 'node:path'
+import { isDeepStrictEqual } from 'node:util'
 import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
@@ -112,16 +113,19 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
   let outbox: Outbox | undefined
   /** What a reporter of type builtin writes, for reading. */
   let store: Sqlite | undefined
-  const storage = checkOptions(StorageOptions, givenStorage)
+  let storage = checkOptions(StorageOptions, givenStorage)
   const issues = reporterIssues(options, storage)
   if (issues.length > 0) throw new OptionsError(issues)
   await update(options, storage)
 
-  async function update(changed: UsageOptions, storage: StorageOptions): Promise<void> {
+  async function update(changed: UsageOptions, changedStorage: StorageOptions): Promise<void> {
+    // Deliveries that are under way would be made once more.
+    const isSame = isDeepStrictEqual([changed, changedStorage], [options, storage])
     options = changed
+    storage = changedStorage
     rules = toRules(changed)
     // Of several processes another one delivers.
-    if (fastify.peers !== undefined) return
+    if (fastify.peers !== undefined || (isSame && outbox !== undefined)) return
     const reporters = toReporters(changed, { storage, dataDir: fastify.dataDir, log })
     if (changed.enabled && reporters.length === 0) log.warn('usage is enabled but has no reporters')
     if (outbox !== undefined) await outbox.update(reporters, toKeeping(changed))
@@ -168,7 +172,8 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     if (sink === undefined || !rules.isOn || exchange.attempts === 0) return
     const price = rules.price(exchange.request.payload?.model)
     const json = JSON.stringify(toRecord(exchange, fastify.prefix, rules.tags, price))
-    const body = rules.wantsBody ? exchange.request.payload?.bytes : undefined
+    // One that began under another configuration may have let its body go.
+    const body = rules.wantsBody && exchange.keepsBody ? exchange.request.payload?.bytes : undefined
     const recorded = sink.append(toEntry(json, body))
     if (options.durability === 'strict') exchange.recorded = recorded
   })

@@ -30,6 +30,8 @@ export interface Progress {
 
 /** What an attempt tells the delivery it belongs to. */
 export interface AttemptOwner {
+  /** The backend gets the request. */
+  sent(): void
   /** This is the client's answer. */
   deliver(attempt: Attempt, head: Head, answer: Answer): void
   /** The backend refuses; returns whether another attempt is made, else the refusal is delivered. */
@@ -59,6 +61,7 @@ const REFUSAL_LATENCY = 1_000
 const STREAMS_MS = 60_000
 
 const NOBODY: AttemptOwner = {
+  sent() {},
   deliver() {},
   refused: () => false,
   failed() {},
@@ -125,6 +128,7 @@ export class Attempt implements BackendHandler {
     this.#controller = controller
     if (this.#isCancelled) return controller.abort(new Error('cancelled before it began'))
     this.#sentAt = performance.now()
+    this.#owner.sent()
     if (!this.#isStreamed) this.#patience.begin(controller, this.backend.config.timeout)
   }
 

@@ -101,6 +101,10 @@ class Delivery implements AttemptOwner, Work {
     return this.#exchange.question?.asked ? 'asked' : undefined
   }
 
+  sent(): void {
+    this.#exchange.isWaiting = true
+  }
+
   deliver(attempt: Attempt, head: Head, answer: Answer): void {
     for (const other of this.#attempts) if (other !== attempt) other.cancel()
     this.#answer = answer
@@ -123,7 +127,8 @@ class Delivery implements AttemptOwner, Work {
   }
 
   failed(attempt: Attempt, kind: FailureKind, error: Error, progress: Progress): void {
-    if (error instanceof GatewayError) return this.#giveUp(error, 'rejected')
+    // The client's body broke off, or went on for too long: a backend has had some of it.
+    if (error instanceof GatewayError) return this.#giveUp(error, 'client_gone')
     // A server may close an idle connection just as it is used again; that is nobody's fault.
     if (progress.isStale && !this.#hasRepeated && this.#canResend()) {
       this.#hasRepeated = true
@@ -171,6 +176,7 @@ class Delivery implements AttemptOwner, Work {
   }
 
   #retry(wait: number): void {
+    this.#exchange.isWaiting = false
     if (wait === 0) return this.#next()
     this.#waits++
     this.#tried = [...(this.#notBefore?.keys() ?? [])].filter(each => this.#askedWait(each) > wait)
@@ -224,6 +230,7 @@ class Delivery implements AttemptOwner, Work {
   #handOver(head: Head, answer: Answer): void {
     const { done } = this.#call!
     this.#call = undefined
+    this.#exchange.isWaiting = false
     this.#exchange.forgetBody()
     done(null, { ...head, body: answer })
   }

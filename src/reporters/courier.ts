@@ -1,8 +1,9 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
+import { Complaint } from '../logs/complaint.ts'
 import type { Deferred, Page } from './ledger.ts'
-import type { Outbox } from './outbox.ts'
-import type { Reporter } from './reporter.ts'
+import type { Keep, Outbox } from './outbox.ts'
+import { type Reporter, untilStopped } from './reporter.ts'
 
 /** What happened to records: their reporter has them, or will never have them. */
 export type Delivery = 'delivered' | 'failed'
@@ -14,6 +15,8 @@ const MAX_LENGTH = 16 * 1024 * 1024
 const FIRST_WAIT = 100
 const MAX_WAIT = 5_000
 const MAX_RETRY_AFTER = 60_000
+/** So many failures say that a record alone is refused, if others are taken in between. */
+const ENOUGH_FAILURES = 5
 /** How often (ms) the ledger is told where a reporter has got to, and asked for what was put aside. */
 const MARK_INTERVAL = 100
 const DEFERRED_INTERVAL = 5_000
@@ -34,8 +37,9 @@ interface Waiting {
 
 /**
  * Brings records to one reporter, in the order of the ledger, up to `concurrency` deliveries at a time.
- * A reporter that cannot be reached is tried again until it can; a record that it alone refuses is put
- * aside, and tried again from there. One that is older than `max_age` becomes a dead letter.
+ * A reporter that cannot be reached is tried again until it can; a record that it refuses, or fails at while
+ * it takes others, is put aside and tried again from there, unless the order is to be kept. One that is older
+ * than `max_age` becomes a dead letter.
  */
 export class Courier {
   readonly name: string
@@ -43,6 +47,9 @@ export class Courier {
   readonly #outbox: Outbox
   readonly #log: FastifyBaseLogger
   readonly #onDelivery: OnDelivery
+  readonly #refused = this.#complaint('usage records were refused; they will be tried again')
+  readonly #givenUp = this.#complaint('usage records given up')
+  readonly #lost = this.#complaint('usage records are lost: neither disk nor memory takes them')
   readonly #stopping = new AbortController()
   #queue: Waiting[] = []
   #length = 0
@@ -50,6 +57,8 @@ export class Courier {
   #unsafe = 0
   /** The last page that was taken into the queue; undefined until the ledger has told the mark. */
   #position: number | undefined
+  /** The page before the first that was offered until then. */
+  #before = Number.POSITIVE_INFINITY
   #isFilling = false
   #isFinishing = false
   /** Pages that were taken, oldest first. */
@@ -59,11 +68,16 @@ export class Courier {
   #sendingRecords = 0
   /** Failed deliveries since the last that succeeded. */
   #failures = 0
+  #successes = 0
   #timer: NodeJS.Timeout | undefined
   readonly #marking: NodeJS.Timeout
   readonly #retrying: NodeJS.Timeout
   #markTold = 0
   #isRetrying = false
+  /** The last one of those put aside that was tried. */
+  #retried = 0
+  /** What was under way when it was stopped. */
+  readonly #left: Waiting[] = []
   #whenIdle = Promise.withResolvers<void>()
 
   constructor(reporter: Reporter, outbox: Outbox, log: FastifyBaseLogger, onDelivery: OnDelivery) {
@@ -73,7 +87,7 @@ export class Courier {
     this.#log = log
     this.#onDelivery = onDelivery
     this.#marking = setInterval(() => this.#tellMark(), MARK_INTERVAL).unref()
-    this.#retrying = setInterval(() => void this.#retryDeferred(), DEFERRED_INTERVAL).unref()
+    this.#retrying = setInterval(() => this.#lookAgain(), DEFERRED_INTERVAL).unref()
   }
 
   /** Records that are known here and not delivered; there may be more in the ledger. */
@@ -90,7 +104,11 @@ export class Courier {
     while (this.#position === undefined && !this.#isStopped) {
       const mark = await this.#outbox.markOf(this.name).catch(() => undefined)
       if (mark === undefined) await this.#pause(MAX_WAIT)
-      else this.#position = this.#mark = this.#markTold = mark
+      else {
+        // To a new reporter's mark all belongs that was there when it was asked for at last.
+        this.#position = this.#mark = Math.min(mark, this.#before)
+        this.#markTold = mark
+      }
     }
     void this.#retryDeferred()
     await this.#fill()
@@ -98,6 +116,9 @@ export class Courier {
 
   /** A page that was just committed; without a number it is in memory alone. */
   offer(page: Page): void {
+    if (page.seq > 0 && this.#position === undefined) {
+      this.#before = Math.min(this.#before, page.seq - 1)
+    }
     if (page.seq > 0 && this.#position !== undefined && page.seq <= this.#position) {
       this.#beginAnew(page.seq - 1)
     }
@@ -121,15 +142,19 @@ export class Courier {
     }
   }
 
-  /** Ends what is under way. What was not delivered stays where it is. */
-  async stop(): Promise<void> {
+  /** Ends what is under way. Returns what was not delivered and is on no disk; the rest stays in the ledger. */
+  async stop(): Promise<Page[]> {
     this.#stopping.abort()
     clearTimeout(this.#timer)
     clearInterval(this.#marking)
     clearInterval(this.#retrying)
     if (this.#sending > 0) await this.#idle()
     this.#tellMark()
+    for (const each of [this.#refused, this.#givenUp, this.#lost]) each.end()
     await this.#reporter.close()
+    return [...this.#left, ...this.#queue]
+      .filter(({ page }) => page === undefined)
+      .map(({ at, entry }) => ({ seq: 0, at, entries: [entry] }))
   }
 
   /** The ledger is another one, which counts from the beginning: its file was replaced, or it was in memory. */
@@ -161,10 +186,15 @@ export class Courier {
         found = true
       }
     } catch {
-      // The outbox has said so; the next page, or the next delivery, is the next try.
+      // The outbox has said so; there are more tries to come.
     }
     this.#isFilling = false
     return found
+  }
+
+  #lookAgain(): void {
+    void this.#retryDeferred()
+    if (this.pending === 0) void this.#fill()
   }
 
   #take({ seq, at, entries }: Page): void {
@@ -173,8 +203,9 @@ export class Courier {
       this.#position = seq
       this.#open.push(page)
     }
+    let lost = 0
     for (const entry of entries) {
-      if (page === undefined && !this.#hasRoom()) this.#lose()
+      if (page === undefined && !this.#hasRoom()) lost++
       else if (!this.#reporter.accepts(entry)) {
         if (page !== undefined) page.left--
       } else {
@@ -183,6 +214,7 @@ export class Courier {
         this.#length += entry.length
       }
     }
+    if (lost > 0) this.#lose(lost)
     this.#advance()
     this.#proceed()
   }
@@ -191,8 +223,7 @@ export class Courier {
   #proceed(): void {
     const { concurrency, batch } = this.#reporter
     while (this.#queue.length > 0 && !this.#isStopped) {
-      // While nobody answers one delivery asks, not all.
-      if (this.#sending >= (this.#failures > 0 ? 1 : concurrency)) return
+      if (this.#sending >= concurrency) return
       if (this.#queue.length < batch.max_events && !this.#isFinishing) {
         this.#timer ??= setTimeout(() => void this.#send(), batch.max_wait)
         return
@@ -219,7 +250,9 @@ export class Courier {
     this.#proceed()
   }
 
-  async #deliver(batch: Waiting[]): Promise<void> {
+  async #deliver(given: Waiting[]): Promise<void> {
+    let batch = given
+    let successes = this.#successes
     for (let attempt = 0; !this.#isStopped; attempt++) {
       const entries = batch.map(({ entry }) => entry)
       const verdict = await this.#reporter.send(entries, this.#stopping.signal)
@@ -227,22 +260,29 @@ export class Courier {
         this.#succeed()
         return this.#done(batch, 'delivered')
       }
-      if (this.#isStopped) return
-      const { kind, reason } = verdict
+      if (this.#isStopped) break
+      const { reason } = verdict
+      const isAlone = attempt + 1 >= ENOUGH_FAILURES && this.#successes > successes
+      const kind = isAlone ? 'refused' : verdict.kind
+      successes = this.#successes
       // One of them spoils it for all.
       if (kind === 'refused' && batch.length > 1) {
         for (const one of batch) await this.#deliver([one])
         return
       }
       this.#fail(kind, reason)
-      if (Date.now() - batch[0]!.at > this.#reporter.maxAge) {
-        this.#bury(batch, reason)
-        return this.#done(batch, 'failed')
+      const old = batch.filter(({ at }) => this.#isOld(at))
+      if (old.length > 0 && (await this.#bury(old, reason))) {
+        this.#done(old, 'failed')
+        batch = batch.filter(each => !old.includes(each))
+      } else if (kind === 'refused' && this.#reporter.concurrency > 1) {
+        if (await this.#defer(batch[0]!)) return
       }
-      if (kind === 'refused' && this.#reporter.concurrency > 1) return this.#defer(batch[0]!)
+      if (batch.length === 0) return
       const wait = Math.min(FIRST_WAIT * 2 ** attempt, MAX_WAIT) * (0.75 + Math.random() / 4)
       await this.#pause(Math.max(wait, Math.min(verdict.retryAfter, MAX_RETRY_AFTER)))
     }
+    this.#left.push(...batch)
   }
 
   #done(batch: Waiting[], result: Delivery): void {
@@ -267,44 +307,57 @@ export class Courier {
     this.#outbox.tell({ kind: 'mark', reporter: this.name, seq: this.#mark })
   }
 
-  #defer(waiting: Waiting): void {
-    const { entry, at } = waiting
-    this.#outbox.tell({ kind: 'defer', reporter: this.name, at, entry })
-    this.#close(waiting.page)
+  #isOld(at: number): boolean {
+    return Date.now() - at > this.#reporter.maxAge
+  }
+
+  async #defer({ entry, at, page }: Waiting): Promise<boolean> {
+    if (!(await this.#keep({ kind: 'defer', reporter: this.name, at, entry }))) return false
+    this.#close(page)
     this.#advance()
+    return true
   }
 
-  #bury(batch: { entry: string }[], reason: string): void {
-    for (const { entry } of batch) {
-      this.#outbox.tell({ kind: 'bury', reporter: this.name, reason, entry })
-    }
-    this.#log.error(
-      { reporter: this.name, reason, records: batch.length },
-      'usage records given up'
-    )
+  async #bury(batch: { entry: string }[], reason: string): Promise<boolean> {
+    const entries = batch.map(({ entry }) => entry)
+    if (!(await this.#keep({ kind: 'bury', reporter: this.name, reason, entries }))) return false
+    this.#givenUp.add(batch.length, reason)
+    return true
   }
 
-  #lose(): void {
-    this.#log.error(
-      { reporter: this.name },
-      'a usage record is lost: neither disk nor memory takes it'
-    )
-    this.#onDelivery('failed', 1)
+  /** Resolves with whether it is on the disk; what is not stays where it is, and is tried again. */
+  #keep(order: Keep): Promise<boolean> {
+    const keep = () =>
+      this.#outbox.keep(order).then(
+        () => true,
+        () => false
+      )
+    return untilStopped(this.#stopping.signal, keep, false)
   }
 
-  /** Tries again what was put aside, one by one, until nobody answers. */
+  #lose(records: number): void {
+    this.#lost.add(records, this.#outbox.trouble ?? 'the disk did not take them')
+    this.#onDelivery('failed', records)
+  }
+
+  /** Tries again what was put aside, one by one, until nobody answers; the next time it goes on behind that. */
   async #retryDeferred(): Promise<void> {
     if (this.#isRetrying) return
     this.#isRetrying = true
-    let after = 0
     let isTaking = true
     while (isTaking && !this.#isStopped && this.#failures === 0) {
       const records = await this.#outbox
-        .deferred(this.name, after, DEFERRED_AT_ONCE)
+        .deferred(this.name, this.#retried, DEFERRED_AT_ONCE)
         .catch(() => [])
-      if (records.length === 0) break
-      after = records.at(-1)!.rowid
-      for (const each of records) isTaking &&= await this.#retry(each)
+      if (records.length === 0) {
+        this.#retried = 0
+        break
+      }
+      for (const each of records) {
+        this.#retried = each.rowid
+        isTaking = await this.#retry(each)
+        if (!isTaking) break
+      }
     }
     this.#isRetrying = false
   }
@@ -312,24 +365,35 @@ export class Courier {
   /** Returns false when the receiver cannot be reached. */
   async #retry({ rowid, at, entry }: Deferred): Promise<boolean> {
     const verdict = await this.#reporter.send([entry], this.#stopping.signal)
-    if (verdict.kind === 'unavailable') return false
-    if (verdict.kind === 'refused' && Date.now() - at <= this.#reporter.maxAge) return true
+    if (this.#isStopped) return false
+    if (verdict.kind !== 'delivered') {
+      if (!this.#isOld(at)) return verdict.kind === 'refused'
+      // A crash in between makes two dead letters of it, and never none.
+      if (!(await this.#bury([{ entry }], verdict.reason))) return false
+    }
     this.#outbox.tell({ kind: 'settle', rowid })
-    if (verdict.kind === 'refused') this.#bury([{ entry }], verdict.reason)
-    this.#onDelivery(verdict.kind === 'refused' ? 'failed' : 'delivered', 1)
+    this.#onDelivery(verdict.kind === 'delivered' ? 'delivered' : 'failed', 1)
     return true
   }
 
   #succeed(): void {
     if (this.#failures > 0) this.#log.info({ reporter: this.name }, 'usage is reported again')
     this.#failures = 0
+    this.#successes++
   }
 
   #fail(kind: 'refused' | 'unavailable', reason: string): void {
-    if (kind === 'unavailable') this.#failures++
-    if (kind === 'unavailable' && this.#failures > 1) return
-    const message = kind === 'refused' ? 'a usage record was refused' : 'usage cannot be reported'
-    this.#log.error({ reporter: this.name, reason }, `${message}; it will be tried again`)
+    if (kind === 'refused') return this.#refused.add(1, reason)
+    this.#failures++
+    if (this.#failures > 1) return
+    const message = 'usage cannot be reported; it will be tried again'
+    this.#log.error({ reporter: this.name, reason }, message)
+  }
+
+  #complaint(message: string): Complaint {
+    return new Complaint((records, reason) =>
+      this.#log.error({ reporter: this.name, reason, records }, message)
+    )
   }
 
   #idle(): Promise<void> {

@@ -49,13 +49,21 @@ const SCHEMA = `
   );
 `
 
-/** Rows that go at once when there is no room. */
+/** Rows that go in one step when it is time or when there is no room: records wait no longer than that. */
 const AT_ONCE = 100
 
 /** Of the oldest pages, so that it never reads the whole file. */
 const PRUNE = `DELETE FROM pages WHERE at < ?2 AND seq IN (
-  SELECT seq FROM pages WHERE seq <= ?1 ORDER BY seq LIMIT 1000
+  SELECT seq FROM pages WHERE seq <= ?1 ORDER BY seq LIMIT ${AT_ONCE}
 )`
+
+/** What one step of pruning did. */
+export interface Pruned {
+  /** Rows that went; 0: there is nothing left to do. */
+  gone: number
+  /** Records in them that somebody still waited for. */
+  lost: number
+}
 
 /**
  * @example
@@ -135,17 +143,28 @@ export class Ledger {
     this.#db.prepare('DELETE FROM deferred WHERE rowid = ?').run(rowid)
   }
 
-  /** A record that nobody took for as long as it may wait. */
-  bury(reporter: string, reason: string, entry: string, now = Date.now()): void {
-    this.#db
-      .prepare('INSERT INTO dead_letters (reporter, at, reason, entry) VALUES (?, ?, ?, ?)')
-      .run(reporter, now, reason, entry)
+  /** Records that nobody took for as long as they may wait. */
+  bury(reporter: string, reason: string, entries: readonly string[], now = Date.now()): void {
+    const bury = this.#db.prepare(
+      'INSERT INTO dead_letters (reporter, at, reason, entry) VALUES (?, ?, ?, ?)'
+    )
+    this.#together(() => {
+      for (const entry of entries) bury.run(reporter, now, reason, entry)
+    })
   }
 
-  /** Every record that is still here and was committed since then (Unix ms), oldest first. */
+  /**
+   * Every record that is still here and was committed since then (Unix ms), oldest first. Page by page: a
+   * statement that stays open keeps SQLite from emptying its log, which grows and grows.
+   */
   *entries(since: number): Generator<string> {
-    const pages = this.#db.prepare('SELECT entries FROM pages WHERE at >= ? ORDER BY seq')
-    for (const { entries } of pages.iterate(since)) yield* String(entries).split(SEPARATOR)
+    const first = this.#db.prepare('SELECT min(seq) AS seq FROM pages WHERE at >= ?').get(since)
+    const { last } = this.#db.prepare('SELECT max(seq) AS last FROM pages').get()!
+    if (first?.seq == null) return
+    let page = this.next(Number(first.seq) - 1)
+    for (; page !== undefined && page.seq <= Number(last); page = this.next(page.seq)) {
+      if (page.at >= since) yield* page.entries
+    }
   }
 
   deadLetters(): DeadLetter[] {
@@ -160,10 +179,10 @@ export class Ledger {
     const revive = this.#db.prepare(
       'INSERT INTO deferred (reporter, at, entry) SELECT reporter, ?, entry FROM dead_letters WHERE id = ?'
     )
-    this.#db.exec('BEGIN IMMEDIATE')
-    for (const id of ids) revive.run(now, id)
-    this.drop(ids)
-    this.#db.exec('COMMIT')
+    this.#together(() => {
+      for (const id of ids) revive.run(now, id)
+      this.drop(ids)
+    })
   }
 
   /** Deletes dead letters. */
@@ -173,33 +192,50 @@ export class Ledger {
   }
 
   /**
-   * Makes room: pages that every one of these reporters has had go when they are older than `before`
-   * (Unix ms). While all take more than `maxBytes` the oldest go: dead letters first, then pages, whoever
-   * still waits for them, then what was put aside.
-   *
-   * @returns how many records went that somebody still waited for
+   * Makes some room, in one commit: pages that every one of these reporters has had go when they are older
+   * than `before` (Unix ms). While all take more than `maxBytes` the oldest go: dead letters first, then
+   * pages, whoever still waits for them, then what was put aside.
    */
-  prune(reporters: readonly string[], before: number, maxBytes: number): number {
+  prune(reporters: readonly string[], before: number, maxBytes: number): Pruned {
     const had = Math.min(...reporters.map(each => this.markOf(each)))
-    this.#db.prepare(PRUNE).run(had, before)
-    let lost = 0
-    while (this.#size() > maxBytes) {
-      if (this.#deleteOldest('dead_letters', 'id') > 0) continue
-      const oldest = this.next(0)
-      if (oldest === undefined) {
-        const deleted = this.#deleteOldest('deferred', 'rowid')
-        if (deleted === 0) break
-        lost += deleted
-      } else {
-        this.#db.prepare('DELETE FROM pages WHERE seq = ?').run(oldest.seq)
-        if (oldest.seq > had) lost += oldest.entries.length
-      }
-    }
-    return lost
+    const { changes } = this.#db.prepare(PRUNE).run(had, before)
+    if (changes > 0) return { gone: Number(changes), lost: 0 }
+    if (this.#size() <= maxBytes) return { gone: 0, lost: 0 }
+    const letters = this.#deleteOldest('dead_letters', 'id')
+    if (letters > 0) return { gone: letters, lost: 0 }
+    const pages = this.#together(() => this.#deletePages(had, maxBytes))
+    if (pages.gone > 0) return pages
+    const deferred = this.#deleteOldest('deferred', 'rowid')
+    return { gone: deferred, lost: deferred }
   }
 
   close(): void {
     this.#db.close()
+  }
+
+  /** The oldest ones, until there is room again, but not too many at once. */
+  #deletePages(had: number, maxBytes: number): Pruned {
+    const pruned = { gone: 0, lost: 0 }
+    for (; pruned.gone < AT_ONCE && this.#size() > maxBytes; pruned.gone++) {
+      const oldest = this.next(0)
+      if (oldest === undefined) break
+      this.#db.prepare('DELETE FROM pages WHERE seq = ?').run(oldest.seq)
+      if (oldest.seq > had) pruned.lost += oldest.entries.length
+    }
+    return pruned
+  }
+
+  /** All of it or nothing, in one commit. */
+  #together<T>(work: () => T): T {
+    this.#db.exec('BEGIN IMMEDIATE')
+    try {
+      const result = work()
+      this.#db.exec('COMMIT')
+      return result
+    } catch (error) {
+      if (this.#db.isTransaction) this.#db.exec('ROLLBACK')
+      throw error
+    }
   }
 
   #deleteOldest(table: string, key: string): number {

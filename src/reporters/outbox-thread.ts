@@ -9,10 +9,10 @@ import { type Deferred, Ledger, type Page } from './ledger.ts'
 export type Order =
   | { kind: 'append'; entries: string[] }
   | { kind: 'mark'; reporter: string; seq: number }
-  | { kind: 'defer'; reporter: string; at: number; entry: string }
   | { kind: 'settle'; rowid: number }
-  | { kind: 'bury'; reporter: string; reason: string; entry: string }
   | { kind: 'prune'; reporters: string[]; before: number; maxBytes: number }
+  | { kind: 'defer'; id: number; reporter: string; at: number; entry: string }
+  | { kind: 'bury'; id: number; reporter: string; reason: string; entries: string[] }
   | { kind: 'markOf'; id: number; reporter: string }
   | { kind: 'next'; id: number; seq: number }
   | { kind: 'deferred'; id: number; reporter: string; after: number; limit: number }
@@ -28,9 +28,11 @@ const port = parentPort!
 const { file } = workerData as { file: string }
 /** Set as long as the file can be used. */
 let ledger: Ledger | undefined
+let isPruning = false
 
 port.on('message', (order: Order) => {
   if (order.kind === 'append') commit(order.entries)
+  else if (order.kind === 'prune') beginPruning(order)
   else obey(order)
 })
 
@@ -43,9 +45,9 @@ function commit(entries: string[]): void {
   }
 }
 
-function obey(order: Exclude<Order, { kind: 'append' }>): void {
+function obey(order: Exclude<Order, { kind: 'append' | 'prune' }>): void {
   try {
-    const value = order.kind === 'close' ? close() : carryOut(opened(), order)
+    const value = order.kind === 'close' ? end() : carryOut(opened(), order)
     if ('id' in order) say({ kind: 'answer', id: order.id, value })
   } catch (error) {
     const reason = reopenAfter(error)
@@ -55,7 +57,7 @@ function obey(order: Exclude<Order, { kind: 'append' }>): void {
 
 function carryOut(
   ledger: Ledger,
-  order: Exclude<Order, { kind: 'append' | 'close' }>
+  order: Exclude<Order, { kind: 'append' | 'prune' | 'close' }>
 ): number | Page | Deferred[] | undefined {
   switch (order.kind) {
     case 'mark':
@@ -65,12 +67,7 @@ function carryOut(
     case 'settle':
       return void ledger.settle(order.rowid)
     case 'bury':
-      return void ledger.bury(order.reporter, order.reason, order.entry)
-    case 'prune': {
-      const lost = ledger.prune(order.reporters, order.before, order.maxBytes)
-      if (lost > 0) say({ kind: 'pruned', lost })
-      return undefined
-    }
+      return void ledger.bury(order.reporter, order.reason, order.entries)
     case 'markOf':
       return ledger.markOf(order.reporter)
     case 'next':
@@ -80,9 +77,34 @@ function carryOut(
   }
 }
 
+function beginPruning(order: Order & { kind: 'prune' }): void {
+  if (isPruning) return
+  isPruning = true
+  prune(order, 0)
+}
+
+/** Step by step: what is to be committed comes in between. */
+function prune(order: Order & { kind: 'prune' }, lostBefore: number): void {
+  let pruned = { gone: 0, lost: 0 }
+  try {
+    if (isPruning) pruned = opened().prune(order.reporters, order.before, order.maxBytes)
+  } catch (error) {
+    reopenAfter(error)
+  }
+  const lost = lostBefore + pruned.lost
+  if (pruned.gone > 0) return void setImmediate(() => prune(order, lost))
+  isPruning = false
+  if (lost > 0) say({ kind: 'pruned', lost })
+}
+
 function opened(): Ledger {
   ledger ??= new Ledger(file)
   return ledger
+}
+
+function end(): undefined {
+  isPruning = false
+  close()
 }
 
 /** After an error the file is opened anew: it may have been replaced, or its disk may have room again. */
@@ -91,7 +113,7 @@ function reopenAfter(error: unknown): string {
   return (error as Error).message
 }
 
-function close(): undefined {
+function close(): void {
   try {
     ledger?.close()
   } catch {}

@@ -36,6 +36,9 @@ export class Outbox implements Sink {
   readonly #onDelivery: OnDelivery
   #keeping: Keeping
   readonly #couriers: Courier[]
+  #updating = Promise.resolve()
+  /** Records on no disk that come while reporters change. */
+  #homeless: Page[] | undefined
   #thread: Worker | undefined
   /** What the thread has not committed yet. */
   readonly #posts = new Posts(entries => this.#tell({ kind: 'append', entries }))
@@ -74,14 +77,29 @@ export class Outbox implements Sink {
   }
 
   /** Other reporters from now on; one that keeps its name goes on where it was. */
-  async update(reporters: readonly Reporter[], keeping: Keeping): Promise<void> {
+  update(reporters: readonly Reporter[], keeping: Keeping): Promise<void> {
+    const before = this.#updating.catch(() => {})
+    this.#updating = before.then(() => this.#replace(reporters, keeping))
+    return this.#updating
+  }
+
+  async #replace(reporters: readonly Reporter[], keeping: Keeping): Promise<void> {
     this.#keeping = keeping
+    const homeless: Page[] = []
+    this.#homeless = homeless
     const before = this.#couriers.splice(0)
-    await Promise.all(before.map(each => each.stop()))
+    const left = await Promise.all(before.map(each => each.stop()))
+    this.#homeless = undefined
     for (const each of reporters) {
       this.#couriers.push(new Courier(each, this, this.#log, this.#onDelivery))
     }
     for (const courier of this.#couriers) void courier.start()
+    for (const [at, { name }] of before.entries()) {
+      const heir = this.#couriers.find(each => each.name === name)
+      if (heir === undefined) this.#lose(left[at]!.length)
+      else for (const page of left[at]!) heir.offer(page)
+    }
+    for (const page of homeless) this.#offer(page)
   }
 
   /** Delivers what is there until the signal fires. What is left stays in the file. */
@@ -118,8 +136,14 @@ export class Outbox implements Sink {
     return (await this.#ask({ kind: 'deferred', reporter, after, limit })) as Deferred[]
   }
 
-  tell(order: Order & { kind: 'mark' | 'defer' | 'settle' | 'bury' }): void {
+  /** What may be lost: then a record comes twice. */
+  tell(order: Order & { kind: 'mark' | 'settle' }): void {
     this.#tell(order)
+  }
+
+  /** Resolves when it is on the disk. */
+  async keep(order: Keep): Promise<void> {
+    await this.#ask(order)
   }
 
   #ask(question: Question): Promise<Value> {
@@ -168,6 +192,7 @@ export class Outbox implements Sink {
   }
 
   #offer(page: Page): void {
+    if (page.seq === 0) this.#homeless?.push(page)
     for (const courier of this.#couriers) courier.offer(page)
   }
 
@@ -195,13 +220,16 @@ export class Outbox implements Sink {
   #sayWhatIsLeft(): void {
     const records = this.pending
     const lost = this.#couriers.reduce((sum, each) => sum + each.unsafe, this.#posts.size)
-    if (lost > 0) {
-      this.#log.error({ records: lost }, 'usage records were not delivered, and are lost')
-      this.#onDelivery('failed', lost)
-    }
+    this.#lose(lost)
     if (records > lost) {
       this.#log.warn({ records: records - lost }, 'usage records are left for the next start')
     }
+  }
+
+  #lose(records: number): void {
+    if (records === 0) return
+    this.#log.error({ records }, 'usage records were not delivered, and are lost')
+    this.#onDelivery('failed', records)
   }
 
   #complain(reason: string): void {
@@ -227,8 +255,14 @@ export class Outbox implements Sink {
   }
 }
 
+/** Where a record goes that leaves its page before it was delivered. */
+export type Keep =
+  | { kind: 'defer'; reporter: string; at: number; entry: string }
+  | { kind: 'bury'; reporter: string; reason: string; entries: string[] }
+
 /** Orders that are answered, without their numbers. */
 type Question =
+  | Keep
   | { kind: 'markOf'; reporter: string }
   | { kind: 'next'; seq: number }
   | { kind: 'deferred'; reporter: string; after: number; limit: number }

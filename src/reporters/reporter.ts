@@ -28,16 +28,25 @@ export type Verdict =
 export type Receiver = Pick<Reporter, 'concurrency' | 'batch' | 'wantsBody' | 'send' | 'close'>
 
 /** A delivery that is given up when the signal fires; what comes of it then nobody learns. */
-export async function whileRunning(
+export function whileRunning(
   signal: AbortSignal,
   deliver: () => Promise<Verdict>
 ): Promise<Verdict> {
-  const stopped = Promise.withResolvers<Verdict>()
-  const stop = () => stopped.resolve({ kind: 'unavailable', reason: 'STOPPED', retryAfter: 0 })
+  return untilStopped(signal, deliver, { kind: 'unavailable', reason: 'STOPPED', retryAfter: 0 })
+}
+
+/** What comes of some work, or `otherwise` when the signal fires before. */
+export async function untilStopped<T>(
+  signal: AbortSignal,
+  work: () => Promise<T>,
+  otherwise: T
+): Promise<T> {
+  const stopped = Promise.withResolvers<T>()
+  const stop = () => stopped.resolve(otherwise)
   signal.addEventListener('abort', stop, { once: true })
   if (signal.aborted) stop()
   try {
-    return await Promise.race([stopped.promise, deliver()])
+    return await Promise.race([stopped.promise, work()])
   } finally {
     signal.removeEventListener('abort', stop)
   }
