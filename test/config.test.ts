@@ -551,3 +551,9 @@ test('what could not work is refused before the start', t => {
     assert.throws(() => parseConfig(yaml, 'config.yaml', {}), { message: complaint })
   }
 })
+
+test('a tag has a name that can be asked for', () => {
+  const [line] = complaint(`${BACKEND}usage: {tags: {"a b": x-team}}\n`)
+  assert.match(line!, /usage\.tags: must be a mapping of names \(letters, digits, .*\) to headers/)
+  assert.deepEqual(complaint(`${BACKEND}usage: {tags: {team: x-team}}\n`), [])
+})

@@ -5,6 +5,7 @@ import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { withExchanges } from '../exchange.ts'
 import type { Distinct } from '../issues.ts'
+import { isTagName } from '../keys/fields.ts'
 import { matchesModel } from '../keys/key.ts'
 import { checkOptions, type Given, HeaderName, OptionsError, Section, Size } from '../options.ts'
 import type { OutboxState } from '../peers.ts'
@@ -58,8 +59,10 @@ export const UsageOptions = Section(
       description: 'How long records stay that every reporter has had'
     }),
     max_size: Size('1GB', 'What all records on the disk may take'),
-    tags: Type.Record(Type.String({ pattern: '^[A-Za-z0-9_.-]{1,64}$' }), HeaderName, {
+    tags: Type.Record(Type.String(), HeaderName, {
       default: {},
+      check: (tags: unknown) => Object.keys(tags ?? {}).every(isTagName),
+      expects: 'a mapping of names (letters, digits, "_", "." and "-") to headers',
       description: 'Tags of records, and the request headers they are taken from'
     }),
     prices: Type.Array(PriceOptions, { default: [], description: 'What models cost' }),
