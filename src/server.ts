@@ -206,7 +206,7 @@ class QuietLog extends LogController {
 }
 
 /** The sections of the file that the gateway plugin takes. */
-function sections(config: Config) {
+export function sections(config: Config) {
   const { backends, routing, health_check, auth, rate_limit, usage, storage, logging, metrics } =
     config
   const { db_path: _, ...admin } = config.admin
