@@ -15,9 +15,11 @@ import { openai } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { type Exchanges, withExchanges } from './exchange.ts'
 import type { Issue } from './issues.ts'
-import { keyQuotaIssues, sourceIssues } from './keys/sources.ts'
+import { keyQuotaIssues, looksIntoStore, sourceIssues } from './keys/sources.ts'
+import { masked } from './masked.ts'
 import { checkOptions, Duration, type Given, OptionsError } from './options.ts'
 import type { Peers } from './peers.ts'
+import admin, { AdminOptions } from './plugins/admin.ts'
 import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
 import backends, { BackendsOptions } from './plugins/backends.ts'
 import limits, { LimitsOptions, limitIssues } from './plugins/limits.ts'
@@ -30,6 +32,7 @@ import proxy, { ProxyOptions } from './plugins/proxy.ts'
 import usage, { UsageOptions } from './plugins/usage.ts'
 import type { OnDelivery } from './reporters/courier.ts'
 import { reporterIssues } from './reporters/reporters.ts'
+import adminRoutes from './routes/admin.ts'
 import anthropicRoutes from './routes/anthropic.ts'
 import healthRoutes from './routes/health.ts'
 import metricsRoutes from './routes/metrics.ts'
@@ -48,6 +51,7 @@ export const GatewayOptions = Type.Object(
     storage: StorageOptions,
     logging: LoggingOptions,
     metrics: MetricsOptions,
+    admin: AdminOptions,
     proxy: Type.Optional(ProxyOptions),
     drain_delay: Type.Optional(
       Duration(undefined, 'How long calls are still taken when the server closes', 0)
@@ -80,6 +84,8 @@ export type GivenOptions = Given<Omit<GatewayOptions, 'auth'>> & {
   ownsNotFound?: boolean
   /** Where several processes serve together. */
   peers?: Peers
+  /** What the admin API shows in front of the gateway's own options. */
+  settings?: () => object
   /** Where usage records are kept until they are delivered; without it, in memory. */
   dataDir?: string
 }
@@ -113,9 +119,18 @@ const MAX_SWALLOWED = 256 * 1024
  * await fastify.register(gateway, { prefix: '/llm', backends: [{ url: 'http://127.0.0.1:8001' }] })
  */
 const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify, given) {
-  const { onGateway, ownsNotFound, peers, dataDir, prefix, logLevel, logSerializers, ...sections } =
-    given as GivenOptions & RegisterOptions
-  const options = checkOptions(GatewayOptions, sections, 'llmproxy')
+  const {
+    onGateway,
+    ownsNotFound,
+    peers,
+    settings = () => ({}),
+    dataDir,
+    prefix,
+    logLevel,
+    logSerializers,
+    ...sections
+  } = given as GivenOptions & RegisterOptions
+  let options = checkOptions(GatewayOptions, sections, 'llmproxy')
   const issues = storageUseIssues(options)
   if (issues.length > 0) throw new OptionsError(issues, 'llmproxy')
   if (/[:*]/.test(fastify.prefix)) {
@@ -153,7 +168,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   await fastify.register(payload)
   // May it be asked now? The last question, so that a refused call has cost nothing.
   await fastify.register(limits, { ...options.rate_limit, caches: options.storage.caches })
-  shareKeyChanges(fastify)
+  const shared = shareKeyChanges(fastify)
   // Who answers, and how the answer comes back.
   await fastify.register(backends, {
     backends: options.backends,
@@ -175,6 +190,24 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   await fastify.register(modelRoutes)
   await fastify.register(healthRoutes)
   if (options.metrics.enabled) await fastify.register(metricsRoutes, { path: options.metrics.path })
+
+  // Who may look at it, and change its keys?
+  if (options.admin.enabled && !looksIntoStore(options.auth)) {
+    fastify.log.warn('keys of the admin API admit nobody: auth does not look into the store')
+  }
+  await fastify.register(admin, {
+    ...options.admin,
+    routes: adminRoutes({
+      keys: () => fastify.keys.store(),
+      shared,
+      backends: fastify.backends,
+      usage: fastify.usage,
+      config() {
+        const { proxy: _, drain_delay: __, drain_timeout: ___, ...sections } = options
+        return { ...settings(), ...(masked(GatewayOptions, sections) as object) }
+      }
+    })
+  })
 
   // Closing: not ready any more, then no new calls; running answers may finish, what remains is ended honestly.
   const closeIdle = () => fastify.server.closeIdleConnections?.()
@@ -209,20 +242,36 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       await fastify.backends.update({ backends, routing, health_check })
       await fastify.limits.update(changed.rate_limit, changed.storage.caches)
       await fastify.usage.update(changed.usage, changed.storage)
+      fastify.admin.update(changed.admin)
+      options = changed
     }
   })
 }
 
-/** Whoever shares the limits forgets a key that was changed here, and the other way round. */
-function shareKeyChanges({ keys, limits, log }: FastifyInstance): void {
-  keys.onChange.push(hashes => {
-    for (const hash of hashes ?? []) {
-      limits.revoke(hash).catch(error => {
-        log.warn({ reason: error.message }, 'other gateways could not be told of a changed key')
-      })
+/**
+ * Whoever shares the limits forgets a key that was changed here, and the other way round.
+ *
+ * @returns waits for what is being told, and says whether all of it was heard
+ */
+function shareKeyChanges({ keys, limits, log }: FastifyInstance): () => Promise<boolean> {
+  const telling = new Set<Promise<boolean>>()
+  const tell = async (hashes: readonly string[]) => {
+    try {
+      await Promise.all(hashes.map(hash => limits.revoke(hash)))
+      return true
+    } catch (error) {
+      const reason = (error as Error).message
+      log.warn({ reason }, 'other gateways could not be told of a changed key')
+      return false
     }
+  }
+  keys.onChange.push(hashes => {
+    const told = tell(hashes ?? [])
+    telling.add(told)
+    void told.then(() => telling.delete(told))
   })
   limits.observers.push({ revoked: hash => keys.forget(hash) })
+  return async () => (await Promise.all(telling)).every(Boolean)
 }
 
 /** What sections ask of the storage that it doesn't have. */

@@ -6,8 +6,11 @@ import { type Static, Type } from 'typebox'
 import { GatewayOptions, storageUseIssues } from './app.ts'
 import { formatPath, type Issue } from './issues.ts'
 import { isNetwork } from './keys/key.ts'
+import { DEFAULT_STORE } from './keys/key-store.ts'
+import { ADDRESS } from './listen.ts'
 import { fileOptions } from './logs/rotating-file.ts'
 import { Duration, findIssues, NotBuilt, Section, Size } from './options.ts'
+import { AdminOptions, adminIssues } from './plugins/admin.ts'
 import { readYaml } from './yaml.ts'
 
 /**
@@ -26,10 +29,8 @@ const USES_STORAGE = ['auth', 'rate_limit', 'usage', 'logging', 'storage']
 const ServerOptions = Section(
   {
     listen: Type.String({
-      pattern: '^(\\[[0-9a-fA-F:.]+\\]|[^\\[\\]:/*]*):\\d{1,5}$',
-      check: (address: unknown) => Number(/\d+$/.exec(String(address))?.[0] ?? 0) <= 65535,
+      ...ADDRESS,
       default: ':8000',
-      expects: 'an address such as :8000 or 127.0.0.1:8000',
       description: 'Address and port; without an address all of them'
     }),
     workers: Type.Unsafe<number | 'auto'>({
@@ -123,7 +124,10 @@ export const ConfigSchema = Type.Object(
     log: LogOptions,
     ...gatewaySections,
     discovery: NotBuilt('Backends that are found'),
-    admin: NotBuilt('The admin API'),
+    admin: Section(
+      { ...AdminOptions.properties, db_path: text('Original name of auth.db_path') },
+      'The admin API'
+    ),
     hooks: NotBuilt('Scripts')
   },
   { additionalProperties: false }
@@ -173,15 +177,34 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
   issues.push(...findIssues(ConfigSchema, root).filter(({ path }) => !known.has(formatPath(path))))
   const isWrong = issues.some(({ path }) => USES_STORAGE.includes(String(path[0])))
   if (!isWrong) issues.push(...storageUseIssues(root as Config))
-  issues.push(...incomplete(root as Config))
+  issues.push(...incomplete(root as Config), ...takeOverStore(root as Config))
   if (issues.length > 0) throw new ConfigError(file.complaints().join('\n'))
   return freeze(root) as Config
 }
 
+/** The original names the file of the store beside the API that changes it. */
+function takeOverStore({ admin, auth }: Config): Issue[] {
+  const path = admin?.db_path
+  if (admin?.enabled !== true || typeof path !== 'string' || path === auth?.db_path) return []
+  if (auth?.db_path !== DEFAULT_STORE) {
+    const message = `must be the same as auth.db_path (got "${path}")`
+    return [{ path: ['admin', 'db_path'], message }]
+  }
+  auth.db_path = path
+  return []
+}
+
 /** Rules between members, which the schema can't say. */
-function incomplete({ server }: Config): Issue[] {
+function incomplete({ server, admin }: Config): Issue[] {
   const issues: Issue[] = []
   const tls = server?.tls
+  if (typeof admin?.token === 'string') {
+    const within = adminIssues(admin).map(({ path, message }) => ({
+      path: ['admin', ...path],
+      message
+    }))
+    issues.push(...within)
+  }
   if (server?.read_timeout < server?.header_timeout) {
     const message = 'must not be shorter than header_timeout, which is part of it'
     issues.push({ path: ['server', 'read_timeout'], message })

@@ -1,7 +1,7 @@
 import { readFileSync, unwatchFile, watchFile } from 'node:fs'
 import { STATUS_CODES } from 'node:http'
 import type { Server as TlsServer } from 'node:https'
-import type { AddressInfo, Socket } from 'node:net'
+import type { Socket } from 'node:net'
 import { resolve } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import cors from '@fastify/cors'
@@ -17,11 +17,13 @@ import { type Logger, pino } from 'pino'
 import { prettyFactory } from 'pino-pretty'
 
 import gateway, { answerError, type Gateway } from './app.ts'
-import { type Config, loadConfig } from './config.ts'
+import { type Config, ConfigSchema, loadConfig } from './config.ts'
 import { openaiError } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
+import { listen } from './listen.ts'
 import { RotatingFile } from './logs/rotating-file.ts'
 import { LogSink } from './logs/sink.ts'
+import { masked } from './masked.ts'
 import { giveMemoryBack, keepYoung } from './memory.ts'
 import type { Peers } from './peers.ts'
 import { VERSION } from './version.ts'
@@ -182,6 +184,10 @@ export async function createApp(
     proxy: { write_timeout: server.write_timeout },
     drain_delay: server.drain_delay,
     drain_timeout: server.drain_timeout,
+    settings: () => {
+      const running = { server, log: { ...config.log, level: log.level } }
+      return masked(ConfigSchema, running) as object
+    },
     ownsNotFound: true,
     ...(peers === undefined ? {} : { peers }),
     ...(dataDir === undefined ? {} : { dataDir }),
@@ -201,10 +207,12 @@ class QuietLog extends LogController {
 }
 
 /** The sections of the file that the gateway plugin takes. */
-function sections(config: Config) {
+export function sections(config: Config) {
   const { backends, routing, health_check, auth, rate_limit, usage, storage, logging, metrics } =
     config
-  return { backends, routing, health_check, auth, rate_limit, usage, storage, logging, metrics }
+  const { db_path: _, ...admin } = config.admin
+  const parts = { auth, rate_limit, usage, storage, logging, metrics, admin }
+  return { backends, routing, health_check, ...parts }
 }
 
 /** Names of the settings that differ but can't be changed while running. */
@@ -218,6 +226,9 @@ function needRestart(before: Config, after: Config): string[] {
       .map(name => `${section}.${name}`)
   )
   if (before.auth.db_path !== after.auth.db_path) names.push('auth.db_path')
+  for (const name of ['enabled', 'listen'] as const) {
+    if (before.admin[name] !== after.admin[name]) names.push(`admin.${name}`)
+  }
   return isDeepStrictEqual(before.metrics, after.metrics) ? names : [...names, 'metrics']
 }
 
@@ -276,22 +287,6 @@ export function createLog(options: Config['log'], dataDir: string): Logger {
 /** Resolves when the last lines are written, or when nobody takes them. */
 export function flushLog(log: Logger): Promise<void> {
   return new Promise(resolve => log.flush(() => resolve()))
-}
-
-async function listen(fastify: FastifyInstance, address: string): Promise<string> {
-  const colon = address.lastIndexOf(':')
-  const host = address.slice(0, colon).replace(/^\[|\]$/g, '')
-  const port = Number(address.slice(colon + 1))
-  if (host !== '') return fastify.listen({ host, port })
-  try {
-    await fastify.listen({ host: '::', port })
-  } catch (error) {
-    const { code } = error as NodeJS.ErrnoException
-    if (code !== 'EAFNOSUPPORT' && code !== 'EADDRNOTAVAIL') throw error
-    await fastify.listen({ host: '0.0.0.0', port })
-  }
-  const scheme = 'setSecureContext' in fastify.server ? 'https' : 'http'
-  return `${scheme}://localhost:${(fastify.server.address() as AddressInfo).port}`
 }
 
 function sayDemo(log: FastifyBaseLogger, { demoUrl }: Gateway, url: string): void {

@@ -129,7 +129,6 @@ test('YAML that is none, and files that are no mapping', () => {
 
 const NOT_BUILT = [
   'discovery: {enabled: true}',
-  'admin: {enabled: true, token: x}',
   'logging: {enabled: true, request: {enabled: true, script: x.lua}}',
   'hooks: {enabled: true}',
   'routing: {fallback: [{primary: "http://a:1"}]}',
@@ -468,12 +467,7 @@ test('what would fail later, or do something else, is refused at once', () => {
 })
 
 test('what is switched on in any spelling is not ignored', () => {
-  for (const section of [
-    'admin: {enabled: "${ADMIN:-true}"}',
-    'admin: {enabled: yes}',
-    'hooks: {enabled: "true"}',
-    'discovery: {enabled: "on"}'
-  ]) {
+  for (const section of ['hooks: {enabled: "true"}', 'discovery: {enabled: "on"}']) {
     assert.match(
       complaint(`${BACKEND}${section}\n`)[0]!,
       /not supported by this version yet/,

@@ -84,6 +84,41 @@ test('the curl commands of the README work against the demo', { skip: NO_CURL },
   assert.deepEqual(Object.keys(members), Object.keys(JSON.parse(log!.text)))
 })
 
+test('the curl commands of docs/admin.md work with its configuration', {
+  skip: NO_CURL
+}, async t => {
+  const dataDir = mkdtempSync(join(tmpdir(), 'llmproxy-'))
+  t.after(() => rmSync(dataDir, { recursive: true }))
+  const config = parse(of('yaml', 'docs/admin.md')[0]!.text)
+  config.admin.listen = '127.0.0.1:0'
+  config.usage = { enabled: true, reporters: [{ type: 'builtin', builtin: {} }] }
+  const gateway = await startGateway(t, config, {}, dataDir)
+  const { url } = await gateway.logged({ msg: 'the admin API is listening' })
+  const script = of('bash', 'docs/admin.md')
+    .map(({ text }) => text)
+    .join('\n')
+    .replaceAll('http://localhost:8001', String(url))
+    .replaceAll('KEY_ID', '$KEY_ID')
+    .replace(
+      /^curl .* -d '{"name".*$/m,
+      line => `OUT=$(${line}); echo "$OUT"
+KEY_ID=$(echo "$OUT" | sed 's/.*"id":"\\(key_[0-9a-f]*\\)".*/\\1/')`
+    )
+    .replaceAll('curl ', 'curl -sS --fail-with-body -w "\\n" ')
+  const { stdout } = await run('sh', ['-e', '-c', script])
+  const answers = stdout
+    .split('\n')
+    .filter(line => line !== '')
+    .map(line => JSON.parse(line))
+  assert.match(answers[0].key, /^sk-[\w-]{43}$/)
+  assert.equal(answers[3].limits.requests_per_minute, 60)
+  assert.equal(answers[5].status, 'revoked')
+  const [done, line] = of('json', 'docs/admin.md').map(({ text }) => JSON.parse(text))
+  assert.deepEqual(answers.at(-1), done)
+  const { level: _, time: __, ...members } = await gateway.logged({ action: 'revoke' })
+  assert.deepEqual(Object.keys(members), Object.keys(line))
+})
+
 test('the npm commands of the README work', async t => {
   const folder = mkdtempSync(join(tmpdir(), 'llmproxy-'))
   t.after(() => rmSync(folder, { recursive: true }))

@@ -28,6 +28,9 @@ export interface FoundKey {
   until: number | undefined
 }
 
+/** Name of the file, where nothing else is said. */
+export const DEFAULT_STORE = 'keys.db'
+
 /** A store that ends with the process. */
 export const MEMORY = ':memory:'
 

@@ -7,7 +7,7 @@ import { pathBelow } from '../http.ts'
 import type { Distinct } from '../issues.ts'
 import { admitSomebody } from '../keys/first-key.ts'
 import { matchesModel, StatusCodes } from '../keys/key.ts'
-import { KeyStore, keyFile } from '../keys/key-store.ts'
+import { DEFAULT_STORE, KeyStore, keyFile } from '../keys/key-store.ts'
 import { Keyring } from '../keys/keyring.ts'
 import {
   closeSources,
@@ -55,7 +55,7 @@ export const AuthOptions = Section(
     keys: StaticKeyList('Keys, in short'),
     db_path: Type.String({
       minLength: 1,
-      default: 'keys.db',
+      default: DEFAULT_STORE,
       description:
         'File of the embedded store (where neither keys nor pipeline are given, and type: builtin), below the data directory if relative'
     }),
@@ -83,6 +83,10 @@ declare module 'fastify' {
   }
   interface FastifyInstance {
     keys: Keys
+  }
+  interface FastifyContextConfig {
+    /** false: it needs no API key. */
+    auth?: boolean
   }
 }
 
@@ -161,7 +165,8 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   }
 
   fastify.addHook('onRequest', async request => {
-    if (!options.enabled || isSkipped(request, fastify.prefix, options.skip_paths)) return
+    if (!options.enabled || request.routeOptions.config.auth === false) return
+    if (isSkipped(request, fastify.prefix, options.skip_paths)) return
     const key = presentedKey(request, headerNames)
     if (key === undefined) {
       throw new GatewayError(

@@ -9,12 +9,15 @@ import { isTagName } from '../keys/fields.ts'
 import { matchesModel } from '../keys/key.ts'
 import { checkOptions, type Given, HeaderName, OptionsError, Section, Size } from '../options.ts'
 import type { OutboxState } from '../peers.ts'
+import { builtinFile } from '../reporters/builtin.ts'
 import type { OnDelivery } from '../reporters/courier.ts'
 import { type Keeping, Outbox } from '../reporters/outbox.ts'
 import type { Sink } from '../reporters/posts.ts'
 import { cost, type Price, toRecord } from '../reporters/record.ts'
 import { toEntry } from '../reporters/reporter.ts'
 import { ReporterOptions, reporterIssues, toReporters } from '../reporters/reporters.ts'
+import { prepareStore, readSums, type Sum, type SumQuery } from '../reporters/usage-store.ts'
+import { Sqlite } from '../store/sqlite.ts'
 import { StorageOptions } from '../store/storage.ts'
 
 /**
@@ -89,10 +92,13 @@ export interface UsageReports extends Readonly<OutboxState> {
   update(options: UsageOptions, storage: StorageOptions): Promise<void>
   /** What so many tokens of a model cost; 0 where no price is configured. */
   cost(model: string | undefined, tokens: { input: number; output: number; cached: number }): number
+  /** What was spent; undefined where no reporter of type builtin keeps it in a file. */
+  sums(query: SumQuery): Promise<Sum[] | undefined>
   /** Delivers what is pending until the signal fires. */
   flush(signal: AbortSignal): Promise<void>
 }
 
+const STATEMENT_TIMEOUT = 10_000
 const DAY = 24 * 60 * 60 * 1000
 
 /** The options of the plugin; `storage` has what its reporters name. */
@@ -108,6 +114,8 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
   let options = checkOptions(UsageOptions, { enabled: true, ...givenOptions })
   let rules = toRules(options)
   let outbox: Outbox | undefined
+  /** What a reporter of type builtin writes, for reading. */
+  let store: Sqlite | undefined
   let storage = checkOptions(StorageOptions, givenStorage)
   const issues = reporterIssues(options, storage)
   if (issues.length > 0) throw new OptionsError(issues)
@@ -145,6 +153,12 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
       const price = rules.price(model)
       return price === undefined ? 0 : cost(price, input, output, cached)
     },
+    async sums(query) {
+      if (!rules.isSummed || fastify.dataDir === undefined) return undefined
+      store ??= new Sqlite(builtinFile(fastify.dataDir), STATEMENT_TIMEOUT)
+      await prepareStore(store)
+      return readSums(store, query)
+    },
     async flush(signal) {
       await outbox?.close(signal)
       outbox = undefined
@@ -166,7 +180,10 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     const recorded = sink.append(toEntry(json, body))
     if (options.durability === 'strict') exchange.recorded = recorded
   })
-  fastify.addHook('onClose', () => fastify.usage.flush(AbortSignal.abort()))
+  fastify.addHook('onClose', async () => {
+    await fastify.usage.flush(AbortSignal.abort())
+    await store?.close()
+  })
 }
 
 /** The file of the ledger. */
@@ -183,6 +200,7 @@ function toRules({ enabled, reporters, tags, prices }: UsageOptions) {
   const isOn = reporters.filter(each => enabled && each.enabled)
   return {
     isOn: isOn.length > 0,
+    isSummed: isOn.some(each => each.type === 'builtin'),
     wantsBody: isOn.some(each => each.webhook?.include_request_body),
     tags: new Map(Object.entries(tags).map(([tag, header]) => [tag, header.toLowerCase()])),
     price(model: string | undefined): Price | undefined {

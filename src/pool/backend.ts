@@ -70,7 +70,11 @@ export class Backend {
 export class Live {
   /** Exchanges whose answer has not ended; see {@link begin}. */
   inFlight = 0
+  /** Whether it is given work, and since when that is so (Unix ms). */
   healthy = true
+  changedAt = Date.now()
+  /** What went wrong last, in calls or health checks. */
+  lastError: { at: number; reason: string } | undefined
   /** When it last began to stream an answer (monotonic, ms). */
   streamedAt = Number.NEGATIVE_INFINITY
   /** An active check has been made. */
@@ -144,6 +148,15 @@ export class Live {
 
   refuseUsageQuestion(): void {
     this.#questionRefusedAt = performance.now()
+  }
+
+  fail(reason: string): void {
+    this.lastError = { at: Date.now(), reason }
+  }
+
+  turn(healthy: boolean): void {
+    this.healthy = healthy
+    this.changedAt = Date.now()
   }
 
   /** A time to first byte in ms; a failure counts as a long one, so that failing fast attracts nothing. */

@@ -272,6 +272,7 @@ class Delivery implements AttemptOwner, Work {
 
   #logFailure({ backend }: Attempt, kind: FailureKind, why: string): void {
     const { id } = this.#exchange
+    backend.live.fail(why)
     this.#log.warn({ requestId: id, backend: backend.name, kind, reason: why }, 'attempt failed')
   }
 }

@@ -34,7 +34,7 @@ export class HealthChecker {
     this.#stop = new AbortController()
     for (const backend of backends) {
       if (check.enabled) void this.#watch(backend, check, this.#stop.signal)
-      else backend.live.healthy = true
+      else if (!backend.live.healthy) backend.live.turn(true)
     }
   }
 
@@ -51,17 +51,18 @@ export class HealthChecker {
       if (signal.aborted) return
       successes = failure === undefined ? successes + 1 : 0
       failures = failure === undefined ? 0 : failures + 1
+      if (failure !== undefined) live.fail(failure)
       if (
         live.healthy &&
         (failures >= check.unhealthyThreshold || (!live.isProbed && failures > 0))
       ) {
-        live.healthy = false
+        live.turn(false)
         this.#log.warn({ backend: backend.name, reason: failure }, 'backend is unhealthy')
       } else if (
         !live.healthy &&
         (successes >= check.healthyThreshold || (!live.isProbed && successes > 0))
       ) {
-        live.healthy = true
+        live.turn(true)
         this.#log.info({ backend: backend.name }, 'backend is healthy')
       }
       live.isProbed = true

@@ -75,6 +75,13 @@ export interface Sum {
   cost: number
 }
 
+/** What is asked for; the days (`2026-01-31`) are both included. */
+export interface SumQuery {
+  by: Dimension
+  since?: string
+  until?: string
+}
+
 /** Makes the tables in a file that is new. */
 export function prepareStore(db: Database): Promise<void> {
   return prepareFile(db, SCHEMA, SCHEMA_VERSION)
@@ -100,7 +107,7 @@ export async function keepRecords(db: Database, records: readonly UsageRecord[])
  */
 export async function readSums(
   db: Database,
-  { by, since = '', until = '9999' }: { by: Dimension; since?: string; until?: string }
+  { by, since = '', until = '9999' }: SumQuery
 ): Promise<Sum[]> {
   return (await db.run(SUMS, [by, since, until])) as unknown as Sum[]
 }

@@ -1,0 +1,56 @@
+/** Options as they may be shown: in the form of the configuration file, without what is secret. */
+
+interface SchemaNode {
+  secret?: true
+  unit?: 'ms' | 'bytes'
+  items?: SchemaNode
+  properties?: Record<string, SchemaNode>
+  patternProperties?: Record<string, SchemaNode>
+  notBuilt?: true
+}
+
+const MASK = '***'
+const TIMES = [
+  ['d', 86_400_000],
+  ['h', 3_600_000],
+  ['m', 60_000],
+  ['s', 1000]
+] as const
+
+/**
+ * What is secret, and everything inside of it, is `***`; of what its schema does not know nothing is shown.
+ * Times have a unit, as in a file.
+ *
+ * @param schema made with the keywords of `options.ts`
+ * @example
+ * const schema = { properties: { token: { secret: true }, timeout: { unit: 'ms' } } }
+ * masked(schema, { token: 'abc', timeout: 90_000, other: 1 }) // { token: '***', timeout: '90s' }
+ */
+export function masked(schema: object, value: unknown): unknown {
+  const { secret, unit, items, properties, patternProperties } = schema as SchemaNode
+  if (secret) return withoutLeaves(value)
+  if (unit === 'ms' && typeof value === 'number') return toText(value)
+  if (Array.isArray(value)) return value.map(item => masked(items ?? {}, item))
+  if (typeof value !== 'object' || value === null) return value
+  const other = Object.values(patternProperties ?? {})[0]
+  return Object.fromEntries(
+    Object.entries(value).flatMap(([name, member]) => {
+      const inner = Object.hasOwn(properties ?? {}, name) ? properties![name] : other
+      return inner === undefined || inner.notBuilt ? [] : [[name, masked(inner, member)]]
+    })
+  )
+}
+
+function withoutLeaves(value: unknown): unknown {
+  if (value === '' || value === undefined) return value
+  if (Array.isArray(value)) return value.map(withoutLeaves)
+  if (typeof value !== 'object' || value === null) return MASK
+  return Object.fromEntries(
+    Object.entries(value).map(([name, member]) => [name, withoutLeaves(member)])
+  )
+}
+
+function toText(ms: number): string {
+  const [unit, size] = TIMES.find(([, size]) => ms > 0 && ms % size === 0) ?? ['ms', 1]
+  return ms === 0 ? '0' : `${ms / size}${unit}`
+}
