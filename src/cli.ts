@@ -8,7 +8,7 @@ import { CommandError } from './commands/command.ts'
 import { runKeys } from './commands/keys.ts'
 import { runUsage } from './commands/usage.ts'
 import { loadConfig } from './config.ts'
-import { followFile, startServer } from './server.ts'
+import { followFile, type Server, startServer } from './server.ts'
 import { VERSION } from './version.ts'
 import { runWorker, startWorkers, workerCount } from './workers.ts'
 
@@ -81,18 +81,37 @@ async function run(args: string[]): Promise<number | undefined> {
 async function serve(file: string): Promise<void> {
   const config = await loadConfig(file)
   const start = workerCount(config) === 1 ? startServer : startWorkers
-  const server = await start(config, DATA_DIR)
-  const followed = followFile(file, config, server)
+  const starting = start(config, DATA_DIR)
+  const following = starting.then(server => followFile(file, config, server))
+  closeOnSignals(starting, async () => (await following).stop())
+  const followed = await following
   process.on('SIGHUP', () => void followed.reload())
   stopWithNpm()
+}
+
+/** Before it says that it listens, so that whoever waits for that can stop it. */
+function closeOnSignals(starting: Promise<Server>, stop: () => Promise<void>): void {
+  let log: Pick<Server['log'], 'error' | 'fatal'> = { error: console.error, fatal: console.error }
+  starting.then(
+    server => {
+      log = server.log
+    },
+    // Whoever has started it hears of it.
+    () => {}
+  )
   // The gateway's own drain timeout ends a close; a second signal ends the process at once.
   let isStopping = false
   const { close } = closeWithGrace(
-    { delay: false, logger: server.log, skip: ['SIGHUP', 'SIGINT'] },
+    {
+      delay: false,
+      logger: { error: (what: string) => log.error(what) },
+      skip: ['SIGHUP', 'SIGINT']
+    },
     async ({ err }) => {
       isStopping = true
-      if (err) server.log.fatal({ err }, 'unexpected error')
-      followed.stop()
+      if (err) log.fatal({ err }, 'unexpected error')
+      const server = await starting
+      await stop()
       await server.close()
     }
   )

@@ -379,3 +379,16 @@ test('a call that waits to be tried again goes on as it began, and log.level cha
     look()
   })
 })
+
+for (const workers of [1, 2]) {
+  test(`SIGTERM while it starts (${workers === 1 ? 'one process' : 'two workers'}): it ends with 0 as soon as it has begun`, async t => {
+    const file = writeConfig(join(folder(t), 'config.yaml'), {
+      server: { ...LISTEN.server, workers },
+      backends: [{ url: 'http://127.0.0.1:1' }]
+    })
+    const gateway = await start(t, [CLI, 'serve', '--config', file])
+    // The line that it listens comes before the start is over.
+    gateway.child.kill('SIGTERM')
+    assert.equal(await gateway.exit, 0)
+  })
+}
