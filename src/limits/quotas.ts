@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs'
 import type { FastifyBaseLogger } from 'fastify'
 import { placeholders } from '../store/sql.ts'
 import { Sqlite } from '../store/sqlite.ts'
@@ -15,19 +16,24 @@ const SCHEMA = `
   ) WITHOUT ROWID
 `
 
-/** What was spent of quotas, in a file, so that a restart does not forget it. */
+/**
+ * What was spent of quotas, in a file, so that a restart does not forget it. Who has no quotas has neither the
+ * file nor the thread that writes it.
+ */
 export class Quotas {
-  /** What the file held when it was opened. */
-  readonly known: ReadonlyMap<string, Spending>
+  /** What each account has spent, as far as it was noted. */
+  readonly known: Map<string, Spending>
   readonly #db: Sqlite
   readonly #log: FastifyBaseLogger
   readonly #changed = new Map<string, Spending>()
   readonly #timer: NodeJS.Timeout
+  #isPrepared = false
   #writing: Promise<void> | undefined
 
   /** @throws {DatabaseError} */
   static async open(file: string, log: FastifyBaseLogger): Promise<Quotas> {
     const db = new Sqlite(file, STATEMENT_TIMEOUT)
+    if (!existsSync(file)) return new Quotas(db, new Map(), log)
     await db.run(SCHEMA)
     await db.run('DELETE FROM quotas WHERE period_end <= ?', [Date.now()])
     const known = new Map<string, Spending>()
@@ -47,6 +53,7 @@ export class Quotas {
   }
 
   note(account: string, spending: Spending): void {
+    this.known.set(account, spending)
     this.#changed.set(account, spending)
   }
 
@@ -70,6 +77,8 @@ export class Quotas {
       const some = [...this.#changed].slice(0, BATCH)
       for (const [account] of some) this.#changed.delete(account)
       try {
+        if (!this.#isPrepared) await this.#db.run(SCHEMA)
+        this.#isPrepared = true
         await this.#db.run(
           `INSERT OR REPLACE INTO quotas VALUES ${placeholders('sqlite', some.length, 5)}`,
           some.flatMap(([account, { start, end, tokens, cost }]) => [

@@ -1,4 +1,4 @@
-import swagger from '@fastify/swagger'
+import type {} from '@fastify/swagger'
 import type {
   FastifyInstance,
   FastifyPluginAsync,
@@ -70,6 +70,7 @@ export default function adminRoutes(administered: Administered): FastifyPluginAs
     scope.setValidatorCompiler(({ schema, httpPart }) => toValidator(schema as Described, httpPart))
     scope.setSerializerCompiler(() => JSON.stringify)
     scope.setErrorHandler(answerError)
+    const { default: swagger } = await import('@fastify/swagger')
     await scope.register(swagger, {
       openapi: {
         openapi: '3.1.0',
