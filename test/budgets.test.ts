@@ -198,29 +198,29 @@ for (const [on_exhausted, storage] of [
   test(`${storage}: a stream that would go beyond its quota: ${on_exhausted}`, {
     skip
   }, async t => {
-    const backend = await answering(t, { pause: 2 })
+    const backend = await answering(t, { pause: 4 })
     const gateway = await startGateway(t, {
       backends: [{ url: backend.url }],
       auth: {
         enabled: true,
         skip_paths: ['/metrics'],
-        keys: keys({ total_quota: 400 })
+        keys: keys({ total_quota: 200 })
       },
       storage: {
         caches: [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${REDIS.port}` }]
       },
       rate_limit: { enabled: true, on_exhausted, storage, redis_prefix: uniqueName('budget') }
     })
-    const client = await stream(t, gateway, 1500)
+    const client = await stream(t, gateway, 600)
     const end = on_exhausted === 'stop' ? /insufficient_quota/ : /\[DONE\]/
     const text = await client.until(end)
     const passed = text.split('" x"').length - 1
     const line = await gateway.logged({ msg: 'exchange' })
     if (on_exhausted === 'finish') {
-      assert.equal(passed, 1500)
+      assert.equal(passed, 600)
       assert.equal(line.outcome, 'ok')
     } else {
-      assert.ok(passed > 250 && passed < 400 + 256, String(passed))
+      assert.ok(passed > 100 && passed < 200 + 256, String(passed))
       assert.doesNotMatch(text, /\[DONE\]/)
       assert.equal(line.outcome, 'rejected')
       assert.equal(line.error, 'insufficient_quota')
