@@ -167,6 +167,24 @@ async function start(t: TestContext, rate_limit: object, more: object = {}) {
 
 const AUTH = { auth: { enabled: true, keys: ['a', 'b'], skip_paths: ['/health', '/metrics'] } }
 
+test('what is forgotten is never what a call is just taking', async () => {
+  const store = new MemoryStore(new Periods('UTC'))
+  const one = (id: string) => ({
+    accounts: [
+      { scope: 'global' as const, id: '', limits: { ...NONE, max_concurrent: 1 } },
+      { scope: 'per_key' as const, id, limits: { ...NONE, requests_per_minute: 5 } }
+    ],
+    hold: NOTHING,
+    least: 0
+  })
+  for (let at = 0; at < 3000; at++) {
+    const lease = await store.reserve(one(`key-${at}`))
+    assert.ok(!isRefusal(lease))
+    assert.ok(isRefusal(await store.reserve(one('other'))), `after ${at}`)
+    store.settle(lease, NOTHING)
+  }
+})
+
 test('requests a minute, for each key, over all routes, with OpenAI’s headers and body', async t => {
   const { call, gateway, backend } = await start(t, { per_key: { requests_per_minute: 3 } }, AUTH)
   const first = await call('a')

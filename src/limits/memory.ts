@@ -70,6 +70,8 @@ export class MemoryStore implements LimitStore {
   }
 
   reserveNow({ accounts, hold, least, force }: Call): Lease | Refusal {
+    // Not while they are being taken from: what is idle now may be about to be taken.
+    if (this.#counters.size >= this.#sweepAt) this.#sweep(this.#clock.now())
     const counters = accounts.map(account => this.#counter(account))
     if (!force) {
       for (const [index, account] of accounts.entries()) {
@@ -191,7 +193,6 @@ export class MemoryStore implements LimitStore {
       known.account = account
       return known
     }
-    if (this.#counters.size >= this.#sweepAt) this.#sweep(this.#clock.now())
     const counter = new Counter(account)
     counter.spending = this.#quotas?.known.get(id)
     this.#counters.set(id, counter)
