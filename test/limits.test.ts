@@ -286,6 +286,7 @@ test('durations in headers are written as OpenAI writes them', () => {
   assert.equal(goDuration(60_000), '1m0s')
   assert.equal(goDuration(360_000), '6m0s')
   assert.equal(goDuration(59_990), '1m0s')
+  assert.equal(goDuration(119_850), '2m0s')
 })
 
 test('an IPv6 network counts as one address', async t => {
