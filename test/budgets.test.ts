@@ -171,6 +171,16 @@ test('users and models have limits of their own', async t => {
   assert.match((await user.json()).error.message, /This user is limited to 3/)
 })
 
+test('a user with an odd name is held to limits as all others are', async t => {
+  const { call } = await start(
+    t,
+    { per_user: { requests_per_minute: 1 } },
+    { auth: { enabled: true, keys: keys({ user_id: 'constructor' }) } }
+  )
+  assert.equal((await call('a')).status, 200)
+  assert.equal((await call('a')).status, 429)
+})
+
 test('shadow refuses nothing, and counts what it would have refused', async t => {
   const { call, gateway } = await start(t, { mode: 'shadow', per_key: { requests_per_minute: 1 } })
   for (let at = 0; at < 3; at++) assert.equal((await call('a')).status, 200)

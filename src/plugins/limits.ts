@@ -397,7 +397,8 @@ function accountsOf(request: FastifyRequest, options: LimitsOptions): Account[] 
   add('per_key', subject(request), own, caller?.spent)
   const user = caller?.userId
   if (user !== undefined) {
-    add('per_user', user, (options.enabled && options.users[user]) || of('per_user'))
+    const isNamed = options.enabled && Object.hasOwn(options.users, user)
+    add('per_user', user, isNamed ? options.users[user]! : of('per_user'))
   }
   const model = payload?.model
   if (model !== undefined) {
