@@ -2,6 +2,9 @@ import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
 import { createClient } from '@redis/client'
 import fc from 'fast-check'
+import { MemoryStore } from '../src/limits/memory.ts'
+import { Periods } from '../src/limits/period.ts'
+import { RemoteLeases, RemoteStore } from '../src/limits/remote.ts'
 import {
   type Account,
   type Amount,
@@ -448,4 +451,48 @@ test('redis: a revoked key is heard of everywhere', { skip: REDIS.skip }, async 
   await two.beat()
   await two.beat()
   assert.deepEqual([...new Set(heard)], ['abc'])
+})
+
+test('redis: what was spent while it was away is counted once', { skip: REDIS.skip }, async t => {
+  const way = await door(t, REDIS)
+  const near = { host: '127.0.0.1', port: way.port }
+  const store = await joinRedis(t, near, uniqueName('away'), { onError: 'local' })
+  const wanted = call([account({ total_quota: 1000 })], tokens(100))
+  const before = await granted(store, wanted)
+  way.set('shut')
+  store.settle(before, tokens(100))
+  store.settle(await granted(store, wanted), tokens(200))
+  way.set('open')
+  await store.beat()
+  await store.beat()
+  assert.ok(store.isJoined)
+  await granted(store, { ...wanted, hold: tokens(700) })
+  assert.equal((await refused(store, { ...wanted, hold: tokens(1) })).limit, 'total_quota')
+})
+
+test('redis: a slot whose granting was not heard of comes back', { skip: REDIS.skip }, async t => {
+  const way = await door(t, REDIS)
+  const near = { host: '127.0.0.1', port: way.port }
+  const store = await joinRedis(t, near, uniqueName('unheard'))
+  const wanted = call([account({ max_concurrent: 1 })])
+  way.set('unheard')
+  await assert.rejects(store.reserve(wanted))
+  way.set('open')
+  await store.beat()
+  await store.beat()
+  assert.ok(store.isJoined)
+  await granted(store, wanted)
+})
+
+test('remote: what is granted after nobody waits for it comes back', async () => {
+  const { later: _, ...time } = clock()
+  const counting = new MemoryStore(new Periods('UTC'), undefined, time)
+  const leases = new RemoteLeases(counting, answer => setImmediate(() => store.hear(answer)))
+  const store: RemoteStore = new RemoteStore(question => void leases.hear(question))
+  const wanted = call([account({ max_concurrent: 1 })])
+  const waiting = assert.rejects(store.reserve(wanted))
+  await store.close()
+  await waiting
+  await new Promise(setImmediate)
+  await granted(counting, wanted)
 })

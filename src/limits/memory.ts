@@ -139,15 +139,12 @@ export class MemoryStore implements LimitStore {
   }
 
   /** What an account has; its windows as ages (ms) and amounts. */
-  seed(id: string) {
-    const counter = this.#counters.get(id)
-    if (counter === undefined) return undefined
-    const { account, slots, held, requests, tokens } = counter
+  seed(account: Account) {
+    const { slots, held, requests, tokens } = this.#counter(account)
     const now = this.#clock.now()
     const ages = (window: SlidingWindow) =>
       window.entries(now).map(([time, amount]) => [now - time, amount])
     return {
-      account,
       slots,
       held: { ...held },
       requests: ages(requests),
