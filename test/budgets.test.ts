@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
+import { MemoryStore } from '../src/limits/memory.ts'
 import {
   CHAT,
   chunk,
@@ -241,6 +242,59 @@ for (const [on_exhausted, storage] of [
     assert.equal((await caller(gateway)('b')).status, 200)
   })
 }
+
+test('a stream is still watched when another one ends while more is reserved for it', async t => {
+  const backend = await answering(t, { pause: 2 })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    auth: { enabled: true, keys: keys({ total_quota: 800 }) },
+    rate_limit: { enabled: true, on_exhausted: 'stop' }
+  })
+  const { extend } = MemoryStore.prototype
+  t.mock.method(
+    MemoryStore.prototype,
+    'extend',
+    async function (this: MemoryStore, ...args: Parameters<typeof extend>) {
+      const other = await stream(t, gateway, 1)
+      await other.until(/\[DONE\]/)
+      await gateway.logged({ msg: 'exchange' })
+      return extend.apply(this, args)
+    }
+  )
+  const text = await (await stream(t, gateway, 3000)).until(/insufficient_quota|\[DONE\]/)
+  assert.match(text, /insufficient_quota/)
+})
+
+test('a backend that says it spent without end does not confuse the limits', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'application/json' })
+    response.end('{"usage":{"prompt_tokens":10,"completion_tokens":1e999,"total_tokens":1e999}}')
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    auth: { enabled: true, keys: keys({ total_quota: 800 }) },
+    rate_limit: { enabled: true }
+  })
+  assert.equal((await caller(gateway)('a')).status, 200)
+  assert.equal((await caller(gateway)('a')).status, 200)
+})
+
+test('shadow refuses nothing, not even without its Redis', { skip: REDIS.skip }, async t => {
+  const way = await door(t, REDIS)
+  const { call } = await start(
+    t,
+    {
+      mode: 'shadow',
+      storage: 'redis',
+      on_store_error: 'deny',
+      redis_prefix: uniqueName('shadow'),
+      per_key: { requests_per_minute: 1 }
+    },
+    { storage: { caches: [{ name: 'default', driver: 'redis', addr: `127.0.0.1:${way.port}` }] } }
+  )
+  way.set('shut')
+  for (let at = 0; at < 3; at++) assert.equal((await call('a')).status, 200)
+})
 
 test('what was spent of a quota outlives a restart', async t => {
   const dir = folder(t)

@@ -158,8 +158,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
         changed.redis_prefix !== options.redis_prefix ||
         !isDeepStrictEqual(cacheOf(changed, caches), cache)
       if (isOther) store = await openStore(changed, caches)
-      else
-        store.update({ periods: new Periods(changed.time_zone), onError: changed.on_store_error })
+      else store.update({ periods: new Periods(changed.time_zone), onError: onErrorOf(changed) })
       options = changed
       cache = cacheOf(changed, caches)
       if (isOther) await before.close()
@@ -250,7 +249,11 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   function watch(exchange: Exchange): void {
     watched.add(exchange)
     looking ??= setInterval(() => {
-      for (const each of watched) void lookAt(each)
+      for (const each of watched) {
+        lookAt(each).catch(error => {
+          fastify.log.warn({ reason: error.message }, 'no more could be reserved for a stream')
+        })
+      }
     }, LOOK_INTERVAL).unref()
   }
 
@@ -269,7 +272,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     const more = amount(model, { input: 0, output: STEP, cached: 0 })
     const hasRoom = await from.extend(lease, spent, more, !isStopping)
     if (exchange.closed) return
-    if (hasRoom || left > 0) return void watched.add(exchange)
+    if (hasRoom || left > 0) return watch(exchange)
     for (const observer of observers) observer.stopped?.()
     exchange.interrupt(usedUp(lease.accounts.some(each => each.limits.total_quota > 0)), 'rejected')
   }
@@ -313,7 +316,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       cache,
       prefix: options.redis_prefix,
       periods: new Periods(options.time_zone),
-      onError: options.on_store_error,
+      onError: onErrorOf(options),
       log,
       ...(dataDir === undefined ? {} : { file: resolve(dataDir, 'replicas') }),
       onTrouble: () => {
@@ -367,6 +370,11 @@ function redisIssues(options: LimitsOptions, caches: Caches): Issue[] {
 /** The Redis that counts; undefined: this process does. */
 function cacheOf({ storage, redis }: LimitsOptions, caches: Caches) {
   return storage === 'redis' ? caches.find(({ name }) => name === redis) : undefined
+}
+
+/** What only counts must not stand in the way. */
+function onErrorOf({ mode, on_store_error }: LimitsOptions): LimitsOptions['on_store_error'] {
+  return mode === 'shadow' ? 'allow' : on_store_error
 }
 
 function limitSets(options: LimitsOptions): [Issue['path'], Limits][] {
