@@ -496,3 +496,23 @@ test('remote: what is granted after nobody waits for it comes back', async () =>
   await new Promise(setImmediate)
   await granted(counting, wanted)
 })
+
+test('redis: what goes far beyond a limit, as in shadow mode, stays small', {
+  skip: REDIS.skip
+}, async t => {
+  const { later, time } = clock()
+  const prefix = uniqueName('shadow')
+  const store = await joinRedis(t, REDIS, prefix, { time })
+  const wanted = { ...call([account({ requests_per_minute: 60 })]), force: true }
+  for (let at = 0; at < 3_000; at++) {
+    await later(2)
+    store.settle(await granted(store, wanted), NOTHING)
+  }
+  await settled(store)
+  const client = createClient({ url: REDIS.url })
+  await client.connect()
+  t.after(() => client.destroy())
+  for (const key of await client.keys(`${prefix}:*`)) {
+    if ((await client.type(key)) === 'string') assert.ok((await client.strLen(key)) < 16_000)
+  }
+})

@@ -54,10 +54,17 @@ local function write(index, counter, account)
   redis.call('SET', key, packed, 'PX', math.floor(keep))
 end
 
--- Amounts by their times; those of one grain share the time of the latest.
+local function is_long(window)
+  local count = 0
+  for _ in pairs(window) do count = count + 1 end
+  return count >= EXACT
+end
+
+-- Amounts by their times; those of one grain share the time of the latest. What is let through beyond a small
+-- limit may be as many.
 local function take_grain(window, limit, amount, age)
   local time = math.ceil(now - (age or 0))
-  if limit > EXACT then
+  if limit > EXACT or is_long(window) then
     local grain = math.floor(time / GRAIN)
     for other in pairs(window) do
       if math.floor(other / GRAIN) == grain then
