@@ -516,3 +516,26 @@ test('redis: what goes far beyond a limit, as in shadow mode, stays small', {
     if ((await client.type(key)) === 'string') assert.ok((await client.strLen(key)) < 16_000)
   }
 })
+
+test('redis: a quota of which nothing was spent is not kept', { skip: REDIS.skip }, async t => {
+  const prefix = uniqueName('unspent')
+  const store = await joinRedis(t, REDIS, prefix)
+  for (const [id, spent] of [
+    ['asked', 0],
+    ['spent', 1]
+  ] as const) {
+    const accounts = [account({ total_quota: 100 }, id, 'per_model')]
+    store.settle(await granted(store, call(accounts)), tokens(spent))
+    await settled(store)
+  }
+  const client = createClient({ url: REDIS.url })
+  await client.connect()
+  t.after(() => client.destroy())
+  const kept = []
+  for (const key of await client.keys(`${prefix}:*`)) {
+    if ((await client.type(key)) === 'string' && !key.endsWith(':epoch')) {
+      kept.push((await client.ttl(key)) === -1)
+    }
+  }
+  assert.deepEqual(kept.sort(), [false, false, true])
+})

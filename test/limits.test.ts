@@ -6,7 +6,7 @@ import { LimitSet, type OwnLimits } from '../src/limits/limits.ts'
 import { MemoryStore } from '../src/limits/memory.ts'
 import { Periods } from '../src/limits/period.ts'
 import { SlidingWindow, TokenBucket } from '../src/limits/rates.ts'
-import { isRefusal, NOTHING } from '../src/limits/store.ts'
+import { isRefusal, type Lease, NOTHING } from '../src/limits/store.ts'
 import { checkOptions } from '../src/options.ts'
 import { CHAT, chunk, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
 
@@ -183,6 +183,25 @@ test('what is forgotten is never what a call is just taking', async () => {
     assert.ok(isRefusal(await store.reserve(one('other'))), `after ${at}`)
     store.settle(lease, NOTHING)
   }
+})
+
+test('whoever asks for many models makes nobody’s quota forgotten', async () => {
+  const store = new MemoryStore(new Periods('UTC'))
+  const quota = { ...NONE, total_quota: 100 }
+  const one = (key: string, model: string) => ({
+    accounts: [
+      { scope: 'per_key' as const, id: key, limits: quota },
+      { scope: 'per_model' as const, id: model, limits: quota }
+    ],
+    hold: NOTHING,
+    least: 0
+  })
+  store.settle((await store.reserve(one('alice', 'llama'))) as Lease, { tokens: 100, cost: 0 })
+  for (let at = 0; at < 110_000; at++) {
+    store.settle((await store.reserve(one('eve', `model-${at}`))) as Lease, NOTHING)
+  }
+  assert.ok(isRefusal(await store.reserve(one('alice', 'other'))))
+  assert.ok(store.size < 5_000, String(store.size))
 })
 
 test('requests a minute, for each key, over all routes, with OpenAI’s headers and body', async t => {

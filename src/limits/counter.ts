@@ -98,6 +98,8 @@ export class Counter {
     const { tokens_per_minute, total_quota } = account.limits
     if (tokens_per_minute > 0 && tokens > 0) this.tokens.take(at.now, tokens)
     if (total_quota === 0) return
+    // A model that nobody has is asked for, and nothing is spent: that need not be remembered.
+    if (tokens === 0 && cost === 0 && this.spending === undefined) return
     const spent = this.spent(account, at)
     this.spending = { ...at.period, tokens: spent.tokens + tokens, cost: spent.cost + cost }
   }
@@ -132,9 +134,16 @@ export class Counter {
   }
 
   /** Has everything come back? Then it can be forgotten. */
-  isIdle(now: number): boolean {
+  isIdle(now: number, time: number): boolean {
     const back = this.requests.reset(now) + this.tokens.reset(now) + (this.#bucket?.reset(now) ?? 0)
-    return this.slots === 0 && back <= 0 && this.spending === undefined
+    return back <= 0 && !this.isNeeded(time)
+  }
+
+  /** Would more be lost with it than what comes back in a minute? */
+  isNeeded(time: number): boolean {
+    const isSpent = this.spending !== undefined && this.spending.end > time
+    // What was spent before must not be counted again in the next period.
+    return this.slots > 0 || isSpent || this.account.spent !== undefined
   }
 
   /** What is held counts as if it were spent now. More than all of the limit needs the limit alone. */

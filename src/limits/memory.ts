@@ -135,6 +135,7 @@ export class MemoryStore implements LimitStore {
   /** Somebody else knows better what an account has spent of its quota. */
   know(account: Account, { tokens, cost }: Amount): void {
     if (account.limits.total_quota === 0) return
+    if (tokens === 0 && cost === 0 && account.spent === undefined) return
     this.#counter(account).spending = { ...this.#at(account).period, tokens, cost }
   }
 
@@ -163,7 +164,8 @@ export class MemoryStore implements LimitStore {
     for (const account of lease.accounts) {
       const counter = this.#counter(account)
       counter.spend(account, delta, this.#at(account))
-      if (account.limits.total_quota > 0) this.#quotas?.note(idOf(account), counter.spending!)
+      const { spending } = counter
+      if (account.limits.total_quota > 0 && spending) this.#quotas?.note(idOf(account), spending)
     }
     lease.spent = { ...spent }
     this.#hold(lease, less)
@@ -196,14 +198,18 @@ export class MemoryStore implements LimitStore {
     return counter
   }
 
-  /** Forgets subjects that have everything back; if there are too many even so, the oldest ones. */
+  /** Forgets subjects that have everything back; if there are too many even so, the oldest without a quota. */
   #sweep(now: number): void {
-    for (const [id, counter] of this.#counters) if (counter.isIdle(now)) this.#counters.delete(id)
+    const time = this.#clock.time()
+    for (const [id, counter] of this.#counters) {
+      if (counter.isIdle(now, time)) this.#counters.delete(id)
+    }
     for (const [id, counter] of this.#counters) {
       if (this.#counters.size <= MAX_SUBJECTS - EVICTED) break
-      if (counter.slots === 0) this.#counters.delete(id)
+      if (!counter.isNeeded(time)) this.#counters.delete(id)
     }
-    this.#sweepAt = Math.min(MAX_SUBJECTS, Math.max(SWEEP_AT, this.#counters.size * 2))
+    const { size } = this.#counters
+    this.#sweepAt = Math.max(SWEEP_AT, Math.min(MAX_SUBJECTS, size * 2), size + EVICTED / 10)
   }
 }
 

@@ -46,7 +46,9 @@ local function write(index, counter, account)
   local packed = cmsgpack.pack(counter)
   local key = KEYS[3 + index]
   local keep = next(counter.slots) and DAY or MINUTES
-  if account.total_quota > 0 or counter.start then
+  local before = account.before
+  local is_spent = (counter.spent_tokens or 0) + (counter.spent_cost or 0) + before.tokens + before.cost > 0
+  if is_spent and (account.total_quota > 0 or counter.start) then
     local finish = counter.finish or 0
     if finish == 0 then return redis.call('SET', key, packed) end
     keep = math.max(keep, finish - now + DAY)
