@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
+import { parseConfig } from '../src/config.ts'
 import { MemoryStore } from '../src/limits/memory.ts'
 import {
   CHAT,
@@ -316,6 +317,45 @@ test('what was spent of a quota outlives a restart', async t => {
   const second = await begin()
   assert.equal((await call(second.url, 50)).status, 429)
   assert.equal((await call(second.url, 5)).status, 200)
+})
+
+test('a name for Redis that is not used may change without a loss', async t => {
+  const backend = await answering(t)
+  const config = (redis_prefix: string) => ({
+    backends: [{ url: backend.url }],
+    auth: { enabled: true, keys: keys() },
+    rate_limit: { enabled: true, redis_prefix, per_key: { requests_per_minute: 1 } }
+  })
+  const gateway = await startGateway(t, config('one'))
+  assert.equal((await caller(gateway)('a')).status, 200)
+  await gateway.control.reload(parseConfig(JSON.stringify(config('two')), 'config.yaml', {}))
+  assert.equal((await caller(gateway)('a')).status, 429)
+})
+
+test('what still runs when Redis is left is no reason for an alarm', {
+  skip: REDIS.skip
+}, async t => {
+  const backend = await answering(t, { pause: 2 })
+  const config = (storage: string) => ({
+    backends: [{ url: backend.url }],
+    auth: { enabled: true, keys: keys(), skip_paths: ['/metrics'] },
+    storage: {
+      caches: [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${REDIS.port}` }]
+    },
+    rate_limit: {
+      enabled: true,
+      storage,
+      redis_prefix: uniqueName('left'),
+      per_key: { max_concurrent: 1 }
+    }
+  })
+  const gateway = await startGateway(t, config('redis'))
+  const client = await stream(t, gateway, 300)
+  await client.until(/ x/)
+  await gateway.control.reload(parseConfig(JSON.stringify(config('memory')), 'config.yaml', {}))
+  await client.until(/\[DONE\]/)
+  await gateway.logged({ msg: 'exchange' })
+  assert.ok(!gateway.lines.some(({ msg }) => msg === 'limits: Redis is away'))
 })
 
 test('a reload changes limits, and what was counted stays counted', async t => {

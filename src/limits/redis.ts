@@ -208,6 +208,8 @@ export class RedisStore implements LimitStore {
     const sent = Promise.all([...this.#settling, this.#beating])
     await Promise.race([sent, sleep(CLOSE_TIMEOUT, undefined, { ref: false })])
     if (this.#isJoined) await this.#step('leave', [], {}).catch(() => {})
+    // What ends after a reload to another store has nobody to tell.
+    this.#isJoined = false
     await this.#redis.close()
   }
 

@@ -154,13 +154,13 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   fastify.decorate('limits', {
     async update(changed, caches) {
       const before = store
-      const isOther =
-        changed.redis_prefix !== options.redis_prefix ||
-        !isDeepStrictEqual(cacheOf(changed, caches), cache)
+      const other = cacheOf(changed, caches)
+      const isRenamed = other !== undefined && changed.redis_prefix !== options.redis_prefix
+      const isOther = isRenamed || !isDeepStrictEqual(other, cache)
       if (isOther) store = await openStore(changed, caches)
       else store.update({ periods: new Periods(changed.time_zone), onError: onErrorOf(changed) })
       options = changed
-      cache = cacheOf(changed, caches)
+      cache = other
       if (isOther) await before.close()
     },
     observers,
