@@ -232,7 +232,7 @@ for (const [on_exhausted, storage] of [
       assert.equal(passed, 1500)
       assert.equal(line.outcome, 'ok')
     } else {
-      assert.ok(passed > 250 && passed < 400 + 256, String(passed))
+      assert.ok(passed > 300 && passed < 400 + 256, String(passed))
       assert.doesNotMatch(text, /\[DONE\]/)
       assert.equal(line.outcome, 'rejected')
       assert.equal(line.error, 'insufficient_quota')

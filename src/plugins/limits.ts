@@ -130,9 +130,10 @@ export interface LimitObserver {
 
 type Caches = StorageOptions['caches']
 
-/** How often (ms) running streams are looked at, and by how many tokens their reserve grows. */
+/** How often (ms) running streams are looked at. */
 const LOOK_INTERVAL = 250
-const STEP = 256
+/** By how many tokens a reserve grows; by fewer where that is all there is. */
+const STEPS = [256, 64, 16]
 /** More is reserved before the last tokens are spent. */
 const AHEAD = 128
 
@@ -269,9 +270,13 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     if (left > AHEAD) return
     watched.delete(exchange)
     const isStopping = options.on_exhausted === 'stop' && options.mode === 'enforce'
-    const more = amount(model, { input: 0, output: STEP, cached: 0 })
-    const hasRoom = await from.extend(lease, spent, more, !isStopping)
-    if (exchange.closed) return
+    let hasRoom = false
+    for (const output of STEPS) {
+      const more = amount(model, { input: 0, output, cached: 0 })
+      hasRoom = await from.extend(lease, spent, more, !isStopping)
+      if (exchange.closed) return
+      if (hasRoom) break
+    }
     if (hasRoom || left > 0) return watch(exchange)
     for (const observer of observers) observer.stopped?.()
     exchange.interrupt(usedUp(lease.accounts.some(each => each.limits.total_quota > 0)), 'rejected')
