@@ -6,6 +6,7 @@ import { createClient } from '@redis/client'
 import { exportJWK, generateKeyPair, SignJWT } from 'jose'
 import { parseConfig } from '../src/config.ts'
 import { GatewayError } from '../src/errors.ts'
+import { toAnswer } from '../src/keys/answer.ts'
 import { CachedKeys, CacheOptions } from '../src/keys/cached.ts'
 import { hashKey, type KeyRecord, type KeySource } from '../src/keys/key.ts'
 import { checkOptions } from '../src/options.ts'
@@ -327,6 +328,22 @@ test('a reload leaves alone what it does not change: while a source is down, its
   assert.equal(await statusOf('sk-b'), 503)
   await reload(config('b', '2h'))
   assert.equal(await statusOf('sk-a'), 503, 'another source')
+})
+
+test('a limit that is no number refuses the key', () => {
+  const answer = (members: Parameters<typeof toAnswer>[0]) => toAnswer(members, 'a1b2', () => {})
+  for (const amount of [Number.POSITIVE_INFINITY, 'Infinity', -1, ' ', [], true, 'many', {}]) {
+    for (const members of [
+      { total_quota: amount },
+      { requests_per_minute: amount },
+      { limits: { requests_per_minute: amount } }
+    ]) {
+      assert.ok(answer(members) instanceof GatewayError, JSON.stringify(members))
+    }
+  }
+  for (const amount of [0, 5, '5', 5n]) {
+    assert.ok(!(answer({ total_quota: amount }) instanceof GatewayError), String(amount))
+  }
 })
 
 async function signer(alg: string, kid: string) {

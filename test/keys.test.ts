@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict'
-import { existsSync, readFileSync, statSync } from 'node:fs'
+import { existsSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import Fastify from 'fastify'
@@ -48,6 +48,16 @@ test('auth without keys: the first start makes a key, in a file of its owner, an
   assert.equal(readFileSync(file, 'utf8').trim(), key)
   assert.equal(await statusOf(again.url, key), 200)
   assert.equal((await openStore(t, dataDir).list()).total, 1)
+})
+
+test('a start that was killed while it made the first key is no harm to the next one', async t => {
+  const dataDir = folder(t)
+  // In a container every process has the same number.
+  writeFileSync(join(dataDir, `first-key.${process.pid}`), 'sk-half')
+  const config = { backends: [{ url: 'demo://' }], auth: { enabled: true } }
+  const gateway = await startGateway(t, config, {}, dataDir)
+  const key = readFileSync(join(dataDir, 'first-key'), 'utf8').trim()
+  assert.equal(await statusOf(gateway.url, key), 200)
 })
 
 test('where keys are named, nothing is made', async t => {

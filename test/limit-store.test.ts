@@ -2,6 +2,9 @@ import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
 import { createClient } from '@redis/client'
 import fc from 'fast-check'
+import { MemoryStore } from '../src/limits/memory.ts'
+import { Periods } from '../src/limits/period.ts'
+import { RemoteLeases, RemoteStore } from '../src/limits/remote.ts'
 import {
   type Account,
   type Amount,
@@ -172,7 +175,7 @@ for (const [name, skip, open] of STORES) {
     await settled(store)
     await granted(store, call([accounts[0]!], tokens(10)))
     const { limit } = await refused(store, call([accounts[0]!], tokens(1)))
-    assert.equal(limit, 'total_quota')
+    assert.equal(limit, 'reserved_quota')
   })
 
   test(`${name}: a quota is renewed with its period`, { skip }, async t => {
@@ -449,3 +452,105 @@ test('redis: a revoked key is heard of everywhere', { skip: REDIS.skip }, async 
   await two.beat()
   assert.deepEqual([...new Set(heard)], ['abc'])
 })
+
+test('redis: what was spent while it was away is counted once', { skip: REDIS.skip }, async t => {
+  const way = await door(t, REDIS)
+  const near = { host: '127.0.0.1', port: way.port }
+  const store = await joinRedis(t, near, uniqueName('away'), { onError: 'local' })
+  const wanted = call([account({ total_quota: 1000 })], tokens(100))
+  const before = await granted(store, wanted)
+  way.set('shut')
+  store.settle(before, tokens(100))
+  store.settle(await granted(store, wanted), tokens(200))
+  way.set('open')
+  await store.beat()
+  await store.beat()
+  assert.ok(store.isJoined)
+  await granted(store, { ...wanted, hold: tokens(700) })
+  assert.equal((await refused(store, { ...wanted, hold: tokens(1) })).limit, 'reserved_quota')
+})
+
+test('redis: a slot whose granting was not heard of comes back', { skip: REDIS.skip }, async t => {
+  const way = await door(t, REDIS)
+  const near = { host: '127.0.0.1', port: way.port }
+  const store = await joinRedis(t, near, uniqueName('unheard'))
+  const wanted = call([account({ max_concurrent: 1 })])
+  way.set('unheard')
+  await assert.rejects(store.reserve(wanted))
+  way.set('open')
+  await store.beat()
+  await store.beat()
+  assert.ok(store.isJoined)
+  await granted(store, wanted)
+})
+
+test('remote: what is granted after nobody waits for it comes back', async () => {
+  const { later: _, ...time } = clock()
+  const counting = new MemoryStore(new Periods('UTC'), undefined, time)
+  const leases = new RemoteLeases(counting, answer => setImmediate(() => store.hear(answer)))
+  const store: RemoteStore = new RemoteStore(question => void leases.hear(question))
+  const wanted = call([account({ max_concurrent: 1 })])
+  const waiting = assert.rejects(store.reserve(wanted))
+  await store.close()
+  await waiting
+  await new Promise(setImmediate)
+  await granted(counting, wanted)
+})
+
+test('redis: what goes far beyond a limit, as in shadow mode, stays small', {
+  skip: REDIS.skip
+}, async t => {
+  const { later, time } = clock()
+  const prefix = uniqueName('shadow')
+  const store = await joinRedis(t, REDIS, prefix, { time })
+  const wanted = { ...call([account({ requests_per_minute: 60 })]), force: true }
+  for (let at = 0; at < 3_000; at++) {
+    await later(2)
+    store.settle(await granted(store, wanted), NOTHING)
+  }
+  await settled(store)
+  const client = createClient({ url: REDIS.url })
+  await client.connect()
+  t.after(() => client.destroy())
+  for (const key of await client.keys(`${prefix}:*`)) {
+    if ((await client.type(key)) === 'string') assert.ok((await client.strLen(key)) < 16_000)
+  }
+})
+
+test('redis: a quota of which nothing was spent is not kept', { skip: REDIS.skip }, async t => {
+  const prefix = uniqueName('unspent')
+  const store = await joinRedis(t, REDIS, prefix)
+  for (const [id, spent] of [
+    ['asked', 0],
+    ['spent', 1]
+  ] as const) {
+    const accounts = [account({ total_quota: 100 }, id, 'per_model')]
+    store.settle(await granted(store, call(accounts)), tokens(spent))
+    await settled(store)
+  }
+  const client = createClient({ url: REDIS.url })
+  await client.connect()
+  t.after(() => client.destroy())
+  const kept = []
+  for (const key of await client.keys(`${prefix}:*`)) {
+    if ((await client.type(key)) === 'string' && !key.endsWith(':epoch')) {
+      kept.push((await client.ttl(key)) === -1)
+    }
+  }
+  assert.deepEqual(kept.sort(), [false, false, true])
+})
+
+for (const [name, skip, open] of STORES) {
+  test(`${name}: what running calls have reserved of a quota comes back, and so is worth waiting for`, {
+    skip
+  }, async t => {
+    const { store } = await open(t)
+    const accounts = [account({ total_quota: 100 })]
+    const lease = await granted(store, call(accounts, tokens(80)))
+    const { limit, retryAfterMs } = await refused(store, call(accounts, tokens(30)))
+    assert.deepEqual([limit, retryAfterMs], ['reserved_quota', 1000])
+    store.settle(lease, tokens(80))
+    await settled(store)
+    assert.equal((await refused(store, call(accounts, tokens(30)))).limit, 'total_quota')
+  })
+}

@@ -6,7 +6,7 @@ import { LimitSet, type OwnLimits } from '../src/limits/limits.ts'
 import { MemoryStore } from '../src/limits/memory.ts'
 import { Periods } from '../src/limits/period.ts'
 import { SlidingWindow, TokenBucket } from '../src/limits/rates.ts'
-import { isRefusal, NOTHING } from '../src/limits/store.ts'
+import { isRefusal, type Lease, NOTHING } from '../src/limits/store.ts'
 import { checkOptions } from '../src/options.ts'
 import { CHAT, chunk, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
 
@@ -167,6 +167,43 @@ async function start(t: TestContext, rate_limit: object, more: object = {}) {
 
 const AUTH = { auth: { enabled: true, keys: ['a', 'b'], skip_paths: ['/health', '/metrics'] } }
 
+test('what is forgotten is never what a call is just taking', async () => {
+  const store = new MemoryStore(new Periods('UTC'))
+  const one = (id: string) => ({
+    accounts: [
+      { scope: 'global' as const, id: '', limits: { ...NONE, max_concurrent: 1 } },
+      { scope: 'per_key' as const, id, limits: { ...NONE, requests_per_minute: 5 } }
+    ],
+    hold: NOTHING,
+    least: 0
+  })
+  for (let at = 0; at < 3000; at++) {
+    const lease = await store.reserve(one(`key-${at}`))
+    assert.ok(!isRefusal(lease))
+    assert.ok(isRefusal(await store.reserve(one('other'))), `after ${at}`)
+    store.settle(lease, NOTHING)
+  }
+})
+
+test('whoever asks for many models makes nobody’s quota forgotten', async () => {
+  const store = new MemoryStore(new Periods('UTC'))
+  const quota = { ...NONE, total_quota: 100 }
+  const one = (key: string, model: string) => ({
+    accounts: [
+      { scope: 'per_key' as const, id: key, limits: quota },
+      { scope: 'per_model' as const, id: model, limits: quota }
+    ],
+    hold: NOTHING,
+    least: 0
+  })
+  store.settle((await store.reserve(one('alice', 'llama'))) as Lease, { tokens: 100, cost: 0 })
+  for (let at = 0; at < 110_000; at++) {
+    store.settle((await store.reserve(one('eve', `model-${at}`))) as Lease, NOTHING)
+  }
+  assert.ok(isRefusal(await store.reserve(one('alice', 'other'))))
+  assert.ok(store.size < 5_000, String(store.size))
+})
+
 test('requests a minute, for each key, over all routes, with OpenAI’s headers and body', async t => {
   const { call, gateway, backend } = await start(t, { per_key: { requests_per_minute: 3 } }, AUTH)
   const first = await call('a')
@@ -268,6 +305,7 @@ test('durations in headers are written as OpenAI writes them', () => {
   assert.equal(goDuration(60_000), '1m0s')
   assert.equal(goDuration(360_000), '6m0s')
   assert.equal(goDuration(59_990), '1m0s')
+  assert.equal(goDuration(119_850), '2m0s')
 })
 
 test('an IPv6 network counts as one address', async t => {

@@ -48,8 +48,11 @@ export function uniqueName(what: string): string {
 
 export interface Door {
   port: number
-  /** `open`: as if it were not there; `shut`: connections are cut; `silent`: nothing comes through. */
-  set(state: 'open' | 'shut' | 'silent'): void
+  /**
+   * `open`: as if it were not there; `shut`: connections are cut; `silent`: nothing comes through;
+   * `unheard`: answers do not.
+   */
+  set(state: 'open' | 'shut' | 'silent' | 'unheard'): void
 }
 
 /** A way to a server that can be shut. */
@@ -67,7 +70,7 @@ export async function door(t: TestContext, { host, port }: TestServer): Promise<
     ] as const) {
       sockets.add(from)
       from.on('data', data => {
-        if (state === 'open') to.write(data)
+        if (state === 'open' || (state === 'unheard' && to === behind)) to.write(data)
       })
       from.on('close', () => {
         sockets.delete(from)

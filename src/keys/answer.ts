@@ -93,7 +93,9 @@ function said(limits: Record<string, unknown>): OwnLimits | undefined {
 }
 
 function amount(value: unknown): number {
-  return Number(value) >= 0 ? Number(value) : Number.NaN
+  const isText = typeof value === 'string' && value.trim() !== ''
+  const number = isText || typeof value === 'bigint' ? Number(value) : value
+  return Number.isFinite(number) && (number as number) >= 0 ? (number as number) : Number.NaN
 }
 
 const oneOf =

@@ -5,6 +5,8 @@ import { isNetwork, type KeyRecord, parseStatus, parseTime, toNetworks } from '.
 /** What may stand with a key, the same in the configuration, in a file and in the builtin store. */
 
 export const MAX_TAG = 200
+/** What was spent before belongs to the period of the start, unless it is said when that began. */
+const STARTED_AT = Date.now()
 
 const Networks = (description: string) =>
   Type.Array(
@@ -75,7 +77,9 @@ export const keyFields = {
   used_quota: Type.Optional(
     Type.Number({ minimum: 0, description: 'What was spent before the gateway began to count' })
   ),
-  last_reset_at: Type.Optional(Time('Beginning of the period in which used_quota was spent')),
+  last_reset_at: Type.Optional(
+    Time('Beginning of the period in which used_quota was spent; else that of the start')
+  ),
   tags: Type.Optional(
     Type.Record(Type.String(), Type.String(), {
       check: areTags,
@@ -131,7 +135,7 @@ export function ownLimits(
 export function toSpent({ used_quota, last_reset_at }: KeyFields): KeyRecord['spent'] {
   return used_quota === undefined
     ? undefined
-    : { amount: used_quota, at: optionalTime(last_reset_at) }
+    : { amount: used_quota, at: optionalTime(last_reset_at) ?? STARTED_AT }
 }
 
 function optionalTime(time: string | number | undefined): number | undefined {

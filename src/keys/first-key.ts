@@ -44,6 +44,8 @@ async function makeFirstKey(store: KeyStore, file: string, log: FastifyBaseLogge
   // It is written down before it is good, so that it cannot be lost; of several processes one makes it.
   const path = join(dirname(file), 'first-key')
   const draft = `${path}.${process.pid}`
+  // One that was killed may have left it, and in a container all have the same number.
+  await rm(draft, { force: true })
   await writeFile(draft, `${key}\n`, { mode: 0o600, flag: 'wx' })
   try {
     const made = await store.createFirst({ name: 'first', key })

@@ -64,8 +64,11 @@ export class Counter {
     const forTokens = isTooLarge ? Number.POSITIVE_INFINITY : this.#tokenWait(limits, hold, at.now)
     check('tokens_per_minute', tokens_per_minute, forTokens)
     check('max_concurrent', max_concurrent, this.slots < max_concurrent ? 0 : RETRY)
-    const hasRoom = this.#hasQuota(account, hold, at)
-    check('total_quota', total_quota, hasRoom ? 0 : at.period.end - at.time)
+    if (!this.#hasQuota(account, hold, at)) {
+      const isSpent = !this.#hasQuota(account, hold, at, NOTHING)
+      if (isSpent) check('total_quota', total_quota, at.period.end - at.time)
+      else check('reserved_quota', total_quota, RETRY)
+    }
     return longest
   }
 
@@ -98,6 +101,8 @@ export class Counter {
     const { tokens_per_minute, total_quota } = account.limits
     if (tokens_per_minute > 0 && tokens > 0) this.tokens.take(at.now, tokens)
     if (total_quota === 0) return
+    // A model that nobody has is asked for, and nothing is spent: that need not be remembered.
+    if (tokens === 0 && cost === 0 && this.spending === undefined) return
     const spent = this.spent(account, at)
     this.spending = { ...at.period, tokens: spent.tokens + tokens, cost: spent.cost + cost }
   }
@@ -132,9 +137,16 @@ export class Counter {
   }
 
   /** Has everything come back? Then it can be forgotten. */
-  isIdle(now: number): boolean {
+  isIdle(now: number, time: number): boolean {
     const back = this.requests.reset(now) + this.tokens.reset(now) + (this.#bucket?.reset(now) ?? 0)
-    return this.slots === 0 && back <= 0 && this.spending === undefined
+    return back <= 0 && !this.isNeeded(time)
+  }
+
+  /** Would more be lost with it than what comes back in a minute? */
+  isNeeded(time: number): boolean {
+    const isSpent = this.spending !== undefined && this.spending.end > time
+    // What was spent before must not be counted again in the next period.
+    return this.slots > 0 || isSpent || this.account.spent !== undefined
   }
 
   /** What is held counts as if it were spent now. More than all of the limit needs the limit alone. */
@@ -146,10 +158,10 @@ export class Counter {
   }
 
   /** A call that spends nothing has room as long as anything is left. */
-  #hasQuota(account: Account, more: Amount, at: Moment): boolean {
+  #hasQuota(account: Account, more: Amount, at: Moment, held = this.held): boolean {
     const { total_quota, quota_unit } = account.limits
     if (total_quota === 0) return true
-    const left = total_quota - this.spent(account, at)[quota_unit] - this.held[quota_unit]
+    const left = total_quota - this.spent(account, at)[quota_unit] - held[quota_unit]
     return more[quota_unit] > 0 ? more[quota_unit] <= left : left > 0
   }
 

@@ -42,6 +42,7 @@ function toSeconds(time: number): string {
 export function goDuration(ms: number): string {
   if (ms < 1000) return `${Math.ceil(ms)}ms`
   const seconds = Math.ceil(ms / 100) / 10
-  const minutes = Math.floor(seconds / 60)
-  return minutes === 0 ? `${seconds}s` : `${minutes}m${Math.ceil(seconds % 60)}s`
+  if (seconds < 60) return `${seconds}s`
+  const whole = Math.ceil(seconds)
+  return `${Math.floor(whole / 60)}m${whole % 60}s`
 }

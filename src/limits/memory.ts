@@ -70,6 +70,8 @@ export class MemoryStore implements LimitStore {
   }
 
   reserveNow({ accounts, hold, least, force }: Call): Lease | Refusal {
+    // Not while they are being taken from: what is idle now may be about to be taken.
+    if (this.#counters.size >= this.#sweepAt) this.#sweep(this.#clock.now())
     const counters = accounts.map(account => this.#counter(account))
     if (!force) {
       for (const [index, account] of accounts.entries()) {
@@ -133,19 +135,17 @@ export class MemoryStore implements LimitStore {
   /** Somebody else knows better what an account has spent of its quota. */
   know(account: Account, { tokens, cost }: Amount): void {
     if (account.limits.total_quota === 0) return
+    if (tokens === 0 && cost === 0 && account.spent === undefined) return
     this.#counter(account).spending = { ...this.#at(account).period, tokens, cost }
   }
 
   /** What an account has; its windows as ages (ms) and amounts. */
-  seed(id: string) {
-    const counter = this.#counters.get(id)
-    if (counter === undefined) return undefined
-    const { account, slots, held, requests, tokens } = counter
+  seed(account: Account) {
+    const { slots, held, requests, tokens } = this.#counter(account)
     const now = this.#clock.now()
     const ages = (window: SlidingWindow) =>
       window.entries(now).map(([time, amount]) => [now - time, amount])
     return {
-      account,
       slots,
       held: { ...held },
       requests: ages(requests),
@@ -164,7 +164,8 @@ export class MemoryStore implements LimitStore {
     for (const account of lease.accounts) {
       const counter = this.#counter(account)
       counter.spend(account, delta, this.#at(account))
-      if (account.limits.total_quota > 0) this.#quotas?.note(idOf(account), counter.spending!)
+      const { spending } = counter
+      if (account.limits.total_quota > 0 && spending) this.#quotas?.note(idOf(account), spending)
     }
     lease.spent = { ...spent }
     this.#hold(lease, less)
@@ -191,21 +192,24 @@ export class MemoryStore implements LimitStore {
       known.account = account
       return known
     }
-    if (this.#counters.size >= this.#sweepAt) this.#sweep(this.#clock.now())
     const counter = new Counter(account)
     counter.spending = this.#quotas?.known.get(id)
     this.#counters.set(id, counter)
     return counter
   }
 
-  /** Forgets subjects that have everything back; if there are too many even so, the oldest ones. */
+  /** Forgets subjects that have everything back; if there are too many even so, the oldest without a quota. */
   #sweep(now: number): void {
-    for (const [id, counter] of this.#counters) if (counter.isIdle(now)) this.#counters.delete(id)
+    const time = this.#clock.time()
+    for (const [id, counter] of this.#counters) {
+      if (counter.isIdle(now, time)) this.#counters.delete(id)
+    }
     for (const [id, counter] of this.#counters) {
       if (this.#counters.size <= MAX_SUBJECTS - EVICTED) break
-      if (counter.slots === 0) this.#counters.delete(id)
+      if (!counter.isNeeded(time)) this.#counters.delete(id)
     }
-    this.#sweepAt = Math.min(MAX_SUBJECTS, Math.max(SWEEP_AT, this.#counters.size * 2))
+    const { size } = this.#counters
+    this.#sweepAt = Math.max(SWEEP_AT, Math.min(MAX_SUBJECTS, size * 2), size + EVICTED / 10)
   }
 }
 

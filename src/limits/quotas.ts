@@ -8,6 +8,8 @@ import type { Spending } from './counter.ts'
 const WRITE_INTERVAL = 1_000
 const STATEMENT_TIMEOUT = 10_000
 const BATCH = 200
+/** How long (ms) an account that spends nothing any more is known. */
+const KEPT = 62 * 24 * 60 * 60 * 1000
 
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS quotas (
@@ -35,7 +37,7 @@ export class Quotas {
     const db = new Sqlite(file, STATEMENT_TIMEOUT)
     if (!existsSync(file)) return new Quotas(db, new Map(), log)
     await db.run(SCHEMA)
-    await db.run('DELETE FROM quotas WHERE period_end <= ?', [Date.now()])
+    await db.run('DELETE FROM quotas WHERE period_end <= ?', [Date.now() - KEPT])
     const known = new Map<string, Spending>()
     for (const row of await db.run('SELECT * FROM quotas', [])) {
       const { account, period_start, period_end, tokens, cost } = row as Record<string, number>

@@ -57,8 +57,11 @@ interface RedisLease extends Lease {
 }
 
 /** What Redis has not heard of. */
-interface Owed extends Amount {
+interface Debt extends Amount {
   requests: number
+}
+interface Owed extends Debt {
+  account: Account
 }
 
 /** The answer of each operation of the script. */
@@ -139,6 +142,8 @@ export class RedisStore implements LimitStore {
     try {
       answer = await this.#step('reserve', accounts, { hold, least, force })
     } catch {
+      // Redis may have granted it: what it thinks of these has to be put right in any case.
+      this.#owe(accounts, NO_DEBT)
       return this.#alone(call)
     }
     if ('refused' in answer) {
@@ -211,6 +216,8 @@ export class RedisStore implements LimitStore {
     const sent = Promise.all([...this.#settling, this.#beating])
     await Promise.race([sent, sleep(CLOSE_TIMEOUT, undefined, { ref: false })])
     if (this.#isJoined) await this.#step('leave', [], {}).catch(() => {})
+    // What ends after a reload to another store has nobody to tell.
+    this.#isJoined = false
     await this.#redis.close()
   }
 
@@ -255,7 +262,12 @@ export class RedisStore implements LimitStore {
       const account = call.accounts.find(({ scope }) => scope === mirror.scope)!
       const { requests_per_minute, burst_size, ...limits } = account.limits
       const rate = limits.requests_per_second || (burst_size > 0 ? requests_per_minute / 60 : 0)
-      const max = { ...limits, requests_per_minute, requests_per_second: rate }[mirror.limit]
+      const max = {
+        ...limits,
+        requests_per_minute,
+        requests_per_second: rate,
+        reserved_quota: limits.total_quota
+      }[mirror.limit]
       return { ...mirror, max }
     }
     this.#owe(call.accounts, { tokens: 0, cost: 0, requests: 1 })
@@ -283,10 +295,11 @@ export class RedisStore implements LimitStore {
     }
   }
 
-  #owe(accounts: readonly Account[], { requests, tokens, cost }: Owed): void {
+  #owe(accounts: readonly Account[], { requests, tokens, cost }: Debt): void {
     for (const account of accounts) {
       const id = idOf(account)
-      const owed = this.#unsure.get(id) ?? { requests: 0, tokens: 0, cost: 0 }
+      const owed = this.#unsure.get(id) ?? { ...NO_DEBT, account }
+      owed.account = account
       owed.requests += requests
       owed.tokens += tokens
       owed.cost += cost
@@ -360,16 +373,18 @@ export class RedisStore implements LimitStore {
   }
 
   async #seed(some: [string, Owed][]): Promise<void> {
-    const seeds = some.flatMap(([id, owed]) => {
+    const seeds = some.map(([id, { account, ...owed }]) => {
       this.#unsure.delete(id)
-      const seed = this.#mirror.seed(id)
-      if (seed === undefined) return []
-      const { account, ...own } = seed
+      const { known, ...own } = this.#mirror.seed(account)
       const isLost = this.#lost.has(id)
       return {
         account,
         own: {
           ...own,
+          // What is owed is part of what is known here, and is added to what Redis has.
+          known: isLost
+            ? known
+            : { tokens: known.tokens - owed.tokens, cost: known.cost - owed.cost },
           requests: isLost ? own.requests : [[0, owed.requests]],
           tokens: isLost ? own.tokens : [[0, owed.tokens]],
           owed: isLost ? NOTHING : owed
@@ -385,14 +400,7 @@ export class RedisStore implements LimitStore {
       )
       for (const [id] of some) this.#lost.delete(id)
     } catch (error) {
-      for (const [id, owed] of some) {
-        const since = this.#unsure.get(id) ?? NO_DEBT
-        this.#unsure.set(id, {
-          requests: owed.requests + since.requests,
-          tokens: owed.tokens + since.tokens,
-          cost: owed.cost + since.cost
-        })
-      }
+      for (const [, { account, ...owed }] of some) this.#owe([account], owed)
       throw error
     }
   }
@@ -464,7 +472,7 @@ export class RedisStore implements LimitStore {
   }
 }
 
-const NO_DEBT: Owed = { requests: 0, tokens: 0, cost: 0 }
+const NO_DEBT: Debt = { requests: 0, tokens: 0, cost: 0 }
 
 function readCount(file: string): number {
   try {

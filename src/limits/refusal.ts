@@ -13,7 +13,8 @@ const UNITS: Record<LimitName, string> = {
   requests_per_minute: 'requests a minute',
   tokens_per_minute: 'tokens a minute',
   max_concurrent: 'requests at the same time',
-  total_quota: ''
+  total_quota: '',
+  reserved_quota: ''
 }
 
 /**
@@ -25,7 +26,10 @@ const UNITS: Record<LimitName, string> = {
 export function tooMany(refusal: Refusal, dialect: string, time: number): GatewayError {
   const { scope, limit, max, retryAfterMs } = refusal
   if (limit === 'total_quota') return quotaUsedUp(refusal, time)
-  const held = `${WHOSE[scope]} is limited to ${max} ${UNITS[limit]}.`
+  const held =
+    limit === 'reserved_quota'
+      ? `What is left of the quota of ${WHOSE[scope].replace('T', 't')} is reserved by running calls.`
+      : `${WHOSE[scope]} is limited to ${Number(max.toFixed(2))} ${UNITS[limit]}.`
   if (!Number.isFinite(retryAfterMs)) {
     return new GatewayError('rate_limit_exceeded', `${held} This request alone is larger.`, {
       headers: { 'x-should-retry': 'false' }
@@ -34,7 +38,7 @@ export function tooMany(refusal: Refusal, dialect: string, time: number): Gatewa
   const seconds = Math.ceil(retryAfterMs / 1000)
   const state = { limit: max, remaining: 0, resetMs: retryAfterMs }
   const left =
-    limit === 'max_concurrent'
+    limit === 'max_concurrent' || limit === 'reserved_quota'
       ? {}
       : { [limit === 'tokens_per_minute' ? 'tokens' : 'requests']: state }
   return new GatewayError('rate_limit_exceeded', `${held} Please try again in ${seconds}s.`, {

@@ -70,8 +70,13 @@ export class RemoteStore implements LimitStore {
   update(): void {}
 
   hear(answer: LimitAnswer): void {
-    this.#asked.get(answer.id)?.(answer)
+    const resolve = this.#asked.get(answer.id)
     this.#asked.delete(answer.id)
+    if (resolve !== undefined) return resolve(answer)
+    // Whoever asked was told that this store is closed, and will give nothing back.
+    if (answer.lease !== undefined && answer.held === undefined) {
+      this.#ask({ op: 'settle', lease: answer.id, spent: NOTHING })
+    }
   }
 
   async close(): Promise<void> {

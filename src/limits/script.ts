@@ -46,7 +46,9 @@ local function write(index, counter, account)
   local packed = cmsgpack.pack(counter)
   local key = KEYS[3 + index]
   local keep = next(counter.slots) and DAY or MINUTES
-  if account.total_quota > 0 or counter.start then
+  local before = account.before
+  local is_spent = (counter.spent_tokens or 0) + (counter.spent_cost or 0) + before.tokens + before.cost > 0
+  if is_spent and (account.total_quota > 0 or counter.start) then
     local finish = counter.finish or 0
     if finish == 0 then return redis.call('SET', key, packed) end
     keep = math.max(keep, finish - now + DAY)
@@ -54,10 +56,17 @@ local function write(index, counter, account)
   redis.call('SET', key, packed, 'PX', math.floor(keep))
 end
 
--- Amounts by their times; those of one grain share the time of the latest.
+local function is_long(window)
+  local count = 0
+  for _ in pairs(window) do count = count + 1 end
+  return count >= EXACT
+end
+
+-- Amounts by their times; those of one grain share the time of the latest. What is let through beyond a small
+-- limit may be as many.
 local function take_grain(window, limit, amount, age)
   local time = math.ceil(now - (age or 0))
-  if limit > EXACT then
+  if limit > EXACT or is_long(window) then
     local grain = math.floor(time / GRAIN)
     for other in pairs(window) do
       if math.floor(other / GRAIN) == grain then
@@ -114,10 +123,11 @@ local function roll(counter, account)
   counter.spent_tokens, counter.spent_cost = before.tokens, before.cost
 end
 
-local function has_quota(counter, account, more)
+local function has_quota(counter, account, more, but_held)
   if account.total_quota == 0 then return true end
   local unit = account.quota_unit
-  local left = account.total_quota - counter['spent_' .. unit] - sum(counter['held_' .. unit])
+  local held = but_held and 0 or sum(counter['held_' .. unit])
+  local left = account.total_quota - counter['spent_' .. unit] - held
   if more[unit] > 0 then return more[unit] <= left end
   return left > 0
 end
@@ -153,8 +163,12 @@ local function refusal(counter, account)
   check('max_concurrent', account.max_concurrent,
     sum(counter.slots) < account.max_concurrent and 0 or RETRY)
   if not has_quota(counter, account, order.hold) then
-    check('total_quota', account.total_quota,
-      account.finish == 0 and math.huge or math.max(1, account.finish - now))
+    if has_quota(counter, account, order.hold, true) then
+      check('reserved_quota', account.total_quota, RETRY)
+    else
+      check('total_quota', account.total_quota,
+        account.finish == 0 and math.huge or math.max(1, account.finish - now))
+    end
   end
   if limit then
     return { scope = account.scope, limit = limit, max = max, wait = longest == math.huge and -1 or longest }

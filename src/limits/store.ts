@@ -40,6 +40,8 @@ export type LimitName =
   | 'tokens_per_minute'
   | 'max_concurrent'
   | 'total_quota'
+  /** What is left of the quota is reserved by running calls. */
+  | 'reserved_quota'
 
 export interface Refusal {
   scope: Scope

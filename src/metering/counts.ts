@@ -24,7 +24,8 @@ export function addCounts(counts: Counts, json: string): void {
 }
 
 function isCount(name: string, value: unknown): value is number {
-  return typeof value === 'number' && value > 0 && name.endsWith('_tokens')
+  // JSON.parse makes Infinity of 1e999.
+  return Number.isFinite(value) && Number(value) > 0 && name.endsWith('_tokens')
 }
 
 /**

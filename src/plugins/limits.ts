@@ -130,9 +130,10 @@ export interface LimitObserver {
 
 type Caches = StorageOptions['caches']
 
-/** How often (ms) running streams are looked at, and by how many tokens their reserve grows. */
+/** How often (ms) running streams are looked at. */
 const LOOK_INTERVAL = 250
-const STEP = 256
+/** By how many tokens a reserve grows; by fewer where that is all there is. */
+const STEPS = [256, 64, 16]
 /** More is reserved before the last tokens are spent. */
 const AHEAD = 128
 
@@ -154,14 +155,13 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   fastify.decorate('limits', {
     async update(changed, caches) {
       const before = store
-      const isOther =
-        changed.redis_prefix !== options.redis_prefix ||
-        !isDeepStrictEqual(cacheOf(changed, caches), cache)
+      const other = cacheOf(changed, caches)
+      const isRenamed = other !== undefined && changed.redis_prefix !== options.redis_prefix
+      const isOther = isRenamed || !isDeepStrictEqual(other, cache)
       if (isOther) store = await openStore(changed, caches)
-      else
-        store.update({ periods: new Periods(changed.time_zone), onError: changed.on_store_error })
+      else store.update({ periods: new Periods(changed.time_zone), onError: onErrorOf(changed) })
       options = changed
-      cache = cacheOf(changed, caches)
+      cache = other
       if (isOther) await before.close()
     },
     observers,
@@ -250,7 +250,11 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   function watch(exchange: Exchange): void {
     watched.add(exchange)
     looking ??= setInterval(() => {
-      for (const each of watched) void lookAt(each)
+      for (const each of watched) {
+        lookAt(each).catch(error => {
+          fastify.log.warn({ reason: error.message }, 'no more could be reserved for a stream')
+        })
+      }
     }, LOOK_INTERVAL).unref()
   }
 
@@ -266,10 +270,14 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     if (left > AHEAD) return
     watched.delete(exchange)
     const isStopping = options.on_exhausted === 'stop' && options.mode === 'enforce'
-    const more = amount(model, { input: 0, output: STEP, cached: 0 })
-    const hasRoom = await from.extend(lease, spent, more, !isStopping)
-    if (exchange.closed) return
-    if (hasRoom || left > 0) return void watched.add(exchange)
+    let hasRoom = false
+    for (const output of STEPS) {
+      const more = amount(model, { input: 0, output, cached: 0 })
+      hasRoom = await from.extend(lease, spent, more, !isStopping)
+      if (exchange.closed) return
+      if (hasRoom) break
+    }
+    if (hasRoom || left > 0) return watch(exchange)
     for (const observer of observers) observer.stopped?.()
     exchange.interrupt(usedUp(lease.accounts.some(each => each.limits.total_quota > 0)), 'rejected')
   }
@@ -313,7 +321,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       cache,
       prefix: options.redis_prefix,
       periods: new Periods(options.time_zone),
-      onError: options.on_store_error,
+      onError: onErrorOf(options),
       log,
       ...(dataDir === undefined ? {} : { file: resolve(dataDir, 'replicas') }),
       onTrouble: () => {
@@ -369,6 +377,11 @@ function cacheOf({ storage, redis }: LimitsOptions, caches: Caches) {
   return storage === 'redis' ? caches.find(({ name }) => name === redis) : undefined
 }
 
+/** What only counts must not stand in the way. */
+function onErrorOf({ mode, on_store_error }: LimitsOptions): LimitsOptions['on_store_error'] {
+  return mode === 'shadow' ? 'allow' : on_store_error
+}
+
 function limitSets(options: LimitsOptions): [Issue['path'], Limits][] {
   const parts = ['global', 'per_key', 'per_user', 'per_model'] as const
   const named = (['users', 'models'] as const).flatMap(list =>
@@ -397,7 +410,8 @@ function accountsOf(request: FastifyRequest, options: LimitsOptions): Account[] 
   add('per_key', subject(request), own, caller?.spent)
   const user = caller?.userId
   if (user !== undefined) {
-    add('per_user', user, (options.enabled && options.users[user]) || of('per_user'))
+    const isNamed = options.enabled && Object.hasOwn(options.users, user)
+    add('per_user', user, isNamed ? options.users[user]! : of('per_user'))
   }
   const model = payload?.model
   if (model !== undefined) {
@@ -421,7 +435,8 @@ function hasBudget(accounts: readonly Account[]): boolean {
 
 /** Whose limits count: the caller's, or the address's (an IPv6 network's) where nobody is known. */
 function subject(request: FastifyRequest): string {
-  return request.caller?.id ?? `ip:${normalizeIP(request.ip)}`
+  // No key's id begins like this.
+  return request.caller?.id ?? `\n${normalizeIP(request.ip)}`
 }
 
 function toUnavailable(error: unknown): never {
