@@ -31,6 +31,8 @@ const START_TRIES = 3
 /** How long (ms) closing waits for what has been sent. */
 const CLOSE_TIMEOUT = 1_000
 const SEEDS = 100
+/** Accounts that are remembered while Redis is away; of more it is not told. */
+const MAX_UNSURE = 100_000
 const SHA = hash('sha1', SCRIPT)
 
 export interface RedisStoreOptions extends StoreSettings {
@@ -107,6 +109,8 @@ export class RedisStore implements LimitStore {
   #isSilent = false
   #replicas = 1
   #heardSince = 0
+  /** How much (ms) Redis' clock is ahead of this machine's: quotas are renewed by it. */
+  #ahead = 0
   #beating: Promise<void> | undefined
   readonly #timer: NodeJS.Timeout
   readonly #settling = new Set<Promise<void>>()
@@ -119,7 +123,8 @@ export class RedisStore implements LimitStore {
       read_timeout: Math.min(cache.read_timeout, STEP_TIMEOUT),
       dial_timeout: Math.min(cache.dial_timeout, STEP_TIMEOUT)
     })
-    const clock = time === undefined ? CLOCK : { now: time, time }
+    const redisTime = () => CLOCK.time() + this.#ahead
+    const clock = time === undefined ? { now: CLOCK.now, time: redisTime } : { now: time, time }
     this.#mirror = new MemoryStore(options.periods, undefined, clock)
     if (options.file !== undefined) this.#replicas = readCount(options.file)
     this.#timer = setInterval(() => void this.beat(), BEAT_INTERVAL).unref()
@@ -298,6 +303,7 @@ export class RedisStore implements LimitStore {
   #owe(accounts: readonly Account[], { requests, tokens, cost }: Debt): void {
     for (const account of accounts) {
       const id = idOf(account)
+      if (this.#unsure.size >= MAX_UNSURE && !this.#unsure.has(id)) continue
       const owed = this.#unsure.get(id) ?? { ...NO_DEBT, account }
       owed.account = account
       owed.requests += requests
@@ -339,6 +345,7 @@ export class RedisStore implements LimitStore {
     // Redis' Lua makes an object of an empty list.
     for (const hash of Array.isArray(revoked) ? revoked : []) this.#options.onRevoked?.(hash)
     this.#heardSince = now
+    this.#ahead = now - CLOCK.time()
   }
 
   /** A start without Redis has to know it. */
@@ -357,6 +364,7 @@ export class RedisStore implements LimitStore {
   async #join(): Promise<void> {
     const { epoch, now } = (await this.#ask('join', [], { fresh: randomUUID() })) as Answers['join']
     if (this.#heardSince === 0) this.#heardSince = now
+    this.#ahead = now - CLOCK.time()
     if (this.#epoch !== '' && this.#epoch !== epoch) {
       for (const { account } of this.#mirror.counters()) {
         this.#lost.add(idOf(account))
