@@ -32,7 +32,6 @@ import proxy, { ProxyOptions } from './plugins/proxy.ts'
 import usage, { UsageOptions } from './plugins/usage.ts'
 import type { OnDelivery } from './reporters/courier.ts'
 import { reporterIssues } from './reporters/reporters.ts'
-import adminRoutes from './routes/admin.ts'
 import anthropicRoutes from './routes/anthropic.ts'
 import healthRoutes from './routes/health.ts'
 import metricsRoutes from './routes/metrics.ts'
@@ -197,16 +196,21 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   }
   await fastify.register(admin, {
     ...options.admin,
-    routes: adminRoutes({
-      keys: () => fastify.keys.store(),
-      shared,
-      backends: fastify.backends,
-      usage: fastify.usage,
-      config() {
-        const { proxy: _, drain_delay: __, drain_timeout: ___, ...sections } = options
-        return { ...settings(), ...(masked(GatewayOptions, sections) as object) }
+    async routes(scope) {
+      // Only who serves them has them in memory.
+      const { default: adminRoutes } = await import('./routes/admin.ts')
+      const administered = {
+        keys: () => fastify.keys.store(),
+        shared,
+        backends: fastify.backends,
+        usage: fastify.usage,
+        config() {
+          const { proxy: _, drain_delay: __, drain_timeout: ___, ...sections } = options
+          return { ...settings(), ...(masked(GatewayOptions, sections) as object) }
+        }
       }
-    })
+      await scope.register(adminRoutes(administered))
+    }
   })
 
   // Closing: not ready any more, then no new calls; running answers may finish, what remains is ended honestly.

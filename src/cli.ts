@@ -5,8 +5,6 @@ import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import closeWithGrace from 'close-with-grace'
 import { CommandError } from './commands/command.ts'
-import { runKeys } from './commands/keys.ts'
-import { runUsage } from './commands/usage.ts'
 import { loadConfig } from './config.ts'
 import { followFile, type Server, startServer } from './server.ts'
 import { VERSION } from './version.ts'
@@ -51,8 +49,15 @@ try {
 
 /** @returns the exit code, or undefined while the server runs */
 async function run(args: string[]): Promise<number | undefined> {
-  if (args[0] === 'keys') return runKeys(args.slice(1), DATA_DIR, defaultConfig())
-  if (args[0] === 'usage') return runUsage(args.slice(1), DATA_DIR, defaultConfig())
+  // What serves does not need the commands, and they take memory.
+  if (args[0] === 'keys') {
+    const { runKeys } = await import('./commands/keys.ts')
+    return runKeys(args.slice(1), DATA_DIR, defaultConfig())
+  }
+  if (args[0] === 'usage') {
+    const { runUsage } = await import('./commands/usage.ts')
+    return runUsage(args.slice(1), DATA_DIR, defaultConfig())
+  }
   const { values, positionals } = parseArgs({
     // The original's only option was written with one dash.
     args: args.map(arg => arg.replace(/^-config(?==|$)/, '--config')),
