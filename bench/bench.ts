@@ -388,7 +388,7 @@ function check(participants: Participant[]): void {
   const of = (name: string) => participants.find(each => each.entrant.name === name)!.figures
   let isFine = true
   for (const [figure, most] of [
-    ['cpu µs/chunk', 2.5],
+    ['cpu µs/chunk', 3.5],
     ['cpu µs/request 2 KB', 6]
   ] as const) {
     const ratio = median(of('llmproxy')[figure]!) / median(of('reply-from')[figure]!)
