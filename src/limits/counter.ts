@@ -1,4 +1,4 @@
-import type { Limits } from './limits.ts'
+import { bucketOf, type Limits } from './limits.ts'
 import { SlidingWindow, TokenBucket } from './rates.ts'
 import {
   type Account,
@@ -108,12 +108,10 @@ export class Counter {
   }
 
   /** What was spent in this period. */
-  spent({ limits, spent: before }: Account, { period }: Moment): Amount {
+  spent(account: Account, { period }: Moment): Amount {
     // A clock may be behind the one by which the period began.
     if (this.spending !== undefined && this.spending.start >= period.start) return this.spending
-    const isOld = before?.at !== undefined && before.at < period.start
-    if (this.spending !== undefined || before === undefined || isOld) return { tokens: 0, cost: 0 }
-    return { tokens: 0, cost: 0, [limits.quota_unit]: before.amount }
+    return this.spending === undefined ? spentBefore(account, period) : NOTHING
   }
 
   requestsLeft({ limits }: Account, now: number): Left | undefined {
@@ -166,16 +164,20 @@ export class Counter {
   }
 
   #bucketOf(limits: Limits): TokenBucket | undefined {
-    const { burst_size, requests_per_minute, requests_per_second } = limits
-    const perSecond = requests_per_second || (burst_size > 0 ? requests_per_minute / 60 : 0)
+    const { perSecond, burst } = bucketOf(limits)
     if (perSecond === 0) {
       this.#bucket = undefined
       return undefined
     }
-    const burst = burst_size || perSecond * 2
     this.#bucket ??= new TokenBucket(perSecond, burst)
     this.#bucket.perSecond = perSecond
     this.#bucket.burst = burst
     return this.#bucket
   }
+}
+
+/** What an account had spent before it was first counted, if that was in this period. */
+export function spentBefore({ limits, spent }: Account, period: Period): Amount {
+  if (spent === undefined || (spent.at !== undefined && spent.at < period.start)) return NOTHING
+  return { ...NOTHING, [limits.quota_unit]: spent.amount }
 }

@@ -33,3 +33,10 @@ export type Limits = Static<typeof LimitSet>
 
 /** The limits that stand with a key replace, each for itself, those that every key has. */
 export type OwnLimits = Partial<Limits>
+
+/** The bucket that requests a second and a burst come to; 0 a second: there is none. */
+export function bucketOf(limits: Limits): { perSecond: number; burst: number } {
+  const { burst_size, requests_per_minute, requests_per_second } = limits
+  const perSecond = requests_per_second || (burst_size > 0 ? requests_per_minute / 60 : 0)
+  return { perSecond, burst: burst_size || perSecond * 2 }
+}

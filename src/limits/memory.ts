@@ -7,6 +7,7 @@ import {
   type Account,
   type Amount,
   type Call,
+  idOf,
   type Lease,
   type Left,
   type LimitStore,
@@ -211,10 +212,6 @@ export class MemoryStore implements LimitStore {
     const { size } = this.#counters
     this.#sweepAt = Math.max(SWEEP_AT, Math.min(MAX_SUBJECTS, size * 2), size + EVICTED / 10)
   }
-}
-
-export function idOf({ scope, id }: Account): string {
-  return `${scope}:${id}`
 }
 
 /** What of `spent` is new, and by how much less is held for it. */

@@ -1,4 +1,4 @@
-import { hash, randomUUID } from 'node:crypto'
+import { randomUUID } from 'node:crypto'
 import { readFileSync } from 'node:fs'
 import { mkdir, writeFile } from 'node:fs/promises'
 import { dirname } from 'node:path'
@@ -6,15 +6,16 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
 import { Redis } from '../store/redis.ts'
 import type { CacheOptions } from '../store/storage.ts'
-import { CLOCK, idOf, MemoryStore, tightest, toBook } from './memory.ts'
-import { SCRIPT } from './script.ts'
+import { bucketOf, type Limits } from './limits.ts'
+import { CLOCK, MemoryStore, tightest, toBook } from './memory.ts'
+import { type Answers, Orders, toLeft } from './orders.ts'
 import {
   type Account,
   type Amount,
   type Call,
+  idOf,
   isRefusal,
   type Lease,
-  type Left,
   type LimitStore,
   NOTHING,
   type Refusal,
@@ -33,7 +34,6 @@ const CLOSE_TIMEOUT = 1_000
 const SEEDS = 100
 /** Accounts that are remembered while Redis is away; of more it is not told. */
 const MAX_UNSURE = 100_000
-const SHA = hash('sha1', SCRIPT)
 
 export interface RedisStoreOptions extends StoreSettings {
   cache: CacheOptions
@@ -66,28 +66,6 @@ interface Owed extends Debt {
   account: Account
 }
 
-/** The answer of each operation of the script. */
-interface Answers {
-  reserve:
-    | { refused: Omit<Refusal, 'retryAfterMs'> & { wait: number } }
-    | { accounts: AccountState[] }
-  extend: { held: boolean }
-  settle: object
-  beat: { replicas: number; now: number; revoked: string[] | object }
-  join: { epoch: string; now: number }
-  seed: object
-  leave: object
-  revoke: object
-}
-
-interface AccountState {
-  spent_tokens: number
-  spent_cost: number
-  requests?: LeftState
-  tokens?: LeftState
-}
-type LeftState = [limit: number, remaining: number, resetMs: number]
-
 /**
  * Limits that several processes hold together, in Redis; one round trip a call.
  *
@@ -98,7 +76,7 @@ type LeftState = [limit: number, remaining: number, resetMs: number]
 export class RedisStore implements LimitStore {
   #options: RedisStoreOptions
   readonly #redis: Redis
-  readonly #replica = randomUUID()
+  readonly #orders: Orders
   readonly #mirror: MemoryStore
   /** Accounts that Redis may see differently. */
   readonly #unsure = new Map<string, Owed>()
@@ -126,6 +104,8 @@ export class RedisStore implements LimitStore {
     const redisTime = () => CLOCK.time() + this.#ahead
     const clock = time === undefined ? { now: CLOCK.now, time: redisTime } : { now: time, time }
     this.#mirror = new MemoryStore(options.periods, undefined, clock)
+    const periodOf = (limits: Limits) => this.#mirror.periodOf(limits)
+    this.#orders = new Orders(this.#redis, options.prefix, randomUUID(), periodOf, time)
     if (options.file !== undefined) this.#replicas = readCount(options.file)
     this.#timer = setInterval(() => void this.beat(), BEAT_INTERVAL).unref()
   }
@@ -265,12 +245,10 @@ export class RedisStore implements LimitStore {
     const mirror = this.#mirror.reserveNow({ ...call, accounts, force })
     if (isRefusal(mirror)) {
       const account = call.accounts.find(({ scope }) => scope === mirror.scope)!
-      const { requests_per_minute, burst_size, ...limits } = account.limits
-      const rate = limits.requests_per_second || (burst_size > 0 ? requests_per_minute / 60 : 0)
+      const { limits } = account
       const max = {
         ...limits,
-        requests_per_minute,
-        requests_per_second: rate,
+        requests_per_second: bucketOf(limits).perSecond,
         reserved_quota: limits.total_quota
       }[mirror.limit]
       return { ...mirror, max }
@@ -331,7 +309,7 @@ export class RedisStore implements LimitStore {
 
   async #beat(): Promise<void> {
     if (!this.#isJoined) return this.#join()
-    const answer = await this.#ask('beat', [], { since: this.#heardSince })
+    const answer = await this.#orders.ask('beat', [], { since: this.#heardSince })
     if ('lost' in answer) {
       this.#fail(new Error('it does not know this process any more'))
       return this.#join()
@@ -362,7 +340,9 @@ export class RedisStore implements LimitStore {
 
   /** Tells Redis what this process has, and what it has not heard of. */
   async #join(): Promise<void> {
-    const { epoch, now } = (await this.#ask('join', [], { fresh: randomUUID() })) as Answers['join']
+    const { epoch, now } = (await this.#orders.ask('join', [], {
+      fresh: randomUUID()
+    })) as Answers['join']
     if (this.#heardSince === 0) this.#heardSince = now
     this.#ahead = now - CLOCK.time()
     if (this.#epoch !== '' && this.#epoch !== epoch) {
@@ -376,7 +356,9 @@ export class RedisStore implements LimitStore {
     this.#isJoined = true
     if (this.#isSilent) this.#options.log.info('limits: Redis is back')
     this.#isSilent = false
-    const heard = (await this.#ask('beat', [], { since: this.#heardSince })) as Answers['beat']
+    const heard = (await this.#orders.ask('beat', [], {
+      since: this.#heardSince
+    })) as Answers['beat']
     this.#hear(heard)
   }
 
@@ -400,8 +382,8 @@ export class RedisStore implements LimitStore {
       }
     })
     try {
-      const accounts = seeds.map(({ account, own }) => ({ ...this.#toOrder(account), own }))
-      await this.#ask(
+      const accounts = seeds.map(({ account, own }) => ({ ...this.#orders.account(account), own }))
+      await this.#orders.ask(
         'seed',
         seeds.map(({ account }) => account),
         { accounts }
@@ -420,62 +402,14 @@ export class RedisStore implements LimitStore {
     order: object
   ): Promise<Answers[Op]> {
     try {
-      const orders = accounts.map(each => this.#toOrder(each))
-      const answer = await this.#ask(op, accounts, { ...order, accounts: orders })
+      const orders = accounts.map(each => this.#orders.account(each))
+      const answer = await this.#orders.ask(op, accounts, { ...order, accounts: orders })
       if ('lost' in answer) throw new Error('it does not know this process any more')
       return answer
     } catch (error) {
       this.#fail(error as Error)
       void this.beat()
       throw error
-    }
-  }
-
-  async #ask<Op extends keyof Answers>(
-    op: Op,
-    accounts: readonly Account[],
-    order: object
-  ): Promise<Answers[Op] | { lost: true }> {
-    const tag = `${this.#options.prefix}:{limits}`
-    const names = accounts.map(each => `${tag}:${hash('sha256', idOf(each)).slice(0, 32)}`)
-    const keys = [`${tag}:replicas`, `${tag}:epoch`, `${tag}:revoked`, ...names]
-    const json = JSON.stringify({
-      op,
-      replica: this.#replica,
-      time: this.#options.time?.(),
-      ...order
-    })
-    const text = await this.#redis.run(async client => {
-      const rest = [String(keys.length), ...keys, json]
-      try {
-        return await client.sendCommand(['EVALSHA', SHA, ...rest])
-      } catch (error) {
-        if (!String((error as Error).message).startsWith('NOSCRIPT')) throw error
-        return client.sendCommand(['EVAL', SCRIPT, ...rest])
-      }
-    })
-    return JSON.parse(String(text))
-  }
-
-  /** An account as the script reads it. */
-  #toOrder({ scope, limits, spent }: Account): object {
-    const { requests_per_second, requests_per_minute, burst_size, total_quota } = limits
-    const { tokens_per_minute, max_concurrent, quota_unit } = limits
-    const rate = requests_per_second || (burst_size > 0 ? requests_per_minute / 60 : 0)
-    const { start, end } = this.#mirror.periodOf(limits)
-    const isOld = spent?.at !== undefined && spent.at < start
-    return {
-      scope,
-      rate,
-      burst: burst_size || rate * 2,
-      requests_per_minute,
-      tokens_per_minute,
-      max_concurrent,
-      total_quota,
-      quota_unit,
-      start,
-      finish: Number.isFinite(end) ? end : 0,
-      before: { ...NOTHING, ...(spent && !isOld ? { [quota_unit]: spent.amount } : {}) }
     }
   }
 }
@@ -488,10 +422,4 @@ function readCount(file: string): number {
   } catch {
     return 1
   }
-}
-
-function toLeft(state: LeftState | undefined): Left | undefined {
-  if (state === undefined) return undefined
-  const [limit, remaining, resetMs] = state
-  return { limit, remaining, resetMs }
 }

@@ -110,3 +110,8 @@ export class StoreError extends Error {
 export function isRefusal(result: Lease | Refusal): result is Refusal {
   return 'scope' in result
 }
+
+/** The name of a subject among all of them. */
+export function idOf({ scope, id }: Account): string {
+  return `${scope}:${id}`
+}

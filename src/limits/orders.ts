@@ -1,0 +1,108 @@
+import { hash } from 'node:crypto'
+import type { Redis } from '../store/redis.ts'
+import { type Period, spentBefore } from './counter.ts'
+import { bucketOf, type Limits } from './limits.ts'
+import { SCRIPT } from './script.ts'
+import { type Account, idOf, type Left, type Refusal } from './store.ts'
+
+/** How {@link SCRIPT} is asked, and what it answers. */
+
+const SHA = hash('sha1', SCRIPT)
+
+/** The answer of each operation of the script. */
+export interface Answers {
+  reserve:
+    | { refused: Omit<Refusal, 'retryAfterMs'> & { wait: number } }
+    | { accounts: AccountState[] }
+  extend: { held: boolean }
+  settle: object
+  beat: { replicas: number; now: number; revoked: string[] | object }
+  join: { epoch: string; now: number }
+  seed: object
+  leave: object
+  revoke: object
+}
+
+interface AccountState {
+  spent_tokens: number
+  spent_cost: number
+  requests?: LeftState
+  tokens?: LeftState
+}
+type LeftState = [limit: number, remaining: number, resetMs: number]
+
+/** The operations of the script, in one Redis. */
+export class Orders {
+  readonly #redis: Redis
+  readonly #prefix: string
+  readonly #replica: string
+  readonly #time: (() => number) | undefined
+  readonly #periodOf: (limits: Limits) => Period
+
+  /**
+   * @param prefix begins all names
+   * @param time in place of Redis' clock (Unix ms), for tests
+   */
+  constructor(
+    redis: Redis,
+    prefix: string,
+    replica: string,
+    periodOf: (limits: Limits) => Period,
+    time?: () => number
+  ) {
+    this.#redis = redis
+    this.#prefix = prefix
+    this.#replica = replica
+    this.#periodOf = periodOf
+    this.#time = time
+  }
+
+  async ask<Op extends keyof Answers>(
+    op: Op,
+    accounts: readonly Account[],
+    order: object
+  ): Promise<Answers[Op] | { lost: true }> {
+    const tag = `${this.#prefix}:{limits}`
+    const names = accounts.map(each => `${tag}:${hash('sha256', idOf(each)).slice(0, 32)}`)
+    const keys = [`${tag}:replicas`, `${tag}:epoch`, `${tag}:revoked`, ...names]
+    const json = JSON.stringify({ op, replica: this.#replica, time: this.#time?.(), ...order })
+    const text = await this.#redis.run(async client => {
+      const rest = [String(keys.length), ...keys, json]
+      try {
+        return await client.sendCommand(['EVALSHA', SHA, ...rest])
+      } catch (error) {
+        if (!String((error as Error).message).startsWith('NOSCRIPT')) throw error
+        return client.sendCommand(['EVAL', SCRIPT, ...rest])
+      }
+    })
+    return JSON.parse(String(text))
+  }
+
+  /** An account as the script reads it. */
+  account(account: Account): object {
+    const { scope, limits } = account
+    const { requests_per_minute, tokens_per_minute, max_concurrent } = limits
+    const { total_quota, quota_unit } = limits
+    const { perSecond: rate, burst } = bucketOf(limits)
+    const period = this.#periodOf(limits)
+    return {
+      scope,
+      rate,
+      burst,
+      requests_per_minute,
+      tokens_per_minute,
+      max_concurrent,
+      total_quota,
+      quota_unit,
+      start: period.start,
+      finish: Number.isFinite(period.end) ? period.end : 0,
+      before: spentBefore(account, period)
+    }
+  }
+}
+
+export function toLeft(state: LeftState | undefined): Left | undefined {
+  if (state === undefined) return undefined
+  const [limit, remaining, resetMs] = state
+  return { limit, remaining, resetMs }
+}
