@@ -6,11 +6,11 @@ import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
 import type { Gateway } from './app.ts'
 import type { Config } from './config.ts'
+import { openMemoryStore } from './limits/memory.ts'
 import { Periods } from './limits/period.ts'
 import { type LimitAnswer, type LimitQuestion, RemoteLeases, RemoteStore } from './limits/remote.ts'
 import { collectGarbage } from './memory.ts'
 import type { News, OutboxState, Peers } from './peers.ts'
-import { openMemoryStore } from './plugins/limits.ts'
 import { toKeeping, usageFile } from './plugins/usage.ts'
 import type { Delivery } from './reporters/courier.ts'
 import { Outbox } from './reporters/outbox.ts'
@@ -77,7 +77,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     log,
     countDelivery
   )
-  const limits = await openMemoryStore(config.rate_limit, dataDir, log)
+  const limits = await openMemoryStore(config.rate_limit.time_zone, dataDir, log)
   cluster.setupPrimary({ args: [] })
 
   const urls = await Promise.all(Array.from({ length: workerCount(config) }, start)).catch(

@@ -1,7 +1,9 @@
+import { resolve } from 'node:path'
+import type { FastifyBaseLogger } from 'fastify'
 import { Counter, type Moment, type Period } from './counter.ts'
 import type { Limits } from './limits.ts'
-import type { Periods } from './period.ts'
-import type { Quotas } from './quotas.ts'
+import { Periods } from './period.ts'
+import { Quotas } from './quotas.ts'
 import type { SlidingWindow } from './rates.ts'
 import {
   type Account,
@@ -212,6 +214,17 @@ export class MemoryStore implements LimitStore {
     const { size } = this.#counters
     this.#sweepAt = Math.max(SWEEP_AT, Math.min(MAX_SUBJECTS, size * 2), size + EVICTED / 10)
   }
+}
+
+/** Counts in this process; what was spent of quotas outlives a restart in a file, where there is a directory. */
+export async function openMemoryStore(
+  timeZone: string,
+  dataDir: string | undefined,
+  log: FastifyBaseLogger
+): Promise<MemoryStore> {
+  const periods = new Periods(timeZone)
+  if (dataDir === undefined) return new MemoryStore(periods)
+  return new MemoryStore(periods, await Quotas.open(resolve(dataDir, 'limits.db'), log))
 }
 
 /** What of `spent` is new, and by how much less is held for it. */

@@ -1,18 +1,22 @@
 import { resolve } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import rateLimit, { normalizeIP } from '@fastify/rate-limit'
-import type { FastifyBaseLogger, FastifyPluginAsync, FastifyRequest } from 'fastify'
+import type { FastifyPluginAsync, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
-import { type Static, Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
-import type { Issue } from '../issues.ts'
-import { matchesModel } from '../keys/key.ts'
 import { limitHeaders } from '../limits/headers.ts'
-import { LimitSet, type Limits, limitFields } from '../limits/limits.ts'
-import { MemoryStore } from '../limits/memory.ts'
-import { isTimeZone, Periods } from '../limits/period.ts'
-import { Quotas } from '../limits/quotas.ts'
+import { openMemoryStore } from '../limits/memory.ts'
+import { Periods } from '../limits/period.ts'
+import {
+  type Asker,
+  accountsOf,
+  cacheOf,
+  hasBudget,
+  LimitsOptions,
+  onErrorOf,
+  redisIssues
+} from '../limits/policy.ts'
 import { RedisStore } from '../limits/redis.ts'
 import { tooMany, usedUp } from '../limits/refusal.ts'
 import {
@@ -23,13 +27,11 @@ import {
   type LimitStore,
   NOTHING,
   type Refusal,
-  type Scope,
   StoreError
 } from '../limits/store.ts'
 import { Typical } from '../limits/typical.ts'
-import { checkOptions, type Given, NotBuilt, OptionsError, Section } from '../options.ts'
-import { StorageOptions, storageIssues } from '../store/storage.ts'
-import type { UsageOptions } from './usage.ts'
+import { checkOptions, type Given, OptionsError } from '../options.ts'
+import { StorageOptions } from '../store/storage.ts'
 
 /**
  * Limits: how many requests and tokens, how many calls at the same time, and how much in a day or a month;
@@ -41,67 +43,6 @@ import type { UsageOptions } from './usage.ts'
  * await fastify.register(limits, { per_key: { requests_per_minute: 60, max_concurrent: 3 } })
  * fastify.get('/hello', async () => 'hello')
  */
-
-const part = (description: string) =>
-  Section(
-    { enabled: Type.Boolean({ default: true, description: 'Switches these on' }), ...limitFields },
-    description
-  )
-const named = (description: string) =>
-  Type.Record(Type.String({ minLength: 1 }), LimitSet, { default: {}, description })
-
-export const LimitsOptions = Section(
-  {
-    enabled: Type.Boolean({
-      default: false,
-      description: 'Switches these limits on; those that stand with a key always hold'
-    }),
-    mode: Type.Enum(['enforce', 'shadow'], {
-      default: 'enforce',
-      description: 'shadow: refuses nothing, but counts and logs what would have been refused'
-    }),
-    storage: Type.Enum(['memory', 'redis'], {
-      default: 'memory',
-      description: 'memory: counted in this process; redis: for all processes that share it'
-    }),
-    redis: Type.String({
-      default: 'default',
-      description: 'For storage: redis, its name in storage.caches'
-    }),
-    redis_prefix: Type.String({
-      minLength: 1,
-      default: 'llmproxy',
-      description: 'Begins all names in Redis; gateways with the same one share their limits'
-    }),
-    on_store_error: Type.Enum(['local', 'allow', 'deny'], {
-      default: 'local',
-      description:
-        'While Redis is away: local: each process lets its share through; allow: everything; deny: 503'
-    }),
-    on_exhausted: Type.Enum(['finish', 'stop'], {
-      default: 'finish',
-      description:
-        'A stream that would go beyond a budget of tokens or money: is finished, or ended with an error'
-    }),
-    time_zone: Type.String({
-      default: 'UTC',
-      check: isTimeZone,
-      expects: 'a time zone such as Europe/Berlin',
-      description: 'By whose midnight quotas are renewed'
-    }),
-    script: NotBuilt('Script that decides'),
-    global: part('For everybody together'),
-    per_key: part('For each API key'),
-    per_user: part('For each user_id'),
-    per_model: part('For each model'),
-    users: named('Users who have other limits than per_user'),
-    models: named(
-      'Models, * as a wildcard, that have others than per_model; the first that fits counts'
-    )
-  },
-  'How much may be asked'
-)
-export type LimitsOptions = Static<typeof LimitsOptions>
 
 /** The options of the plugin; `caches` has the Redis that they name. */
 export type GivenLimitsOptions = Given<LimitsOptions> & Pick<Given<StorageOptions>, 'caches'>
@@ -173,7 +114,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   // A look before the body is read, so that a caller who is over costs no upload.
   fastify.addHook('onRequest', (request, _reply, done) => {
     if (request.routeOptions.config.rateLimit === false || options.mode === 'shadow') return done()
-    const refusal = store.look(accountsOf(request, options))
+    const refusal = store.look(accountsOf(askerOf(request), options))
     if (refusal !== undefined) throw refuse(refusal, request.exchange)
     done()
   })
@@ -205,7 +146,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   })
 
   async function reserve(exchange: Exchange): Promise<void> {
-    const accounts = accountsOf(exchange.request, options)
+    const accounts = accountsOf(askerOf(exchange.request), options)
     if (accounts.length > 0) {
       const call = { accounts, ...expectation(exchange, accounts) }
       const from = store
@@ -316,7 +257,8 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   async function openStore(options: LimitsOptions, caches: Caches): Promise<LimitStore> {
     const { log, dataDir, peers } = fastify
     const cache = cacheOf(options, caches)
-    if (cache === undefined) return peers?.limits ?? openMemoryStore(options, dataDir, log)
+    if (cache === undefined)
+      return peers?.limits ?? openMemoryStore(options.time_zone, dataDir, log)
     const redis = new RedisStore({
       cache,
       prefix: options.redis_prefix,
@@ -336,107 +278,14 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   }
 }
 
-/** Counts in this process; what was spent of quotas outlives a restart in a file, where there is a directory. */
-export async function openMemoryStore(
-  { time_zone }: LimitsOptions,
-  dataDir: string | undefined,
-  log: FastifyBaseLogger
-): Promise<MemoryStore> {
-  const periods = new Periods(time_zone)
-  if (dataDir === undefined) return new MemoryStore(periods)
-  return new MemoryStore(periods, await Quotas.open(resolve(dataDir, 'limits.db'), log))
-}
-
-/** Why these limits cannot be held. */
-export function limitIssues(
-  options: LimitsOptions,
-  { prices }: UsageOptions,
-  { caches }: StorageOptions
-): Issue[] {
-  const issues = redisIssues(options, caches)
-  for (const [path, limits] of limitSets(options)) {
-    const { burst_size, requests_per_second, requests_per_minute } = limits
-    if (burst_size && !requests_per_second && !requests_per_minute) {
-      const message = 'needs requests_per_second or requests_per_minute beside it'
-      issues.push({ path: [...path, 'burst_size'], message })
-    }
-    if (limits.quota_unit === 'cost' && limits.total_quota > 0 && prices.length === 0) {
-      issues.push({ path: [...path, 'quota_unit'], message: 'needs usage.prices to count by' })
-    }
-  }
-  return issues
-}
-
-function redisIssues(options: LimitsOptions, caches: Caches): Issue[] {
-  if (options.storage === 'memory' || !options.enabled) return []
-  return storageIssues({ caches, databases: [] }, 'caches', options.redis, ['redis'])
-}
-
-/** The Redis that counts; undefined: this process does. */
-function cacheOf({ storage, redis }: LimitsOptions, caches: Caches) {
-  return storage === 'redis' ? caches.find(({ name }) => name === redis) : undefined
-}
-
-/** What only counts must not stand in the way. */
-function onErrorOf({ mode, on_store_error }: LimitsOptions): LimitsOptions['on_store_error'] {
-  return mode === 'shadow' ? 'allow' : on_store_error
-}
-
-function limitSets(options: LimitsOptions): [Issue['path'], Limits][] {
-  const parts = ['global', 'per_key', 'per_user', 'per_model'] as const
-  const named = (['users', 'models'] as const).flatMap(list =>
-    Object.entries(options[list]).map(([name, limits]): [Issue['path'], Limits] => [
-      [list, name],
-      limits
-    ])
-  )
-  return [...parts.map((name): [Issue['path'], Limits] => [[name], options[name]]), ...named]
-}
-
-const NONE = checkOptions(LimitSet, {})
-
-/** Whose limits a request is held to, and which. */
-function accountsOf(request: FastifyRequest, options: LimitsOptions): Account[] {
-  const { caller, payload } = request
-  const accounts: Account[] = []
-  const add = (scope: Scope, id: string, limits: Limits, spent?: Account['spent']) => {
-    if (isAny(limits)) accounts.push({ scope, id, limits, spent })
-  }
-  const of = (name: 'global' | 'per_key' | 'per_user' | 'per_model') =>
-    options.enabled && options[name].enabled ? options[name] : NONE
-  add('global', '', of('global'))
-  const perKey = of('per_key')
-  const own = caller?.limits === undefined ? perKey : { ...perKey, ...caller.limits }
-  add('per_key', subject(request), own, caller?.spent)
-  const user = caller?.userId
-  if (user !== undefined) {
-    const isNamed = options.enabled && Object.hasOwn(options.users, user)
-    add('per_user', user, isNamed ? options.users[user]! : of('per_user'))
-  }
-  const model = payload?.model
-  if (model !== undefined) {
-    const named = options.enabled
-      ? Object.entries(options.models).find(([pattern]) => matchesModel([pattern], model))
-      : undefined
-    add('per_model', model, named?.[1] ?? of('per_model'))
-  }
-  return accounts
-}
-
-function isAny(limits: Limits): boolean {
-  const { requests_per_second, requests_per_minute, tokens_per_minute } = limits
-  const rates = requests_per_second + requests_per_minute + tokens_per_minute
-  return rates + limits.max_concurrent + limits.total_quota > 0
-}
-
-function hasBudget(accounts: readonly Account[]): boolean {
-  return accounts.some(({ limits }) => limits.tokens_per_minute + limits.total_quota > 0)
-}
-
 /** Whose limits count: the caller's, or the address's (an IPv6 network's) where nobody is known. */
 function subject(request: FastifyRequest): string {
   // No key's id begins like this.
   return request.caller?.id ?? `\n${normalizeIP(request.ip)}`
+}
+
+function askerOf(request: FastifyRequest): Asker {
+  return { caller: request.caller, subject: subject(request), model: request.payload?.model }
 }
 
 function toUnavailable(error: unknown): never {
