@@ -166,15 +166,16 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   await fastify.register(auth, { ...options.auth, storage: options.storage })
   // What is asked? The body stays the bytes that came.
   await fastify.register(payload)
-  // May it be asked now? The last question, so that a refused call has cost nothing.
-  await fastify.register(limits, { ...options.rate_limit, caches: options.storage.caches })
-  const shared = shareKeyChanges(fastify)
-  // Who answers, and how the answer comes back.
+  // Does anybody have that model?
   await fastify.register(backends, {
     backends: options.backends,
     routing: options.routing,
     health_check: options.health_check
   })
+  // May it be asked now? The last question, so that a refused call has cost nothing.
+  await fastify.register(limits, { ...options.rate_limit, caches: options.storage.caches })
+  const shared = shareKeyChanges(fastify)
+  // How does the answer come back?
   await fastify.register(proxy, options.proxy ?? {})
   // What did it cost? Read from the answer as it passes, and reported when it is over.
   await fastify.register(metering)

@@ -18,6 +18,7 @@ const STATUS = {
   model_not_allowed: 403,
   key_refused: 403,
   not_found: 404,
+  model_not_found: 404,
   method_not_allowed: 405,
   request_timeout: 408,
   conflict: 409,
@@ -89,4 +90,16 @@ export function toGatewayError(error: unknown): GatewayError {
   return new GatewayError('internal_error', 'The gateway failed to handle this request.', {
     cause: error
   })
+}
+
+/** More of a model's name than this (characters) is not said back. */
+const MAX_NAME = 200
+
+/** As OpenAI says it, and without a word of the models there are. */
+export function modelNotFound(model: string): GatewayError {
+  const name = model.length > MAX_NAME ? `${model.slice(0, MAX_NAME)}...` : model
+  return new GatewayError(
+    'model_not_found',
+    `The model \`${name}\` does not exist or you do not have access to it.`
+  )
 }

@@ -159,6 +159,11 @@ export class Exchange {
     this.clientIp = request.ip
   }
 
+  /** The model that is asked for, as the client names it. */
+  get model(): string | undefined {
+    return this.request.payload?.model
+  }
+
   /** Ends it honestly now: with an error, or an error event and a broken connection. */
   interrupt(error: GatewayError, outcome: Outcome = 'timed_out'): void {
     this.fail(outcome, error)

@@ -39,7 +39,6 @@ const UNSUPPORTED = new Set([
   'scripts',
   'routing.model_mapping',
   'backends.id',
-  'backends.models',
   'backends.paths',
   'auth.pipeline.lua_script',
   'auth.pipeline.lua_script_file'

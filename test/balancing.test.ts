@@ -21,6 +21,7 @@ function backends(t: TestContext, ...weights: number[]): Backend[] {
       name: 'ABCDEF'[index]!,
       url: 'http://127.0.0.1:1',
       weight,
+      models: undefined,
       headers: {},
       timeout: 0,
       connectTimeout: 0,

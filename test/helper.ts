@@ -112,7 +112,11 @@ export type Answerer = (
 ) => unknown
 
 /** Starts a backend that answers as it is told. */
-export async function fakeBackend(t: TestContext, answer: Answerer): Promise<FakeBackend> {
+export async function fakeBackend(
+  t: TestContext,
+  answer: Answerer,
+  { listsModels = false } = {}
+): Promise<FakeBackend> {
   const requests: SeenRequest[] = []
   const closes = new WeakMap<Socket, Promise<unknown>>()
   const waiting = new Set<() => void>()
@@ -133,6 +137,13 @@ export async function fakeBackend(t: TestContext, answer: Answerer): Promise<Fak
       rawHeaders: raw.rawHeaders,
       body: Buffer.concat(chunks).toString(),
       closed
+    }
+    // The gateway itself asks for its models; a test that is about them says so.
+    if (!listsModels && raw.headers['user-agent']?.startsWith('llmproxy/')) {
+      if (raw.url === '/v1/models' || raw.url === '/api/tags') {
+        response.writeHead(404).end()
+        return
+      }
     }
     requests.push(request)
     for (const look of waiting) look()

@@ -2,6 +2,8 @@ import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type DemoBackend, startDemo } from '../demo.ts'
+import { modelNotFound } from '../errors.ts'
+import type {} from '../exchange.ts'
 import type { Distinct } from '../issues.ts'
 import {
   checkOptions,
@@ -13,7 +15,9 @@ import {
   Section
 } from '../options.ts'
 import type { AttemptResult } from '../pool/attempt.ts'
+import { Discovery } from '../pool/discovery.ts'
 import { type HealthCheck, HealthChecker } from '../pool/health.ts'
+import { listModels, type ModelCard } from '../pool/models.ts'
 import { Pool, type PoolConfig } from '../pool/pool.ts'
 import { strategies } from '../pool/strategies.ts'
 
@@ -45,6 +49,13 @@ const BackendOptions = Type.Object(
       description: 'Base URL, with or without /v1; demo:// is a backend that is built in'
     }),
     weight: Type.Integer({ minimum: 1, default: 1, description: 'Share of the calls' }),
+    models: Type.Optional(
+      Type.Array(Type.String({ minLength: 1 }), {
+        minItems: 1,
+        expects: 'a list of at least one model',
+        description: 'The models it serves, * as a wildcard; those it lists itself if left out'
+      })
+    ),
     api_key: Type.Optional(
       Type.String({
         pattern: '^[\\x21-\\x7e]+$',
@@ -94,6 +105,17 @@ const RoutingOptions = Section(
         })
       },
       'More attempts, as long as the client has not had a byte'
+    ),
+    model_discovery: Section(
+      {
+        enabled: Type.Boolean({
+          default: true,
+          description: 'false: without models of its own a backend takes every call'
+        }),
+        interval: Duration('60s', 'Time between two questions'),
+        timeout: Duration('5s', 'How long an answer may take')
+      },
+      'Backends are asked which models they have'
     ),
     fallback: NotBuilt('Other backends for some models'),
     script: NotBuilt('Script that chooses')
@@ -154,6 +176,8 @@ declare module 'fastify' {
 export interface Backends {
   readonly pool: Pool
   readonly onAttempt: ((backend: string, result: AttemptResult) => void)[]
+  /** All models that are known, as their backends show them; undefined when no backend's are. */
+  models(): ModelCard[] | undefined
   update(options: BackendsOptions): Promise<void>
   /** Base URL of the demo backend, when it is in use. */
   readonly demoUrl: string | undefined
@@ -165,6 +189,7 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
 ) {
   const options = checkOptions(BackendsOptions, given)
   const checker = new HealthChecker(fastify.log)
+  const discovery = new Discovery(fastify.log)
   let demo: DemoBackend | undefined
   const withDemo = async (changed: BackendsOptions) => {
     // The original's reference file has it, so it must not stop a start.
@@ -175,22 +200,37 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     return toPool(changed, demo?.url)
   }
   const pool = new Pool(await withDemo(options))
-  checker.watch(pool.backends, toHealthCheck(options))
+  const watch = ({ health_check, routing }: BackendsOptions) => {
+    checker.watch(pool.backends, toHealthCheck(health_check))
+    discovery.watch(pool.backends, routing.model_discovery)
+  }
+  watch(options)
 
   fastify.decorate('backends', {
     pool,
     onAttempt: [],
+    models: () => listModels(pool.backends),
     get demoUrl() {
       return demo?.url
     },
     async update(changed) {
       pool.update(await withDemo(changed))
-      checker.watch(pool.backends, toHealthCheck(changed))
+      watch(changed)
     }
   } satisfies Backends)
 
+  // Before a limit is asked: a model that nobody has costs nothing.
+  fastify.addHook('preHandler', (request, _reply, done) => {
+    const model = request.exchange?.model
+    if (model === undefined || pool.serves(model)) return done()
+    discovery
+      .refresh()
+      .then(() => done(pool.serves(model) ? undefined : modelNotFound(model)), done)
+  })
+
   fastify.addHook('onClose', async () => {
     checker.stop()
+    discovery.stop()
     await pool.destroy()
     await demo?.close()
   })
@@ -203,6 +243,7 @@ function toPool({ backends, routing }: BackendsOptions, demoUrl: string | undefi
       name: nameOf(backend)!,
       url: backend.url === DEMO ? demoUrl! : backend.url,
       weight: backend.weight,
+      models: backend.models,
       headers: {
         ...(backend.api_key === undefined ? {} : { authorization: `Bearer ${backend.api_key}` }),
         ...lowerCased(backend.headers)
@@ -223,7 +264,7 @@ function toPool({ backends, routing }: BackendsOptions, demoUrl: string | undefi
   }
 }
 
-function toHealthCheck({ health_check: check }: BackendsOptions): HealthCheck {
+function toHealthCheck(check: BackendsOptions['health_check']): HealthCheck {
   return {
     enabled: check.enabled,
     interval: check.interval,

@@ -1,6 +1,7 @@
 import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { buildConnector, Client, type Dispatcher, Pool as Sockets } from 'undici'
+import type { ModelCard } from './models.ts'
 
 /** One inference server as it is configured. Times in milliseconds. */
 export interface BackendConfig {
@@ -8,6 +9,8 @@ export interface BackendConfig {
   /** Base URL; a trailing slash or `/v1` is no part of it. */
   url: string
   weight: number
+  /** The models it serves, `*` as a wildcard; what it lists itself if left out. */
+  models: string[] | undefined
   /** Sent with every request, over the client's own. */
   headers: Record<string, string>
   /** Time to the first byte of the answer's body, to a connection, and between two chunks. */
@@ -79,6 +82,8 @@ export class Live {
   streamedAt = Number.NEGATIVE_INFINITY
   /** An active check has been made. */
   isProbed = false
+  /** What it lists itself, by id; undefined as long as that is not known. */
+  models: ReadonlyMap<string, ModelCard> | undefined
   /** Smooth weighted round robin keeps its place here. */
   currentWeight = 0
   readonly origin: string

@@ -162,7 +162,7 @@ class Delivery implements AttemptOwner, Work {
   #plan(kind: FailureKind, isSent: boolean): number | undefined {
     if (this.#exchange.closed || !this.#canResend()) return undefined
     const { enabled, retryOn, maxRetries, maxWait, initialWait, multiplier } = this.#lineup.retry
-    const candidates = this.#lineup.candidates(this.#exchange.pinned)
+    const candidates = this.#lineup.candidates(this.#exchange)
     const another = candidates.some(each => !this.#tried.includes(each))
     // A connection that was refused has cost nobody anything.
     if (!isSent && another) return 0
@@ -188,7 +188,7 @@ class Delivery implements AttemptOwner, Work {
   }
 
   #next(): void {
-    const backend = this.#lineup.pick(this.#tried, this.#exchange.pinned)
+    const backend = this.#lineup.pick(this.#tried, this.#exchange)
     if (backend !== undefined) {
       this.#exchange.attempts++
       return this.#send(backend)

@@ -1,5 +1,6 @@
 import { isDeepStrictEqual } from 'node:util'
 import { Backend, type BackendConfig, type Live } from './backend.ts'
+import { serves } from './models.ts'
 import { type StrategyName, strategies } from './strategies.ts'
 
 /** When and how often another attempt is made. Times in milliseconds. */
@@ -21,6 +22,13 @@ export interface PoolConfig {
   retry: RetryPolicy
 }
 
+/** What a call needs of its backend. */
+export interface Wanted {
+  /** Name of the backend that holds what it is about. */
+  pinned: string | undefined
+  model: string | undefined
+}
+
 /**
  * The backends as one configuration has them, and how one of them is chosen. A request goes through
  * all its attempts with the lineup it began with.
@@ -39,17 +47,19 @@ export class Lineup {
   }
 
   /**
-   * The backends that may be given work. `pinned` (a name) is the only one that can serve a call
-   * about what it holds; if it has left any other may say so.
+   * The backends that may be given this call. The one it is `pinned` to (by name) is the only one that can
+   * serve a call about what it holds; if it has left any other may say so.
    */
-  candidates(pinned?: string): Backend[] {
+  candidates({ pinned, model }: Wanted): Backend[] {
     const holder = pinned && this.backends.find(each => each.name === pinned)
-    return (holder ? [holder] : this.backends).filter(each => each.available)
+    return (holder ? [holder] : this.backends).filter(
+      each => each.available && (holder || model === undefined || serves(each, model))
+    )
   }
 
   /** The backend for the next attempt, or undefined when none that may be used is available. */
-  pick(exclude: readonly Backend[], pinned?: string): Backend | undefined {
-    const candidates = this.candidates(pinned).filter(each => !exclude.includes(each))
+  pick(exclude: readonly Backend[], wanted: Wanted): Backend | undefined {
+    const candidates = this.candidates(wanted).filter(each => !exclude.includes(each))
     return candidates.length < 2 ? candidates[0] : this.#strategy(candidates, performance.now())
   }
 }
@@ -106,6 +116,11 @@ export class Pool {
     for (const lineup of this.#lineups)
       for (const each of lineup.backends) all.set(each.live, each.name)
     return [...all].map(([live, name]) => ({ name, live }))
+  }
+
+  /** Is there a backend for this model, whether or not it is available now? */
+  serves(model: string): boolean {
+    return this.backends.some(backend => serves(backend, model))
   }
 
   get available(): boolean {
