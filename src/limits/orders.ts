@@ -16,11 +16,12 @@ export interface Answers {
     | { accounts: AccountState[] }
   extend: { held: boolean }
   settle: object
-  beat: { replicas: number; now: number; revoked: string[] | object }
+  /** News and their times (Unix ms) in turn. */
+  beat: { replicas: number; now: number; news: string[] | object }
   join: { epoch: string; now: number }
   seed: object
   leave: object
-  revoke: object
+  tell: object
 }
 
 interface AccountState {
@@ -64,7 +65,7 @@ export class Orders {
   ): Promise<Answers[Op] | { lost: true }> {
     const tag = `${this.#prefix}:{limits}`
     const names = accounts.map(each => `${tag}:${hash('sha256', idOf(each)).slice(0, 32)}`)
-    const keys = [`${tag}:replicas`, `${tag}:epoch`, `${tag}:revoked`, ...names]
+    const keys = [`${tag}:replicas`, `${tag}:epoch`, `${tag}:news`, ...names]
     const json = JSON.stringify({ op, replica: this.#replica, time: this.#time?.(), ...order })
     const text = await this.#redis.run(async client => {
       const rest = [String(keys.length), ...keys, json]
