@@ -1,4 +1,5 @@
 import { hash } from 'node:crypto'
+import type { KeyNews } from '../keys/key.ts'
 import type { Redis } from '../store/redis.ts'
 import { type Period, spentBefore } from './counter.ts'
 import { bucketOf, type Limits } from './limits.ts'
@@ -106,4 +107,22 @@ export function toLeft(state: LeftState | undefined): Left | undefined {
   if (state === undefined) return undefined
   const [limit, remaining, resetMs] = state
   return { limit, remaining, resetMs }
+}
+
+const REVOKED = 'revoked:'
+const CHANGED = 'changed:'
+
+/** The order that tells of keys; it needs no replica to tell it. */
+export function toTold(hashes: readonly string[], validFor: number | undefined) {
+  const kind = validFor === undefined ? CHANGED : REVOKED
+  return { news: hashes.map(hash => kind + hash), delay: Math.round(validFor ?? 0) }
+}
+
+/** @param ahead how much (ms) Redis' clock is */
+export function toNews(told: string[], ahead: number): KeyNews[] {
+  return told.flatMap((each, at) => {
+    if (at % 2 === 1) return []
+    const hash = each.slice(each.indexOf(':') + 1)
+    return each.startsWith(REVOKED) ? { hash, revokedAt: Number(told[at + 1]) - ahead } : { hash }
+  })
 }

@@ -9,7 +9,7 @@ import { Redis } from '../store/redis.ts'
 import type { CacheOptions } from '../store/storage.ts'
 import { bucketOf, type Limits } from './limits.ts'
 import { CLOCK, MemoryStore, tightest, toBook } from './memory.ts'
-import { type Answers, Orders, toLeft } from './orders.ts'
+import { type Answers, Orders, toLeft, toNews, toTold } from './orders.ts'
 import {
   type Account,
   type Amount,
@@ -424,23 +424,6 @@ export class RedisStore implements LimitStore {
 }
 
 const NO_DEBT: Debt = { requests: 0, tokens: 0, cost: 0 }
-
-const REVOKED = 'revoked:'
-const CHANGED = 'changed:'
-
-function toTold(hashes: readonly string[], validFor: number | undefined) {
-  const kind = validFor === undefined ? CHANGED : REVOKED
-  return { news: hashes.map(hash => kind + hash), delay: Math.round(validFor ?? 0) }
-}
-
-/** @param ahead of Redis' clock (ms) */
-function toNews(told: string[], ahead: number): KeyNews[] {
-  return told.flatMap((each, at) => {
-    if (at % 2 === 1) return []
-    const hash = each.slice(each.indexOf(':') + 1)
-    return each.startsWith(REVOKED) ? { hash, revokedAt: Number(told[at + 1]) - ahead } : { hash }
-  })
-}
 
 function readCount(file: string): number {
   try {
