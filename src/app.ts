@@ -173,8 +173,13 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     health_check: options.health_check
   })
   // May it be asked now? The last question, so that a refused call has cost nothing.
-  await fastify.register(limits, { ...options.rate_limit, caches: options.storage.caches })
-  const shared = shareKeyChanges(fastify)
+  await fastify.register(limits, {
+    ...options.rate_limit,
+    caches: options.storage.caches,
+    // Whoever shares the limits may have changed keys; from the first call on that counts here too.
+    onKeyNews: news => fastify.keys.hear(news)
+  })
+  const shared = tellKeyChanges(fastify)
   // How does the answer come back?
   await fastify.register(proxy, options.proxy ?? {})
   // What did it cost? Read from the answer as it passes, and reported when it is over.
@@ -255,15 +260,15 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
 }
 
 /**
- * Whoever shares the limits forgets a key that was changed here, and the other way round.
+ * Whoever shares the limits hears of a key that was changed here.
  *
  * @returns waits for what is being told, and says whether all of it was heard
  */
-function shareKeyChanges({ keys, limits, log }: FastifyInstance): () => Promise<boolean> {
+function tellKeyChanges({ keys, limits, log }: FastifyInstance): () => Promise<boolean> {
   const telling = new Set<Promise<boolean>>()
-  const tell = async (hashes: readonly string[]) => {
+  const tell = async (hashes: readonly string[], validFor?: number) => {
     try {
-      await Promise.all(hashes.map(hash => limits.revoke(hash)))
+      await limits.tellKeys(hashes, validFor)
       return true
     } catch (error) {
       const reason = (error as Error).message
@@ -271,12 +276,12 @@ function shareKeyChanges({ keys, limits, log }: FastifyInstance): () => Promise<
       return false
     }
   }
-  keys.onChange.push(hashes => {
-    const told = tell(hashes ?? [])
+  keys.onChange.push((hashes, validFor) => {
+    if (hashes === undefined) return
+    const told = tell(hashes, validFor)
     telling.add(told)
     void told.then(() => telling.delete(told))
   })
-  limits.observers.push({ revoked: hash => keys.forget(hash) })
   return async () => (await Promise.all(telling)).every(Boolean)
 }
 

@@ -94,7 +94,7 @@ test('gone while the connection to the backend is being opened', { skip: NO_PROC
   const port = await fullPort(t)
   const gateway = await startGateway(t, {
     backends: [{ url: `http://127.0.0.1:${port}` }],
-    routing: { connect_timeout: '60s' }
+    routing: { connect_timeout: '60s', model_discovery: { enabled: false } }
   })
   const client = await rawClient(t, gateway.port, rawPost('/v1/embeddings', JSON.stringify(CHAT)))
   await polled(() => opening(port) === 1)

@@ -305,7 +305,9 @@ test('openai: a transcription, whose upload arrives byte for byte', async t => {
   await once(server, 'listening')
   t.after(() => server.close().closeAllConnections())
   const { port } = server.address() as AddressInfo
-  const gateway = await startGateway(t, { backends: [{ url: `http://127.0.0.1:${port}` }] })
+  const gateway = await startGateway(t, {
+    backends: [{ url: `http://127.0.0.1:${port}`, models: ['m'] }]
+  })
 
   const audio = Buffer.from(Array.from({ length: 300_000 }, (_, at) => (at * 7 + (at >> 8)) % 256))
   const file = await toFile(audio, 'Grüße.wav', { type: 'audio/wav' })

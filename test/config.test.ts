@@ -452,7 +452,8 @@ test('what would fail later, or do something else, is refused at once', () => {
     'headers: {Content-Length: "3"}',
     'headers: {a: "b\\nc"}',
     'id: x',
-    'models: [x]'
+    'models: []',
+    'paths: [x]'
   ]) {
     const lines = complaint(`${BACKEND}    ${backend}\n`)
     assert.equal(lines.length, 1, `${backend}: ${lines}`)

@@ -140,7 +140,7 @@ export async function fakeBackend(
     }
     // The gateway itself asks for its models; a test that is about them says so.
     if (!listsModels && raw.headers['user-agent']?.startsWith('llmproxy/')) {
-      if (raw.url === '/v1/models' || raw.url === '/api/tags') {
+      if (/(^|\/)(v1\/models|api\/tags)$/.test(raw.url!)) {
         response.writeHead(404).end()
         return
       }

@@ -13,7 +13,7 @@ import { folder } from './process.ts'
 
 function open(t: TestContext, dataDir = folder(t)) {
   const file = join(dataDir, 'keys.db')
-  const told: (string[] | undefined)[] = []
+  const told: (readonly string[] | undefined)[] = []
   const store: KeyStore = new KeyStore(file, hashes => {
     told.push(hashes)
     for (const hash of hashes ?? [undefined]) source.forget(hash)
@@ -182,6 +182,29 @@ test('a revoked key is refused at once, with all that it was before, and for goo
   assert.equal(await store.delete(record.id), true)
   assert.deepEqual([await verdict(key), await verdict(next)], ['unknown', 'unknown'])
   assert.equal(await store.delete(record.id), false)
+})
+
+test('what another gateway has revoked is revoked here: that text, unless it was made since then', async t => {
+  const { store, verdict, told } = open(t)
+  const [plain, old, later] = [
+    await store.create({}),
+    await store.create({}),
+    await store.create({})
+  ]
+  const next = (await store.rotate(old.record.id, { grace: 60_000 }))!
+  const changes = told.length
+  const revokedAt = Date.now() + 1
+  await store.hearRevoked([
+    { hash: hashKey(plain.key), revokedAt },
+    { hash: hashKey(old.key), revokedAt },
+    { hash: hashKey(later.key), revokedAt: Date.parse(later.record.created_at) - 1 },
+    { hash: hashKey('sk-nobody'), revokedAt }
+  ])
+  assert.equal(told.length, changes, 'or it would go round for ever')
+  assert.equal((await store.get(plain.record.id))!.revoked_at, new Date(revokedAt).toISOString())
+  t.mock.timers.enable({ apis: ['Date'], now: revokedAt })
+  const verdicts = [plain, old, next, later].map(({ key }) => verdict(key))
+  assert.deepEqual(await Promise.all(verdicts), ['key_disabled', 'unknown', 'active', 'active'])
 })
 
 test('whoever looks while a key is revoked, afterwards nobody is admitted', async t => {

@@ -4,8 +4,11 @@ import { once } from 'node:events'
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { test } from 'node:test'
-import { CHAT, post } from './helper.ts'
+import { hashKey } from '../src/keys/key.ts'
+import { CHAT, closedPort, post } from './helper.ts'
+import { joinRedis } from './limit-stores.ts'
 import { CLI, folder, start, writeConfig } from './process.ts'
+import { REDIS, uniqueName } from './servers.ts'
 
 /** Runs `llmproxy keys ...` beside whatever else runs. */
 async function keys(dataDir: string, ...args: string[]) {
@@ -82,6 +85,37 @@ test('beside a running gateway: made, listed, changed, rotated, revoked', async 
   assert.ok(performance.now() - before < 1_000)
   assert.deepEqual([await codeOf(next), await codeOf(key)], ['key_disabled', 'key_disabled'])
   assert.match((await keys(dataDir, 'rotate', id)).stderr, /is revoked/)
+})
+
+test('who shares limits with the gateway is told, or it is said that they were not', {
+  skip: REDIS.skip
+}, async t => {
+  const dataDir = folder(t)
+  const redis_prefix = uniqueName('command')
+  const config = (port: number) =>
+    writeConfig(join(dataDir, 'config.yaml'), {
+      ...BUILTIN,
+      storage: { caches: [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${port}` }] },
+      rate_limit: { storage: 'redis', redis_prefix }
+    })
+  config(REDIS.port)
+  const heard = new Map<string, boolean>()
+  const other = await joinRedis(t, REDIS, redis_prefix, {
+    async onKeyNews(news) {
+      for (const { hash, revokedAt } of news) heard.set(hash, revokedAt !== undefined)
+    }
+  })
+  const { key, id } = JSON.parse((await keys(dataDir, 'create', '--json')).stdout)
+  const next = JSON.parse((await keys(dataDir, 'rotate', id, '--json')).stdout).key
+  const revoked = await keys(dataDir, 'revoke', id)
+  assert.deepEqual([revoked.status, revoked.stderr], [0, ''])
+  await other.beat()
+  await other.beat()
+  assert.deepEqual([heard.get(hashKey(key)), heard.get(hashKey(next))], [true, true])
+  config(await closedPort())
+  const unheard = await keys(dataDir, 'revoke', id)
+  assert.deepEqual([unheard.status, unheard.stdout], [0, `${id} is revoked\n`])
+  assert.match(unheard.stderr, /other gateways could not be told/)
 })
 
 test('what makes no sense is said, and exits with 2; what is not there with 1', async t => {

@@ -2,15 +2,16 @@ import assert from 'node:assert/strict'
 import { existsSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
+import { setImmediate } from 'node:timers/promises'
 import Fastify from 'fastify'
 import fp from 'fastify-plugin'
 import gateway from '../src/app.ts'
 import { KeyStore } from '../src/keys/key-store.ts'
 import type { News, Peers } from '../src/peers.ts'
 import auth from '../src/plugins/auth.ts'
-import { answerChat, CHAT, fakeBackend, post, startGateway } from './helper.ts'
+import { answerChat, CHAT, fakeBackend, post, startGateway, type TestGateway } from './helper.ts'
 import { CLI, folder, start, writeConfig } from './process.ts'
-import { REDIS, uniqueName } from './servers.ts'
+import { door, REDIS, uniqueName } from './servers.ts'
 
 /** The builtin store behind a gateway, in one process and in several. */
 
@@ -297,5 +298,97 @@ test('gateways that share their limits forget a key that one of them has changed
   assert.deepEqual([await one.answer(), await two.answer()], [200, 200], 'remembered')
   await one.keys.store().create({ key: 'sk-a' })
   assert.equal(await one.answer(), 403)
-  while ((await two.answer()) === 200);
+  // An answer without a socket leaves Redis no turn.
+  while ((await two.answer()) === 200) await setImmediate()
+})
+
+test('a key that one gateway revokes, deletes or rotates is dead in the files of all that share its limits', {
+  skip: REDIS.skip
+}, async t => {
+  const redis_prefix = uniqueName('dead')
+  const keys = ['sk-revoked', 'sk-deleted', 'sk-rotated', 'sk-gone', 'sk-missed', 'sk-made-again']
+  const away = await door(t, REDIS)
+  const open = async (port = REDIS.port) => {
+    const dataDir = folder(t)
+    const store = openStore(t, dataDir)
+    const ids: Record<string, string> = {}
+    for (const key of keys) ids[key] = (await store.create({ key })).record.id
+    const start = () =>
+      startGateway(
+        t,
+        {
+          backends: [{ url: 'demo://' }],
+          storage: {
+            caches: [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${port}` }]
+          },
+          rate_limit: { enabled: true, storage: 'redis', redis_prefix },
+          auth: { enabled: true },
+          admin: { enabled: true, token: 'admin-token-of-this-test' }
+        },
+        {},
+        dataDir
+      )
+    return { ids, start }
+  }
+  const answer = async ({ url }: TestGateway, key: string) => {
+    const response = await fetch(`${url}/v1/models`, { headers: { 'x-api-key': key } })
+    await response.text()
+    return response.status
+  }
+  const untilDead = async (gateway: TestGateway, key: string, within = 1_000) => {
+    const before = performance.now()
+    while ((await answer(gateway, key)) === 200);
+    const took = performance.now() - before
+    assert.ok(took < within, `${key} was admitted for ${took} ms`)
+    assert.equal(await answer(gateway, key), 403)
+  }
+  const [a, b, c] = [await open(), await open(away.port), await open()]
+  const [one, two] = [await a.start(), await b.start()]
+  for (const key of keys) {
+    assert.deepEqual([await answer(one, key), await answer(two, key)], [200, 200])
+  }
+  const ask = async (method: string, path: string, body?: object) => {
+    const response = await fetch(`${one.url}/admin/keys${path}`, {
+      method,
+      headers: { 'x-admin-token': 'admin-token-of-this-test' },
+      ...(body === undefined ? {} : { body: JSON.stringify(body) })
+    })
+    assert.ok(response.ok)
+    return response.json()
+  }
+
+  await ask('POST', `/${a.ids['sk-revoked']}/revoke`)
+  await untilDead(two, 'sk-revoked')
+  await ask('DELETE', `/${a.ids['sk-deleted']}`)
+  await untilDead(two, 'sk-deleted')
+
+  const grace = 700
+  const rotatedAt = performance.now()
+  const { key: next } = await ask('POST', `/${a.ids['sk-rotated']}/rotate`, { grace: `${grace}ms` })
+  await untilDead(two, 'sk-rotated', grace + 1_000)
+  assert.ok(performance.now() - rotatedAt > grace)
+  assert.deepEqual([await answer(one, next), await answer(one, 'sk-rotated')], [200, 401])
+
+  away.set('shut')
+  await two.logged({ msg: 'limits: Redis is away' })
+  await ask('POST', `/${a.ids['sk-missed']}/revoke`)
+  assert.equal(await answer(one, 'sk-missed'), 403)
+  assert.equal(await answer(two, 'sk-missed'), 200)
+  away.set('open')
+  await two.logged({ msg: 'limits: Redis is back' })
+  await untilDead(two, 'sk-missed')
+
+  const three = await c.start()
+  for (const key of ['sk-revoked', 'sk-deleted', 'sk-rotated', 'sk-missed']) {
+    assert.equal(await answer(three, key), 403, 'it was down when this happened')
+  }
+
+  // Whoever made it anew has heard by now that it was deleted.
+  await ask('DELETE', `/${a.ids['sk-made-again']}`)
+  await ask('POST', '', { key: 'sk-made-again' })
+  await untilDead(two, 'sk-made-again')
+  await two.fastify.keys.store().sync([], 'full')
+  await untilDead(one, 'sk-gone')
+  assert.deepEqual([await answer(one, 'sk-made-again'), await answer(one, next)], [200, 200])
+  await untilDead(three, 'sk-made-again')
 })

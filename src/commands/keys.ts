@@ -1,9 +1,12 @@
 import { existsSync } from 'node:fs'
-import { loadConfig } from '../config.ts'
-import { KeyStore, keyFile } from '../keys/key-store.ts'
+import { type Config, loadConfig } from '../config.ts'
+import { KeyStore, keyFile, type OnKeyChange } from '../keys/key-store.ts'
 import { looksIntoStore } from '../keys/sources.ts'
 import type { StoredKey } from '../keys/stored-key.ts'
+import { Orders, toTold } from '../limits/orders.ts'
+import { cacheOf } from '../limits/policy.ts'
 import { OptionsError, parseQuantity } from '../options.ts'
+import { Redis } from '../store/redis.ts'
 import { DatabaseError } from '../store/sql.ts'
 import { CommandError, read, show } from './command.ts'
 import { dropNull, FIELDS, type Fields, toChanges } from './key-fields.ts'
@@ -28,7 +31,7 @@ FIELDS
 
 --json        prints JSON instead of a table
 --config FILE names the configuration, whose auth.db_path says where the store is
---db FILE     says it instead
+--db FILE     says it instead; other gateways are not told
 The store is below LLMPROXY_DATA_DIR (default: ./data). A gateway that runs notices changes at once.
 `
 
@@ -59,13 +62,14 @@ export async function runKeys(
   if (work === undefined) throw new CommandError(`there is no command "keys ${command}"`)
   const { values, positionals } = read(rest, { ...WHERE, ...work.options })
   const ids = work.ids(positionals)
-  const file = await findStore(values as Where, dataDir, defaultConfig)
+  const { file, config } = await findStore(values as Where, dataDir, defaultConfig)
   if (command !== 'create' && !existsSync(file)) {
     throw new CommandError(`there is no ${file}; is LLMPROXY_DATA_DIR right?`, 1)
   }
-  const store = new KeyStore(file)
+  const changes: Parameters<OnKeyChange>[] = []
+  const store = new KeyStore(file, (...change) => changes.push(change))
   try {
-    await work.run(store, ids, values as Values)
+    await work.run(store, ids, values as Values).finally(() => tellOthers(config, changes))
     return 0
   } catch (error) {
     if (error instanceof DatabaseError) throw new CommandError(`${file}: ${error.message}`, 1)
@@ -171,14 +175,37 @@ function there<T>(found: T | undefined, id: string): T {
 }
 
 async function findStore({ config, db }: Where, dataDir: string, defaultConfig: string) {
-  if (db !== undefined) return keyFile(process.cwd(), db)
-  const { auth } = await loadConfig(config ?? defaultConfig)
+  if (db !== undefined) return { file: keyFile(process.cwd(), db) }
+  const loaded = await loadConfig(config ?? defaultConfig)
+  const { auth } = loaded
   if (!looksIntoStore(auth)) {
     console.error(
       'llmproxy: a gateway with this configuration does not look into the store (auth.enabled, auth.pipeline)'
     )
   }
-  return keyFile(dataDir, auth.db_path)
+  return { file: keyFile(dataDir, auth.db_path), config: loaded }
+}
+
+/** The gateway that has the store notices by itself; those that share its limits do not. */
+async function tellOthers(config: Config | undefined, changes: Parameters<OnKeyChange>[]) {
+  const cache = config && cacheOf(config.rate_limit, config.storage.caches)
+  if (cache === undefined || changes.length === 0) return
+  const redis = new Redis(cache)
+  try {
+    // No account is asked for, and so no period.
+    const orders = new Orders(redis, config!.rate_limit.redis_prefix, '', () => ({
+      start: 0,
+      end: 0
+    }))
+    for (const [hashes = [], validFor] of changes) {
+      await orders.ask('tell', [], toTold(hashes, validFor))
+    }
+  } catch (error) {
+    const reason = (error as Error).message
+    console.error(`llmproxy: other gateways could not be told, and admit the key still: ${reason}`)
+  } finally {
+    await redis.close()
+  }
 }
 
 function toCount(name: string, value: string): number {

@@ -4,6 +4,7 @@ import { checkOptions } from '../options.ts'
 import { DatabaseError, type Row } from '../store/sql.ts'
 import { prepareFile, Sqlite } from '../store/sqlite.ts'
 import type { KeyFields } from './fields.ts'
+import type { KeyNews } from './key.ts'
 import { toHash } from './static.ts'
 import {
   type KeyChanges,
@@ -71,9 +72,13 @@ const SCHEMA = `
 const INSERT = 'INSERT INTO keys (id, hash, masked, fields, created_at, updated_at)'
 const VIEW = `SELECT id, masked, fields, created_at, updated_at, revoked_at,
   (SELECT max(until) FROM old_keys WHERE old_keys.id = keys.id) AS until FROM keys`
-const HASHES = 'SELECT hash FROM keys WHERE id = ? UNION SELECT hash FROM old_keys WHERE id = ?'
+const HASH = 'SELECT hash FROM keys WHERE id = ?1'
+const HASHES = `${HASH} UNION SELECT hash FROM old_keys WHERE id = ?1`
 /** Of a table with AUTOINCREMENT the last number stays, whatever is deleted. */
 const HAD_KEYS = "SELECT 1 FROM sqlite_sequence WHERE name = 'keys'"
+
+/** Is told of the SHA-256 of keys, or undefined for all; `validFor`: they die in so many ms. */
+export type OnKeyChange = (hashes: readonly string[] | undefined, validFor?: number) => void
 
 /**
  * @example
@@ -91,14 +96,14 @@ const HAD_KEYS = "SELECT 1 FROM sqlite_sequence WHERE name = 'keys'"
  */
 export class KeyStore {
   readonly #db: Sqlite
-  readonly #onChange: (hashes: string[] | undefined) => void
+  readonly #onChange: OnKeyChange
   #prepared: Promise<void> | undefined
 
   /**
    * @param file a path, or {@link MEMORY}
-   * @param onChange is told of each change made here: the hashes it is about, or undefined for all
+   * @param onChange is told of each change made here
    */
-  constructor(file: string, onChange: (hashes: string[] | undefined) => void = () => {}) {
+  constructor(file: string, onChange: OnKeyChange = () => {}) {
     this.#db = new Sqlite(file, STATEMENT_TIMEOUT)
     this.#onChange = onChange
   }
@@ -137,17 +142,21 @@ export class KeyStore {
     const rows = checked.map(spec => toRow(spec, spec.key, now))
     const upsert = `${INSERT} VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (hash) DO UPDATE SET
       fields = excluded.fields, updated_at = excluded.updated_at`
-    const isGone = 'hash NOT IN (SELECT value FROM json_each(?))'
+    const isGone = 'hash NOT IN (SELECT value FROM json_each(?1))'
     const hashes = JSON.stringify(rows.map(([, hash]) => hash))
-    await this.#db.runAll([
-      ...(mode === 'full'
-        ? [
-            { sql: `DELETE FROM keys WHERE ${isGone}`, values: [hashes] },
-            { sql: 'DELETE FROM old_keys', values: [] }
-          ]
-        : []),
-      ...rows.map(values => ({ sql: upsert, values }))
-    ])
+    const hashed = (sql: string) => ({ sql, values: [hashes] })
+    const removing = [
+      hashed(
+        `SELECT hash FROM keys WHERE revoked_at IS NULL AND ${isGone}
+        UNION SELECT hash FROM old_keys WHERE ${isGone}`
+      ),
+      hashed(`DELETE FROM keys WHERE ${isGone}`),
+      { sql: 'DELETE FROM old_keys', values: [] }
+    ]
+    const upserting = rows.map(values => ({ sql: upsert, values }))
+    const isFull = mode === 'full'
+    const [gone] = await this.#db.runAll([...(isFull ? removing : []), ...upserting])
+    if (isFull) this.#tell(gone!, 0)
     this.#onChange(undefined)
   }
 
@@ -189,14 +198,35 @@ export class KeyStore {
   async update(id: string, changes: KeyChanges): Promise<StoredKey | undefined> {
     const patch = toPatch(changes)
     const sql = `UPDATE keys SET fields = json_patch(fields, ?), updated_at = ? WHERE id = ?`
-    return this.#change(id, { sql, values: [JSON.stringify(patch), Date.now(), id] })
+    return this.#change(id, [{ sql, values: [JSON.stringify(patch), Date.now(), id] }])
   }
 
   /** For good: neither an update nor a rotation brings it back. */
   async revoke(id: string): Promise<StoredKey | undefined> {
     const sql = 'UPDATE keys SET revoked_at = ?, updated_at = ? WHERE id = ? AND revoked_at IS NULL'
     const now = Date.now()
-    return this.#change(id, { sql, values: [now, now, id] })
+    return this.#change(id, [{ sql, values: [now, now, id] }], 0)
+  }
+
+  /**
+   * Another gateway has revoked these, which may be none of ours. A key that was made since then is another
+   * one, and of a key that was rotated the old text alone may be meant. `onChange` is not told.
+   */
+  async hearRevoked(revoked: readonly KeyNews[]): Promise<void> {
+    await this.#ready()
+    const values = [JSON.stringify(revoked)]
+    const heard = `(SELECT value ->> 'hash' AS dead, value ->> 'revokedAt' AS at FROM json_each(?))`
+    await this.#db.runAll([
+      {
+        sql: `UPDATE keys SET revoked_at = at, updated_at = max(updated_at, at) FROM ${heard}
+          WHERE hash = dead AND created_at <= at AND revoked_at IS NULL`,
+        values
+      },
+      {
+        sql: `UPDATE old_keys SET until = at FROM ${heard} WHERE hash = dead AND at < until`,
+        values
+      }
+    ])
   }
 
   /**
@@ -211,8 +241,7 @@ export class KeyStore {
   ): Promise<{ key: string; record: StoredKey } | undefined> {
     const key = newKey()
     const now = Date.now()
-    const record = await this.#change(
-      id,
+    const statements = [
       { sql: 'DELETE FROM old_keys WHERE until <= ?', values: [now] },
       {
         sql: 'INSERT INTO old_keys (hash, id, until) SELECT hash, id, ? FROM keys WHERE id = ?',
@@ -222,19 +251,22 @@ export class KeyStore {
         sql: 'UPDATE keys SET hash = ?, masked = ?, updated_at = ? WHERE id = ?',
         values: [toHash(key), maskKey(key), now, id]
       }
-    )
+    ]
+    const record = await this.#change(id, statements, grace, HASH)
     return record && { key, record }
   }
 
   /** @returns whether it was there; bills keep its id */
   async delete(id: string): Promise<boolean> {
     await this.#ready()
-    const [hashes] = (await this.#db.runAll([
-      { sql: HASHES, values: [id, id] },
+    const [hashes, [key]] = (await this.#db.runAll([
+      { sql: HASHES, values: [id] },
+      { sql: 'SELECT revoked_at FROM keys WHERE id = ?', values: [id] },
       { sql: 'DELETE FROM old_keys WHERE id = ?', values: [id] },
       { sql: 'DELETE FROM keys WHERE id = ?', values: [id] }
-    ])) as [Row[]]
-    this.#tell(hashes)
+    ])) as [Row[], [Row]]
+    // Where it was revoked that is known; whoever has made it anew since then is not meant.
+    this.#tell(hashes, key?.revoked_at === null ? 0 : undefined)
     return hashes.length > 0
   }
 
@@ -286,23 +318,27 @@ export class KeyStore {
     }
   }
 
+  /** @param changed asks for the hashes that are told of, as they were before */
   async #change(
     id: string,
-    ...statements: { sql: string; values: (string | number)[] }[]
+    statements: { sql: string; values: (string | number)[] }[],
+    validFor?: number,
+    changed = HASHES
   ): Promise<StoredKey | undefined> {
     await this.#ready()
     const results = await this.#db.runAll([
+      { sql: changed, values: [id] },
       ...statements,
-      { sql: HASHES, values: [id, id] },
       { sql: `${VIEW} WHERE id = ?`, values: [id] }
     ])
-    const [hashes, rows] = results.slice(-2) as [Row[], Row[]]
-    this.#tell(hashes)
-    return rows[0] && toStored(rows[0])
+    this.#tell(results[0]!, validFor)
+    const [row] = results.at(-1)!
+    return row && toStored(row)
   }
 
-  #tell(hashes: Row[]): void {
-    if (hashes.length > 0) this.#onChange(hashes.map(({ hash }) => String(hash)))
+  #tell(rows: Row[], validFor?: number): void {
+    const hashes = rows.map(({ hash }) => String(hash))
+    if (hashes.length > 0) this.#onChange(hashes, validFor)
   }
 
   async #ready(): Promise<void> {

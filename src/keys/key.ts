@@ -27,6 +27,14 @@ export interface KeyRecord {
 
 export type KeyStatus = 'active' | 'disabled' | 'expired' | 'quota_exceeded'
 
+/** What another gateway says of a key. */
+export interface KeyNews {
+  /** SHA-256. */
+  hash: string
+  /** It is dead since then (Unix ms); absent: it was changed. */
+  revokedAt?: number
+}
+
 /** Where keys are looked up. */
 export interface KeySource {
   readonly name: string

@@ -1,4 +1,5 @@
 import { hash } from 'node:crypto'
+import type { KeyNews } from '../keys/key.ts'
 import type { Redis } from '../store/redis.ts'
 import { type Period, spentBefore } from './counter.ts'
 import { bucketOf, type Limits } from './limits.ts'
@@ -16,11 +17,12 @@ export interface Answers {
     | { accounts: AccountState[] }
   extend: { held: boolean }
   settle: object
-  beat: { replicas: number; now: number; revoked: string[] | object }
+  /** News and their times (Unix ms) in turn. */
+  beat: { replicas: number; now: number; news: string[] | object }
   join: { epoch: string; now: number }
   seed: object
   leave: object
-  revoke: object
+  tell: object
 }
 
 interface AccountState {
@@ -64,7 +66,7 @@ export class Orders {
   ): Promise<Answers[Op] | { lost: true }> {
     const tag = `${this.#prefix}:{limits}`
     const names = accounts.map(each => `${tag}:${hash('sha256', idOf(each)).slice(0, 32)}`)
-    const keys = [`${tag}:replicas`, `${tag}:epoch`, `${tag}:revoked`, ...names]
+    const keys = [`${tag}:replicas`, `${tag}:epoch`, `${tag}:news`, ...names]
     const json = JSON.stringify({ op, replica: this.#replica, time: this.#time?.(), ...order })
     const text = await this.#redis.run(async client => {
       const rest = [String(keys.length), ...keys, json]
@@ -105,4 +107,22 @@ export function toLeft(state: LeftState | undefined): Left | undefined {
   if (state === undefined) return undefined
   const [limit, remaining, resetMs] = state
   return { limit, remaining, resetMs }
+}
+
+const REVOKED = 'revoked:'
+const CHANGED = 'changed:'
+
+/** The order that tells of keys; it needs no replica to tell it. */
+export function toTold(hashes: readonly string[], validFor: number | undefined) {
+  const kind = validFor === undefined ? CHANGED : REVOKED
+  return { news: hashes.map(hash => kind + hash), delay: Math.round(validFor ?? 0) }
+}
+
+/** @param ahead how much (ms) Redis' clock is */
+export function toNews(told: string[], ahead: number): KeyNews[] {
+  return told.flatMap((each, at) => {
+    if (at % 2 === 1) return []
+    const hash = each.slice(each.indexOf(':') + 1)
+    return each.startsWith(REVOKED) ? { hash, revokedAt: Number(told[at + 1]) - ahead } : { hash }
+  })
 }

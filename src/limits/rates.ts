@@ -39,7 +39,7 @@ export class SlidingWindow {
     for (let at = 0; at < this.#size; at++) {
       const index = (this.#head + at) % this.#times.length
       excess -= this.#counts[index]!
-      if (excess <= 0) return this.#times[index]! + this.windowMs - now
+      if (excess <= 0) return this.windowMs - (now - this.#times[index]!)
     }
     return this.windowMs
   }
@@ -69,7 +69,8 @@ export class SlidingWindow {
   reset(now: number): number {
     this.#expire(now)
     if (this.#size === 0) return 0
-    return this.#times[(this.#head + this.#size - 1) % this.#times.length]! + this.windowMs - now
+    // In this order: a sum of the two could round to a little more than the window.
+    return this.windowMs - (now - this.#times[(this.#head + this.#size - 1) % this.#times.length]!)
   }
 
   /** What was taken and when, oldest first. */

@@ -4,11 +4,12 @@ import { mkdir, writeFile } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
+import type { KeyNews } from '../keys/key.ts'
 import { Redis } from '../store/redis.ts'
 import type { CacheOptions } from '../store/storage.ts'
 import { bucketOf, type Limits } from './limits.ts'
 import { CLOCK, MemoryStore, tightest, toBook } from './memory.ts'
-import { type Answers, Orders, toLeft } from './orders.ts'
+import { type Answers, Orders, toLeft, toNews, toTold } from './orders.ts'
 import {
   type Account,
   type Amount,
@@ -44,8 +45,8 @@ export interface RedisStoreOptions extends StoreSettings {
   file?: string | undefined
   /** Something could not be asked of Redis. */
   onTrouble?: () => void
-  /** A key was revoked somewhere: its hash. */
-  onRevoked?: (hash: string) => void
+  /** Takes over what was said of keys since the last time, or in 30 days; where that fails, it is told again. */
+  onKeyNews?: (news: KeyNews[]) => Promise<void>
   /** For tests: the time (Unix ms) in place of Redis' clock and this machine's. */
   time?: () => number
 }
@@ -176,9 +177,9 @@ export class RedisStore implements LimitStore {
     void settling.then(() => this.#settling.delete(settling))
   }
 
-  /** Tells all replicas that a key (its hash) has been revoked. */
-  async revoke(key: string): Promise<void> {
-    await this.#step('revoke', [], { key })
+  /** Tells all replicas of keys, by their hashes, that were changed; with `validFor`: that die in so many ms. */
+  async tell(hashes: readonly string[], validFor?: number): Promise<void> {
+    await this.#step('tell', [], toTold(hashes, validFor))
   }
 
   /** Joins the others; what cannot be reached is tried again, and then goes on without. */
@@ -309,21 +310,33 @@ export class RedisStore implements LimitStore {
 
   async #beat(): Promise<void> {
     if (!this.#isJoined) return this.#join()
-    const answer = await this.#orders.ask('beat', [], { since: this.#heardSince })
-    if ('lost' in answer) {
-      this.#fail(new Error('it does not know this process any more'))
-      return this.#join()
-    }
-    this.#hear(answer)
+    if (await this.#hear()) return
+    this.#fail(new Error('it does not know this process any more'))
+    await this.#join()
   }
 
-  #hear({ replicas, now, revoked }: Answers['beat']): void {
+  /** @returns whether Redis knows this process */
+  async #hear(): Promise<boolean> {
+    // Rather too early than too late: a key that was made anew must not be taken for the one that was deleted.
+    const askedAt = CLOCK.time()
+    const answer = await this.#orders.ask('beat', [], { since: this.#heardSince })
+    if ('lost' in answer) return false
+    const { replicas, now, news } = answer
     if (replicas !== this.#replicas) void this.#remember(replicas)
     this.#replicas = replicas
-    // Redis' Lua makes an object of an empty list.
-    for (const hash of Array.isArray(revoked) ? revoked : []) this.#options.onRevoked?.(hash)
-    this.#heardSince = now
-    this.#ahead = now - CLOCK.time()
+    this.#ahead = now - askedAt
+    const { onKeyNews, log } = this.#options
+    try {
+      // Redis' Lua makes an object of an empty list.
+      if (Array.isArray(news)) await onKeyNews?.(toNews(news, this.#ahead))
+      this.#heardSince = now
+    } catch (error) {
+      log.error(
+        { reason: (error as Error).message },
+        'a key that was revoked elsewhere is not yet here'
+      )
+    }
+    return true
   }
 
   /** A start without Redis has to know it. */
@@ -343,7 +356,6 @@ export class RedisStore implements LimitStore {
     const { epoch, now } = (await this.#orders.ask('join', [], {
       fresh: randomUUID()
     })) as Answers['join']
-    if (this.#heardSince === 0) this.#heardSince = now
     this.#ahead = now - CLOCK.time()
     if (this.#epoch !== '' && this.#epoch !== epoch) {
       for (const { account } of this.#mirror.counters()) {
@@ -356,10 +368,7 @@ export class RedisStore implements LimitStore {
     this.#isJoined = true
     if (this.#isSilent) this.#options.log.info('limits: Redis is back')
     this.#isSilent = false
-    const heard = (await this.#orders.ask('beat', [], {
-      since: this.#heardSince
-    })) as Answers['beat']
-    this.#hear(heard)
+    await this.#hear()
   }
 
   async #seed(some: [string, Owed][]): Promise<void> {

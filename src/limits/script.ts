@@ -2,7 +2,7 @@
  * What Redis does for limits: one step over all accounts of a call, by Redis' own clock. It counts as
  * {@link Counter} does; a window of more than 512 in grains of half a second, by which a place comes back late.
  *
- * KEYS: the living replicas, the epoch, revoked keys, then the accounts. ARGV[1]: the order, JSON. All names
+ * KEYS: the living replicas, the epoch, news of keys, then the accounts. ARGV[1]: the order, JSON. All names
  * have one hash tag, so that a cluster keeps them together. Slots and what is held stand in an account for each
  * replica by itself: those of one that is not heard of are taken out by whoever comes next.
  */
@@ -273,8 +273,8 @@ end
 function operations.beat()
   redis.call('ZADD', KEYS[1], now, me)
   -- What came in the same millisecond may be told twice.
-  local revoked = redis.call('ZRANGEBYSCORE', KEYS[3], order.since, '+inf')
-  return { replicas = #replicas, now = now, revoked = revoked }
+  local news = redis.call('ZRANGEBYSCORE', KEYS[3], order.since, now, 'WITHSCORES')
+  return { replicas = #replicas, now = now, news = news }
 end
 
 function operations.join()
@@ -318,12 +318,13 @@ function operations.leave()
   return { left = true }
 end
 
-function operations.revoke()
-  redis.call('ZADD', KEYS[3], now, order.key)
-  return { revoked = true }
+-- It is heard when its time has come.
+function operations.tell()
+  for _, each in ipairs(order.news) do redis.call('ZADD', KEYS[3], now + order.delay, each) end
+  return { told = true }
 end
 
-local needs_none = { join = true, leave = true, revoke = true }
+local needs_none = { join = true, leave = true, tell = true }
 if not needs_none[order.op] and not alive[me] then return cjson.encode({ lost = true }) end
 return cjson.encode(operations[order.op]())
 `

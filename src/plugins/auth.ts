@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs'
 import type { FastifyPluginAsync, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
@@ -6,8 +7,8 @@ import { type Caller, withExchanges } from '../exchange.ts'
 import { pathBelow } from '../http.ts'
 import type { Distinct } from '../issues.ts'
 import { admitSomebody } from '../keys/first-key.ts'
-import { matchesModel, StatusCodes } from '../keys/key.ts'
-import { DEFAULT_STORE, KeyStore, keyFile } from '../keys/key-store.ts'
+import { type KeyNews, matchesModel, StatusCodes } from '../keys/key.ts'
+import { DEFAULT_STORE, KeyStore, keyFile, type OnKeyChange } from '../keys/key-store.ts'
 import { Keyring } from '../keys/keyring.ts'
 import {
   closeSources,
@@ -95,8 +96,10 @@ export interface Keys {
   credentialHeaders(): readonly string[]
   /** Drops what is remembered of the key with this SHA-256, or of all, in this process. */
   forget(hash?: string): void
-  /** Are told the SHA-256 of keys that were changed in the store, here; undefined: all may have been. */
-  readonly onChange: ((hashes: readonly string[] | undefined) => void)[]
+  /** Takes over what another gateway says of keys: what is dead there is revoked here, where it is known. */
+  hear(news: readonly KeyNews[]): Promise<void>
+  /** Are told of keys that were changed in the store, here. */
+  readonly onChange: OnKeyChange[]
   /** The embedded store, whether keys are looked up there or not. A change of it is told to all workers. */
   store(): KeyStore
 }
@@ -120,6 +123,16 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
     update,
     credentialHeaders: () => headerNames,
     forget: hash => keyring?.forget(hash),
+    async hear(news) {
+      const revoked = news.filter(each => each.revokedAt !== undefined)
+      // Nobody's store is made by news.
+      const hasStore = opened !== undefined || existsSync(file)
+      try {
+        if (revoked.length > 0 && hasStore) await store().hearRevoked(revoked)
+      } finally {
+        forget(news.map(each => each.hash))
+      }
+    },
     onChange,
     store
   } satisfies Keys)
@@ -151,10 +164,10 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   }
 
   function store(): KeyStore {
-    opened ??= new KeyStore(file, hashes => {
+    opened ??= new KeyStore(file, (hashes, validFor) => {
       forget(hashes)
       fastify.peers?.tell({ kind: 'keys', ...(hashes === undefined ? {} : { hashes }) })
-      for (const listener of onChange) listener(hashes)
+      for (const listener of onChange) listener(hashes, validFor)
     })
     return opened
   }

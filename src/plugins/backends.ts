@@ -32,6 +32,8 @@ import { strategies } from '../pool/strategies.ts'
 
 /** The built-in demo backend, instead of a URL. */
 const DEMO = 'demo://'
+/** It answers to any name. */
+const DEMO_MODELS = ['demo', '*']
 
 const BackendOptions = Type.Object(
   {
@@ -243,7 +245,7 @@ function toPool({ backends, routing }: BackendsOptions, demoUrl: string | undefi
       name: nameOf(backend)!,
       url: backend.url === DEMO ? demoUrl! : backend.url,
       weight: backend.weight,
-      models: backend.models,
+      models: backend.models ?? (backend.url === DEMO ? DEMO_MODELS : undefined),
       headers: {
         ...(backend.api_key === undefined ? {} : { authorization: `Bearer ${backend.api_key}` }),
         ...lowerCased(backend.headers)

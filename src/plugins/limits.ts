@@ -5,6 +5,7 @@ import type { FastifyPluginAsync, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import { GatewayError } from '../errors.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
+import type { KeyNews } from '../keys/key.ts'
 import { limitHeaders } from '../limits/headers.ts'
 import { openMemoryStore } from '../limits/memory.ts'
 import { Periods } from '../limits/period.ts'
@@ -45,15 +46,22 @@ import { StorageOptions } from '../store/storage.ts'
  */
 
 /** The options of the plugin; `caches` has the Redis that they name. */
-export type GivenLimitsOptions = Given<LimitsOptions> & Pick<Given<StorageOptions>, 'caches'>
+export type GivenLimitsOptions = Given<LimitsOptions> &
+  Pick<Given<StorageOptions>, 'caches'> & {
+    /** Takes over what processes that share the limits say of keys. */
+    onKeyNews?: (news: KeyNews[]) => Promise<void>
+  }
 
 declare module 'fastify' {
   interface FastifyInstance {
     limits: {
       update(options: LimitsOptions, caches: Caches): Promise<void>
       observers: LimitObserver[]
-      /** Tells all processes that share these limits that a key (its SHA-256) has been revoked. */
-      revoke(hash: string): Promise<void>
+      /**
+       * Tells all processes that share these limits of keys (their SHA-256) that were changed; with `validFor`:
+       * that die in so many ms.
+       */
+      tellKeys(hashes: readonly string[], validFor?: number): Promise<void>
     }
   }
 }
@@ -65,8 +73,6 @@ export interface LimitObserver {
   stopped?(): void
   /** The store could not be asked. */
   trouble?(): void
-  /** A process that shares the limits says that a key (its SHA-256) has been revoked. */
-  revoked?(hash: string): void
 }
 
 type Caches = StorageOptions['caches']
@@ -79,7 +85,7 @@ const STEPS = [256, 64, 16]
 const AHEAD = 128
 
 const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limits(fastify, given) {
-  const { caches: givenCaches, ...givenOptions } = given
+  const { caches: givenCaches, onKeyNews, ...givenOptions } = given
   const { caches } = checkOptions(StorageOptions, { caches: givenCaches ?? [] })
   let options = checkOptions(LimitsOptions, { enabled: true, ...givenOptions })
   const issues = redisIssues(options, caches)
@@ -106,8 +112,8 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       if (isOther) await before.close()
     },
     observers,
-    async revoke(hash) {
-      if (store instanceof RedisStore) await store.revoke(hash)
+    async tellKeys(hashes, validFor) {
+      if (store instanceof RedisStore) await store.tell(hashes, validFor)
     }
   })
 
@@ -269,9 +275,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       onTrouble: () => {
         for (const observer of observers) observer.trouble?.()
       },
-      onRevoked: hash => {
-        for (const observer of observers) observer.revoked?.(hash)
-      }
+      ...(onKeyNews === undefined ? {} : { onKeyNews })
     })
     await redis.start()
     return redis
