@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
+import { parseConfig } from '../src/config.ts'
 import { closedPort, type FakeBackend, fakeBackend, startGateway } from './helper.ts'
 
 /** Which backend has which model: what callers are shown, and where their calls go. */
@@ -38,13 +39,18 @@ function bearer(key: string | undefined): Record<string, string> {
   return key === undefined ? {} : { authorization: `Bearer ${key}` }
 }
 
+interface Answer {
+  served_by: string
+  error: { code: string; type: string }
+}
+
 async function ask(url: string, model: string, key?: string) {
   const response = await fetch(`${url}/v1/chat/completions`, {
     method: 'POST',
     headers: { 'content-type': 'application/json', ...bearer(key) },
     body: JSON.stringify({ model, messages: [] })
   })
-  return { status: response.status, body: (await response.json()) as Record<string, any> }
+  return { status: response.status, body: (await response.json()) as Answer }
 }
 
 /** A gateway that has heard from all of these backends. */
@@ -97,7 +103,7 @@ test('one model is shown as its backend shows it', async t => {
   })
   const missing = await fetch(`${gateway.url}/v1/models/other`)
   assert.equal(missing.status, 404)
-  assert.equal(((await missing.json()) as any).error.code, 'model_not_found')
+  assert.equal(((await missing.json()) as Answer).error.code, 'model_not_found')
 })
 
 test('a model that nobody has is a 404 that names no other, and costs nothing', async t => {
@@ -133,10 +139,10 @@ test('Anthropic and Ollama clients get the same in their own words', async t => 
       body: JSON.stringify({ model: 'other', max_tokens: 1, messages: [] })
     })
     assert.equal(response.status, 404)
-    return (await response.json()) as any
+    return ((await response.json()) as Answer).error
   }
-  assert.equal((await post('/v1/messages')).error.type, 'not_found_error')
-  assert.match((await post('/api/chat')).error, /`other` does not exist/)
+  assert.equal((await post('/v1/messages')).type, 'not_found_error')
+  assert.match(String(await post('/api/chat')), /`other` does not exist/)
 })
 
 test('a caller sees the models that are theirs', async t => {
@@ -242,4 +248,30 @@ test('a list that is no list is not believed', async t => {
     await gateway.logged({ msg: 'backend lists no models' })
     assert.equal((await ask(gateway.url, 'anything')).status, 200, text)
   }
+})
+
+test('a reload changes which models a backend has, and keeps what others have said', async t => {
+  const a = await lister(t, 'a', ['qwen'])
+  const b = await lister(t, 'b', ['llama'])
+  const config = (more: object, routing = {}) => ({
+    backends: [
+      { name: 'a', url: a.url, ...more },
+      { name: 'b', url: b.url }
+    ],
+    routing
+  })
+  const gateway = await startGateway(t, config({}))
+  for (const backend of ['a', 'b']) await gateway.logged({ msg: 'backend lists models', backend })
+  const reload = (changed: object) =>
+    gateway.control.reload(parseConfig(JSON.stringify(changed), 'test.yaml', {}))
+
+  await reload(config({ models: ['other'] }))
+  assert.deepEqual(await listed(gateway), ['other', 'llama'])
+  assert.equal((await ask(gateway.url, 'qwen')).status, 404)
+  assert.equal((await ask(gateway.url, 'other')).body.served_by, 'a')
+
+  await reload(config({}, { model_discovery: { enabled: false } }))
+  const servedBy = new Set<string>()
+  for (let i = 0; i < 2; i++) servedBy.add((await ask(gateway.url, 'anything')).body.served_by)
+  assert.equal(servedBy.size, 2, 'nothing is known, so both take it')
 })
