@@ -1,6 +1,7 @@
 import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { buildConnector, Client, type Dispatcher, Pool as Sockets } from 'undici'
+import { Breaker } from './breaker.ts'
 
 /** One inference server as it is configured. Times in milliseconds. */
 export interface BackendConfig {
@@ -48,7 +49,7 @@ export class Backend {
     return this.config.name
   }
 
-  /** May it be given work? */
+  /** May it be given work, as far as health checks know? */
   get available(): boolean {
     return this.live.healthy
   }
@@ -70,7 +71,7 @@ export class Backend {
 export class Live {
   /** Exchanges whose answer has not ended; see {@link begin}. */
   inFlight = 0
-  /** Whether it is given work, and since when that is so (Unix ms). */
+  /** What health checks found, and since when that is so (Unix ms). */
   healthy = true
   changedAt = Date.now()
   /** What went wrong last, in calls or health checks. */
@@ -79,6 +80,8 @@ export class Live {
   streamedAt = Number.NEGATIVE_INFINITY
   /** An active check has been made. */
   isProbed = false
+  /** Whether its calls go well. */
+  readonly breaker = new Breaker()
   /** Smooth weighted round robin keeps its place here. */
   currentWeight = 0
   readonly origin: string
