@@ -404,6 +404,21 @@ test('a ratio of failures is enough, without five in a row', async t => {
   await gateway.logged({ msg: 'circuit opened', reason: 'error_ratio' })
 })
 
+for (const stream of [true, false]) {
+  test(`${stream ? 'a stream' : 'an answer'} that comes to its end ends a row of failures`, async t => {
+    let count = 0
+    const { gateway } = await pair(
+      t,
+      (request, response, raw) =>
+        (count++ % 2 === 0 ? answerChat : refuse(502))(request, response, raw),
+      { circuit_breaker: { consecutive_failures: 2, error_ratio: 1 } }
+    )
+    await call(gateway, 12, stream)
+    assert.equal(count, 6)
+    assert.equal(await state(gateway), 0)
+  })
+}
+
 for (const status of [429, 503]) {
   test(`a ${status} with Retry-After lets the backend rest for that time`, async t => {
     const { fake, bads, gateway } = await pair(t, refuse(status, { 'retry-after': '0.3' }))
@@ -577,4 +592,69 @@ test('no backend is asked twice while another is left', async t => {
     all.map(({ requests }) => requests.length),
     [1, 1, 1]
   )
+})
+
+test('when all rest for a moment a retry waits for the first of them', async t => {
+  const answers = [0, 0]
+  const busy = await Promise.all(
+    answers.map((_, index) =>
+      fakeBackend(t, (request, response, raw) =>
+        (answers[index]!++ > 0 ? answerChat : refuse(429, { 'retry-after': '0.03' }))(
+          request,
+          response,
+          raw
+        )
+      )
+    )
+  )
+  const gateway = await startGateway(t, {
+    backends: busy.map(({ url }) => ({ url })),
+    routing: { retry: RETRY }
+  })
+  assert.deepEqual(await call(gateway), [200])
+  assert.equal((await gateway.logged({ msg: 'exchange' })).attempts, 3)
+})
+
+test('a refused connection is free also where the same backend is tried again', async t => {
+  const gateway = await startGateway(t, {
+    backends: [{ url: `http://127.0.0.1:${await closedPort()}` }],
+    routing: { retry: { ...RETRY, max_retries: 1 } }
+  })
+  await Promise.all(Array.from({ length: 60 }, () => call(gateway)))
+  const labels = { result: 'connect_failure' }
+  assert.equal(await gateway.metric('llmproxy_attempts_total', labels), 120)
+  assert.equal(await gateway.metric('llmproxy_retry_budget_exhausted_total'), 0)
+})
+
+test('an idle connection that is closed as it is used again is no failure', async t => {
+  const used = new WeakSet()
+  const { bads, gateway } = await pair(
+    t,
+    (request, response, raw) => {
+      if (used.has(raw.socket)) return raw.socket.destroy()
+      used.add(raw.socket)
+      return answerChat(request, response, raw)
+    },
+    { circuit_breaker: { consecutive_failures: 1 } }
+  )
+  assert.deepEqual(await call(gateway, 8), Array(8).fill(200))
+  assert.ok(bads.requests.length > 4, 'some were sent twice')
+  assert.ok(!gateway.lines.some(({ msg }) => msg === 'circuit opened'))
+})
+
+test('a probe that is a request at fault is none: the next call is another one', async t => {
+  const { fake, bads, gateway } = await pair(t, refuse(500), {
+    circuit_breaker: { open_time: '20ms' }
+  })
+  await call(gateway, 10)
+  while ((await state(gateway)) !== 1) await sleep(5)
+  // Its body does not come to an end.
+  fake.answer = (_request, response) => response.writeHead(404).write('no')
+  const text = rawPost('/v1/chat/completions', JSON.stringify(CHAT))
+  const clients = [await rawClient(t, gateway.port, text), await rawClient(t, gateway.port, text)]
+  await Promise.all(clients.map(client => client.until(/200 OK|404 Not Found/)))
+  fake.answer = answerChat
+  await call(gateway, 2)
+  await gateway.logged({ msg: 'circuit closed' })
+  assert.equal(bads.requests.length, 7)
 })
