@@ -18,7 +18,7 @@ import type { AttemptResult } from '../pool/attempt.ts'
 import { Discovery } from '../pool/discovery.ts'
 import { type HealthCheck, HealthChecker } from '../pool/health.ts'
 import { listModels, type ModelCard } from '../pool/models.ts'
-import { Pool, type PoolConfig } from '../pool/pool.ts'
+import { type OnCircuit, Pool, type PoolConfig } from '../pool/pool.ts'
 import { strategies } from '../pool/strategies.ts'
 
 /**
@@ -119,6 +119,27 @@ const RoutingOptions = Section(
       },
       'Backends are asked which models they have'
     ),
+    circuit_breaker: Section(
+      {
+        enabled: Type.Boolean({
+          default: true,
+          description: 'Keeps calls from backends that fail, from half of the pool at most'
+        }),
+        consecutive_failures: Type.Integer({
+          minimum: 1,
+          default: 5,
+          description: 'Failures in a row that are too many'
+        }),
+        error_ratio: Type.Number({
+          exclusiveMinimum: 0,
+          maximum: 1,
+          default: 0.5,
+          description: 'Share of failures that is too large, among ten calls or more within 30 s'
+        }),
+        open_time: Duration('5s', 'Time without calls; doubled up to 1m while probes fail')
+      },
+      'Backends that fail get no calls for a while'
+    ),
     fallback: NotBuilt('Other backends for some models'),
     script: NotBuilt('Script that chooses')
   },
@@ -174,12 +195,13 @@ declare module 'fastify' {
   }
 }
 
-/** The pool, how it is changed, and who wants to know of attempts. */
+/** The pool, how it is changed, and who wants to know of attempts and circuits. */
 export interface Backends {
   readonly pool: Pool
   readonly onAttempt: ((backend: string, result: AttemptResult) => void)[]
   /** All models that are known, as their backends show them; undefined when no backend's are. */
   models(): ModelCard[] | undefined
+  readonly onCircuit: OnCircuit[]
   update(options: BackendsOptions): Promise<void>
   /** Base URL of the demo backend, when it is in use. */
   readonly demoUrl: string | undefined
@@ -201,7 +223,15 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     if (changed.backends.some(({ url }) => url === DEMO)) demo ??= await startDemo()
     return toPool(changed, demo?.url)
   }
-  const pool = new Pool(await withDemo(options))
+  const onCircuit: OnCircuit[] = [
+    (backend, { state, ...why }) => {
+      if (state === 'closed') fastify.log.info({ backend }, 'circuit closed')
+      else fastify.log.warn({ backend, ...why }, 'circuit opened')
+    }
+  ]
+  const pool = new Pool(await withDemo(options), (backend, turn) => {
+    for (const listener of onCircuit) listener(backend, turn)
+  })
   const watch = ({ health_check, routing }: BackendsOptions) => {
     checker.watch(pool.backends, toHealthCheck(health_check))
     discovery.watch(pool.backends, routing.model_discovery)
@@ -212,6 +242,7 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     pool,
     onAttempt: [],
     models: () => listModels(pool.backends),
+    onCircuit,
     get demoUrl() {
       return demo?.url
     },
@@ -239,7 +270,7 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
 }
 
 function toPool({ backends, routing }: BackendsOptions, demoUrl: string | undefined): PoolConfig {
-  const { retry } = routing
+  const { retry, circuit_breaker: breaker } = routing
   return {
     backends: backends.map(backend => ({
       name: nameOf(backend)!,
@@ -255,6 +286,13 @@ function toPool({ backends, routing }: BackendsOptions, demoUrl: string | undefi
       idleTimeout: backend.idle_timeout ?? routing.idle_timeout
     })),
     loadBalance: routing.load_balance,
+    breaker: breaker.enabled
+      ? {
+          consecutiveFailures: breaker.consecutive_failures,
+          errorRatio: breaker.error_ratio,
+          openTime: breaker.open_time
+        }
+      : undefined,
     retry: {
       enabled: routing.enabled && retry.enabled,
       maxRetries: retry.max_retries,

@@ -62,6 +62,9 @@ const TTFT_BUCKETS = [
 ]
 const TPOT_BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
 
+/** As `llmproxy_backend_circuit_state` counts them. */
+const CIRCUIT_STATES = ['closed', 'half_open', 'open'] as const
+
 const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function metrics(
   fastify,
   given
@@ -189,12 +192,12 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
 }
 
 function backendMetrics(
-  { pool, onAttempt }: import('./backends.ts').Backends,
+  { pool, onAttempt, onCircuit }: import('./backends.ts').Backends,
   registers: [Registry] | Registry[]
 ): void {
   new Gauge({
     name: 'llmproxy_backend_up',
-    help: '1: the backend is given work',
+    help: '1: health checks find nothing wrong with the backend',
     labelNames: ['backend'],
     // Of several workers: down as soon as one of them finds it so.
     aggregator: 'min',
@@ -222,6 +225,37 @@ function backendMetrics(
     registers
   })
   onAttempt.push((backend, result) => attempts.inc({ backend, result }))
+  new Gauge({
+    name: 'llmproxy_backend_circuit_state',
+    help: '0: closed, the backend gets calls; 1: half open, it gets a single one; 2: open, it has failed or asked for a rest',
+    labelNames: ['backend'],
+    aggregator: 'max',
+    registers,
+    collect() {
+      this.reset()
+      const now = performance.now()
+      for (const { name, live } of pool.backends)
+        this.set({ backend: name }, CIRCUIT_STATES.indexOf(live.breaker.state(now)))
+    }
+  })
+  const ejections = new Counter({
+    name: 'llmproxy_backend_ejections_total',
+    help: 'How often the circuit of a backend has opened, and why',
+    labelNames: ['backend', 'reason'],
+    registers
+  })
+  onCircuit.push((backend, turn) => {
+    if (turn.state === 'open') ejections.inc({ backend, reason: turn.reason })
+  })
+  new Counter({
+    name: 'llmproxy_retry_budget_exhausted_total',
+    help: 'Retries that were not made because there had been too many',
+    registers,
+    collect() {
+      this.reset()
+      this.inc(pool.retryBudget.exhausted)
+    }
+  })
 }
 
 function usageMetrics(usage: import('./usage.ts').UsageReports, registers: Registry[]): void {

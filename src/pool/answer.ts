@@ -27,8 +27,11 @@ export interface Account {
   conclude(): Promise<void> | undefined
 }
 
-/** Says what is wrong with a stream that ended as if it were complete, and is not. */
+/** Who gave the answer. */
 export interface Source {
+  /** All of it has come. */
+  complete(): void
+  /** Says what is wrong with a stream that ended as if it were complete, and is not. */
   cutShort(): GatewayError
 }
 
@@ -104,6 +107,7 @@ export class Answer extends Readable {
       if (out !== undefined) chunks.push(out)
     }
     this.#early = []
+    this.source?.complete()
     const last = this.tap?.end()
     if (last !== undefined) chunks.push(last)
     response.once('prefinish', () => this.#limitFlush(response))
@@ -232,6 +236,7 @@ export class Answer extends Readable {
     if (this.#over === 'ended' && this.tap?.isCutShort()) this.#over = this.source?.cutShort()
     if (this.#over === 'ended') {
       this.#isFinished = true
+      this.source?.complete()
       this.#rest = this.tap?.end()
       if (this.#isRecorded) this.#endProperly()
       else this.#conclude()

@@ -2,7 +2,7 @@ import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { type Dispatcher, errors } from 'undici'
 import { GatewayError } from '../errors.ts'
-import { isStream, mediaType } from '../http.ts'
+import { isStream, mediaType, parseRetryAfter } from '../http.ts'
 import { Answer } from './answer.ts'
 import type { Backend, BackendHandler } from './backend.ts'
 import { Patience } from './patience.ts'
@@ -59,6 +59,9 @@ const FAILURE_LATENCY = 10_000
 /** A refusal to serve a request counts as at least this slow: it must not attract others. */
 const REFUSAL_LATENCY = 1_000
 
+/** No era: what comes later does not count a second time. */
+const JUDGED = -1
+
 /** A backend that has streamed within this time (ms) is compared by its streams alone. */
 const STREAMS_MS = 60_000
 
@@ -89,6 +92,8 @@ export class Attempt implements BackendHandler {
   readonly #patience = new Patience()
   #isDelivered = false
   #isOver = false
+  /** The breaker's era in which it began; {@link JUDGED} when the breaker has had its verdict. */
+  #era = JUDGED
   #isCancelled = false
   /** The error answer, while it is not certain that it is the client's. */
   #refusal: Refusal | undefined
@@ -103,6 +108,7 @@ export class Attempt implements BackendHandler {
   start(options: Dispatcher.DispatchOptions, fresh: boolean): void {
     this.#isStreamed = options.body instanceof Readable
     this.backend.live.begin()
+    this.#era = this.backend.live.breaker.begin(this.#startedAt)
     this.backend.dispatch(options, this, fresh)
   }
 
@@ -156,6 +162,7 @@ export class Attempt implements BackendHandler {
     const kind = statusFailure(statusCode)
     if (kind !== undefined) {
       this.#penalise()
+      this.#judgeRefusal(this.#head)
       const refusal = new Refusal(this.#head, controller)
       if (this.#owner.refused(this, kind, refusal)) {
         this.#owner.count(this, kind)
@@ -202,9 +209,17 @@ export class Attempt implements BackendHandler {
     if (error instanceof GatewayError) this.#owner.count(this, 'cancelled')
     else {
       this.#owner.count(this, kind)
-      if (!isStale) this.#penalise()
+      if (!isStale && !isOurs(error)) {
+        this.#penalise()
+        this.#fail()
+      }
     }
     this.#owner.failed(this, kind, error, { isSent: this.#controller !== undefined, isStale })
+  }
+
+  complete(): void {
+    this.backend.live.breaker.succeeded(this.#era, performance.now())
+    this.#era = JUDGED
   }
 
   cutShort(): GatewayError {
@@ -229,6 +244,7 @@ export class Attempt implements BackendHandler {
       statusFailure(statusCode) ?? (`${Math.floor(statusCode / 100)}xx` as AttemptResult)
     )
     this.#observe(statusCode)
+    this.#judgeHead(statusCode)
     this.#owner.deliver(this, this.#head!, this.#answer!)
   }
 
@@ -274,8 +290,30 @@ export class Attempt implements BackendHandler {
       { cause: error }
     )
     this.#penalise()
+    this.#fail()
     this.#owner.broke(this, kind, gatewayError)
     return gatewayError
+  }
+
+  /** A 4xx says that the request is at fault: nothing for the backend, and nothing against it. */
+  #judgeHead(statusCode: number): void {
+    const { breaker } = this.backend.live
+    if (statusCode < 400) return breaker.answered(this.#era)
+    breaker.leave(this.#era)
+    this.#era = JUDGED
+  }
+
+  #judgeRefusal({ statusCode, headers }: Head): void {
+    const isBusy = statusCode === 429 || statusCode === 503
+    const rest = isBusy ? parseRetryAfter(headers['retry-after']) : 0
+    if (rest > 0) this.backend.live.breaker.rest(rest, performance.now())
+    // 501: it does not know what was asked for, and may serve all else.
+    else if (statusCode >= 500 && statusCode !== 501) this.#fail()
+  }
+
+  #fail(): void {
+    this.backend.live.breaker.failed(this.#era, performance.now())
+    this.#era = JUDGED
   }
 
   #penalise(): void {
@@ -288,12 +326,18 @@ export class Attempt implements BackendHandler {
     this.#isOver = true
     this.#patience.end()
     this.backend.live.end()
+    this.backend.live.breaker.leave(this.#era)
   }
 }
 
 function statusFailure(statusCode: number): FailureKind | undefined {
   if (statusCode >= 500) return '5xx'
   return statusCode === 429 ? '429' : undefined
+}
+
+/** undici refused to send the request at all: no backend is to blame. */
+export function isOurs(error: Error & { code?: string }): boolean {
+  return error.code === 'UND_ERR_INVALID_ARG' || error.code === 'UND_ERR_NOT_SUPPORTED'
 }
 
 function isTimeout(error: Error & { code?: string }): boolean {

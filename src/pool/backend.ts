@@ -1,6 +1,7 @@
 import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { buildConnector, Client, type Dispatcher, Pool as Sockets } from 'undici'
+import { Breaker } from './breaker.ts'
 import type { ModelCard } from './models.ts'
 
 /** One inference server as it is configured. Times in milliseconds. */
@@ -51,7 +52,7 @@ export class Backend {
     return this.config.name
   }
 
-  /** May it be given work? */
+  /** May it be given work, as far as health checks know? */
   get available(): boolean {
     return this.live.healthy
   }
@@ -73,7 +74,7 @@ export class Backend {
 export class Live {
   /** Exchanges whose answer has not ended; see {@link begin}. */
   inFlight = 0
-  /** Whether it is given work, and since when that is so (Unix ms). */
+  /** What health checks found, and since when that is so (Unix ms). */
   healthy = true
   changedAt = Date.now()
   /** What went wrong last, in calls or health checks. */
@@ -84,6 +85,8 @@ export class Live {
   isProbed = false
   /** What it lists itself, by id; undefined as long as that is not known. */
   models: ReadonlyMap<string, ModelCard> | undefined
+  /** Whether its calls go well. */
+  readonly breaker = new Breaker()
   /** Smooth weighted round robin keeps its place here. */
   currentWeight = 0
   readonly origin: string

@@ -11,6 +11,7 @@ import {
   type AttemptResult,
   type Head,
   type Headers,
+  isOurs,
   type Progress
 } from './attempt.ts'
 import type { Backend } from './backend.ts'
@@ -83,6 +84,7 @@ class Delivery implements AttemptOwner, Work {
   start(): void {
     if (this.#exchange.closed) return this.#pool.leave(this.#lineup)
     this.#exchange.work = this
+    this.#pool.retryBudget.earn()
     this.#next()
   }
 
@@ -161,14 +163,21 @@ class Delivery implements AttemptOwner, Work {
   /** Time in ms until another attempt may be made, or undefined if there is to be none. */
   #plan(kind: FailureKind, isSent: boolean): number | undefined {
     if (this.#exchange.closed || !this.#canResend()) return undefined
-    const { enabled, retryOn, maxRetries, maxWait, initialWait, multiplier } = this.#lineup.retry
+    const { enabled, retryOn, maxRetries } = this.#lineup.retry
     const candidates = this.#lineup.candidates(this.#exchange)
     const another = candidates.some(each => !this.#tried.includes(each))
     // A connection that was refused has cost nobody anything.
     if (!isSent && another) return 0
     const isAllowed = enabled && retryOn.includes(kind)
     if (!isAllowed || this.#exchange.attempts > maxRetries) return undefined
-    if (another) return 0
+    const wait = another ? 0 : this.#waitFor(candidates)
+    if (wait === undefined || !isSent) return wait
+    return this.#pool.retryBudget.spend(performance.now()) ? wait : undefined
+  }
+
+  /** Time in ms until one that was tried before may be tried again, or undefined if that is too late. */
+  #waitFor(candidates: Backend[]): number | undefined {
+    const { maxWait, initialWait, multiplier } = this.#lineup.retry
     const soonest = Math.min(...candidates.map(each => this.#askedWait(each)))
     const wait = Math.max(Math.min(initialWait * multiplier ** this.#waits, maxWait), soonest)
     return soonest > maxWait || performance.now() + wait > this.deadline ? undefined : wait
@@ -296,11 +305,6 @@ function toGatewayError(kind: FailureKind, error: Error): GatewayError {
   return kind === 'timeout'
     ? new GatewayError('backend_timeout', 'The backend did not answer in time.', { cause: error })
     : new GatewayError('backend_unreachable', 'No backend could be reached.', { cause: error })
-}
-
-/** undici refused to send the request at all: no backend is to blame. */
-function isOurs(error: Error & { code?: string }): boolean {
-  return error.code === 'UND_ERR_INVALID_ARG' || error.code === 'UND_ERR_NOT_SUPPORTED'
 }
 
 function isInvalid(error: Error): boolean {

@@ -1,5 +1,7 @@
 import { isDeepStrictEqual } from 'node:util'
 import { Backend, type BackendConfig, type Live } from './backend.ts'
+import type { BreakerPolicy, CircuitTurn } from './breaker.ts'
+import { RetryBudget } from './budget.ts'
 import { serves } from './models.ts'
 import { type StrategyName, strategies } from './strategies.ts'
 
@@ -20,6 +22,8 @@ export interface PoolConfig {
   backends: BackendConfig[]
   loadBalance: StrategyName
   retry: RetryPolicy
+  /** Absent: no call is kept from a backend because others have failed. */
+  breaker: BreakerPolicy | undefined
 }
 
 /** What a call needs of its backend. */
@@ -28,6 +32,8 @@ export interface Wanted {
   pinned: string | undefined
   model: string | undefined
 }
+/** Hears of circuits that open and close. */
+export type OnCircuit = (backend: string, turn: CircuitTurn) => void
 
 /**
  * The backends as one configuration has them, and how one of them is chosen. A request goes through
@@ -52,8 +58,10 @@ export class Lineup {
    */
   candidates({ pinned, model }: Wanted): Backend[] {
     const holder = pinned && this.backends.find(each => each.name === pinned)
-    return (holder ? [holder] : this.backends).filter(
-      each => each.available && (holder || model === undefined || serves(each, model))
+    return inService(
+      (holder ? [holder] : this.backends).filter(
+        each => each.available && (holder || model === undefined || serves(each, model))
+      )
     )
   }
 
@@ -66,17 +74,21 @@ export class Lineup {
 
 /** All backends, over all changes of the configuration. */
 export class Pool {
+  readonly retryBudget = new RetryBudget()
+  readonly #onCircuit: OnCircuit
   #current: Lineup
   /** Lineups that are in use; the current one is the last. */
   readonly #lineups = new Set<Lineup>()
   readonly #closing = new Set<Live>()
 
-  constructor(config: PoolConfig) {
+  constructor(config: PoolConfig, onCircuit: OnCircuit = () => {}) {
+    this.#onCircuit = onCircuit
     this.#current = new Lineup(
       config.backends.map(each => new Backend(each)),
       config
     )
     this.#lineups.add(this.#current)
+    this.#guard(config)
   }
 
   /**
@@ -92,6 +104,7 @@ export class Pool {
     })
     this.#current = new Lineup(backends, config)
     this.#lineups.add(this.#current)
+    this.#guard(config)
     this.#retire(before)
   }
 
@@ -132,6 +145,14 @@ export class Pool {
     await Promise.all([...all].map(live => live.destroy()))
   }
 
+  /** One that is alone gets every call: nobody else could. */
+  #guard({ breaker }: PoolConfig): void {
+    const policy = this.backends.length > 1 ? breaker : undefined
+    for (const { name, live } of this.backends) {
+      live.breaker.guard(policy, turn => this.#onCircuit(name, turn))
+    }
+  }
+
   /** Lets go of the servers that only this lineup has, when nothing is under way with it. */
   #retire(lineup: Lineup): void {
     if (lineup === this.#current || lineup.requests > 0) return
@@ -145,6 +166,22 @@ export class Pool {
     await live.close()
     this.#closing.delete(live)
   }
+}
+
+/**
+ * The backends whose circuits let calls through; at most half are kept from work. If more would be,
+ * those that have failed count again, and if all asked to be left alone for a while, they do too: an
+ * answer of theirs is better than none.
+ */
+function inService(backends: Backend[]): Backend[] {
+  if (backends.every(each => each.live.breaker.isClosed)) return backends
+  const now = performance.now()
+  const ready = backends.filter(each => each.live.breaker.admits(now))
+  if (ready.length * 2 >= backends.length) return ready
+  const awake = backends.filter(
+    ({ live: { breaker } }) => breaker.admits(now) || !breaker.isResting
+  )
+  return awake.length > 0 ? awake : backends
 }
 
 /** Connections can be kept: what they were opened with has not changed. */

@@ -2,6 +2,7 @@ import type { FastifyInstance } from 'fastify'
 import { Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import { parseTime } from '../keys/key.ts'
+import type { Breaker } from '../pool/breaker.ts'
 import type { Dimension } from '../reporters/usage-store.ts'
 import type { Administered, AdminRoute } from './admin.ts'
 
@@ -40,11 +41,24 @@ const SumShown = Type.Object({
   cached_tokens: count,
   cost: Type.Number()
 })
+const CircuitShown = Type.Object(
+  {
+    state: Type.Enum(['closed', 'half_open', 'open']),
+    reason: Type.Union([Type.String(), Type.Null()]),
+    until: Type.Union([Type.String({ format: 'date-time' }), Type.Null()])
+  },
+  { description: 'closed: it gets calls; half_open: a single one; open: none until then' }
+)
 const BackendShown = Type.Object({
   name: Type.String(),
   url: Type.String(),
   weight: Type.Integer(),
-  healthy: Type.Boolean({ description: 'It is given work' }),
+  models: Type.Union([Type.Array(Type.String()), Type.Null()], {
+    description:
+      'What it serves: as configured, or as it lists them itself; null: not known, it takes all'
+  }),
+  healthy: Type.Boolean({ description: 'What health checks say' }),
+  circuit: CircuitShown,
   in_flight: Type.Integer({ description: 'Attempts whose answer has not ended' }),
   down_since: Type.Union([Type.String({ format: 'date-time' }), Type.Null()]),
   last_error: Type.Union([
@@ -96,7 +110,9 @@ export default function viewRoutes(
           name,
           url: live.origin + live.basePath,
           weight: config.weight,
+          models: config.models ?? (live.models === undefined ? null : [...live.models.keys()]),
           healthy: live.healthy,
+          circuit: toCircuit(live.breaker),
           in_flight: live.inFlight,
           down_since: live.healthy ? null : toIso(live.changedAt),
           last_error: live.lastError === undefined ? null : toShown(live.lastError)
@@ -118,6 +134,16 @@ export default function viewRoutes(
       handler: async () => scope.swagger()
     }
   ]
+}
+
+function toCircuit(breaker: Breaker) {
+  const now = performance.now()
+  const { reason, until } = breaker.opened ?? {}
+  return {
+    state: breaker.state(now),
+    reason: reason ?? null,
+    until: until === undefined ? null : toIso(Date.now() + until - now)
+  }
 }
 
 function toShown({ at, reason }: { at: number; reason: string }) {
