@@ -24,7 +24,7 @@ export interface OutboxState {
 }
 
 /** Something that all workers must know. */
-export type News = ResponseMade | KeysChanged
+export type News = ResponseMade | KeysChanged | BackendDrained
 
 /** A stored response was made: later calls about it go to the same backend. */
 export interface ResponseMade {
@@ -39,6 +39,13 @@ export interface KeysChanged {
   kind: 'keys'
   /** SHA-256 of each; absent: all may be. */
   hashes?: readonly string[]
+}
+
+/** A backend gets no more calls, or gets them again. */
+export interface BackendDrained {
+  kind: 'backend'
+  backend: string
+  drained: boolean
 }
 
 declare module 'fastify' {

@@ -10,7 +10,16 @@ import gatewayPlugin from '../src/app.ts'
 import { parseConfig } from '../src/config.ts'
 import { KeyStore } from '../src/keys/key-store.ts'
 import { sections } from '../src/server.ts'
-import { answerChat, CHAT, closedPort, fakeBackend, post, startGateway } from './helper.ts'
+import {
+  answerChat,
+  CHAT,
+  chunk,
+  closedPort,
+  type FakeBackend,
+  fakeBackend,
+  post,
+  startGateway
+} from './helper.ts'
 import { CLI, folder, start, writeConfig } from './process.ts'
 
 /** The admin API on real sockets. */
@@ -370,6 +379,47 @@ test('how the backends are', async t => {
   assert.ok(!JSON.stringify(body).includes('sk-upstream'))
 })
 
+test('a drained backend ends what it has and gets nothing more, until it is wanted again', async t => {
+  const servers = [0, 1].map(() =>
+    fakeBackend(t, (request, response, raw) =>
+      request.body.includes('"stream":true')
+        ? response.writeHead(200, { 'content-type': 'text/event-stream' }).write(chunk('Hi'))
+        : answerChat(request, response, raw)
+    )
+  )
+  const [a, b] = (await Promise.all(servers)) as [FakeBackend, FakeBackend]
+  const backends = [
+    { name: 'a/1', url: a.url },
+    { name: 'b', url: b.url }
+  ]
+  const gateway = await open(t, { backends, auth: { enabled: false } })
+  const { ask } = gateway
+  const call = (body: object = CHAT) => post(`${gateway.url}/v1/chat/completions`, body)
+  const stream = await call({ ...CHAT, stream: true })
+  await a.request()
+
+  const { status, body } = await ask('POST', '/admin/backends/a%2F1/drain')
+  assert.equal(status, 200)
+  assert.partialDeepStrictEqual(body, { name: 'a/1', drained: true, healthy: true, in_flight: 1 })
+  await gateway.logged({ msg: 'admin', action: 'drain backend', backend: 'a/1' })
+  for (let count = 0; count < 4; count++) assert.equal((await call()).status, 200)
+  assert.deepEqual([a.requests.length, b.requests.length], [1, 4])
+  assert.equal(await gateway.metric('llmproxy_backend_drained', { backend: 'a/1' }), 1)
+  assert.equal(await gateway.metric('llmproxy_backend_up', { backend: 'a/1' }), 1)
+  const reader = stream.body!.getReader()
+  assert.match(Buffer.from((await reader.read()).value!).toString(), /Hi/)
+  await reader.cancel()
+
+  await ask('POST', '/admin/backends/b/drain')
+  const refused = await call()
+  assert.equal(refused.status, 503)
+  assert.equal((await fetch(`${gateway.url}/health/ready`)).status, 503)
+  await ask('POST', '/admin/backends/a%2F1/undrain')
+  assert.equal((await call()).status, 200)
+  assert.equal(a.requests.length, 2)
+  assert.equal((await ask('POST', '/admin/backends/c/drain')).status, 404)
+})
+
 test('the running configuration, without its secrets, is a configuration', async t => {
   const secrets = {
     backends: [{ url: 'http://a:1', api_key: 'hush-1', headers: { 'x-key': 'hush-2' } }],
@@ -500,6 +550,14 @@ test('every worker serves it, on the port of its own too; a revoked key is refus
     for (let count = 0; count < 4; count++) {
       assert.equal((await ask('GET', `/admin/keys/${made.id}`)).body.status, 'revoked')
     }
+    await ask('POST', '/admin/backends/demo/drain')
+    const isDrained = async () => {
+      const close = { connection: 'close' }
+      const { body } = await ask('GET', '/admin/backends', undefined, close)
+      return body.backends[0].drained
+    }
+    // Each worker takes turns with the other.
+    for (let inRow = 0; inRow < 4; ) inRow = (await isDrained()) ? inRow + 1 : 0
     gateway.child.kill('SIGTERM')
     assert.equal(await gateway.exit, 0)
   }

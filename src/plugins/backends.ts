@@ -14,6 +14,7 @@ import {
   NotBuilt,
   Section
 } from '../options.ts'
+import type {} from '../peers.ts'
 import type { AttemptResult } from '../pool/attempt.ts'
 import { Discovery } from '../pool/discovery.ts'
 import { type HealthCheck, HealthChecker } from '../pool/health.ts'
@@ -202,6 +203,12 @@ export interface Backends {
   /** All models that are known, as their backends show them; undefined when no backend's are. */
   models(): ModelCard[] | undefined
   readonly onCircuit: OnCircuit[]
+  /**
+   * Gives a backend no more calls, or gives it some again, in all workers. What it has begun it ends.
+   *
+   * @returns false: there is none of that name
+   */
+  drain(name: string, drained: boolean): boolean
   update(options: BackendsOptions): Promise<void>
   /** Base URL of the demo backend, when it is in use. */
   readonly demoUrl: string | undefined
@@ -238,10 +245,24 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
   }
   watch(options)
 
+  const setDrained = (name: string, drained: boolean) => {
+    const backend = pool.backends.find(each => each.name === name)
+    if (backend !== undefined) backend.live.isDrained = drained
+    return backend !== undefined
+  }
+  fastify.peers?.onNews(news => {
+    if (news.kind === 'backend') setDrained(news.backend, news.drained)
+  })
+
   fastify.decorate('backends', {
     pool,
     onAttempt: [],
     models: () => listModels(pool.backends),
+    drain(backend, drained) {
+      if (!setDrained(backend, drained)) return false
+      fastify.peers?.tell({ kind: 'backend', backend, drained })
+      return true
+    },
     onCircuit,
     get demoUrl() {
       return demo?.url

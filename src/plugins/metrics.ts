@@ -204,8 +204,20 @@ function backendMetrics(
     registers,
     collect() {
       this.reset()
-      for (const { name, available } of pool.backends)
-        this.set({ backend: name }, Number(available))
+      for (const { name, live } of pool.backends) this.set({ backend: name }, Number(live.healthy))
+    }
+  })
+  new Gauge({
+    name: 'llmproxy_backend_drained',
+    help: '1: the backend gets no calls because somebody wants it so',
+    labelNames: ['backend'],
+    // Of several workers: drained as soon as one of them holds to it.
+    aggregator: 'max',
+    registers,
+    collect() {
+      this.reset()
+      for (const { name, live } of pool.backends)
+        this.set({ backend: name }, Number(live.isDrained))
     }
   })
   new Gauge({

@@ -54,7 +54,7 @@ export class Backend {
 
   /** May it be given work, as far as health checks know? */
   get available(): boolean {
-    return this.live.healthy
+    return this.live.healthy && !this.live.isDrained
   }
 
   /** Sends a request, over a connection of its own if it must be `fresh`. */
@@ -81,6 +81,8 @@ export class Live {
   lastError: { at: number; reason: string } | undefined
   /** When it last began to stream an answer (monotonic, ms). */
   streamedAt = Number.NEGATIVE_INFINITY
+  /** Somebody wants it to get no more calls; those under way go on. */
+  isDrained = false
   /** An active check has been made. */
   isProbed = false
   /** What it lists itself, by id; undefined as long as that is not known. */

@@ -2,11 +2,10 @@ import type { FastifyInstance } from 'fastify'
 import { Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import { parseTime } from '../keys/key.ts'
-import type { Breaker } from '../pool/breaker.ts'
 import type { Dimension } from '../reporters/usage-store.ts'
 import type { Administered, AdminRoute } from './admin.ts'
 
-/** What the admin API shows: usage, backends, the configuration, and a description of itself. */
+/** What the admin API shows: usage, the configuration, and a description of itself. */
 
 const Day = (description: string) =>
   Type.Optional(
@@ -41,34 +40,9 @@ const SumShown = Type.Object({
   cached_tokens: count,
   cost: Type.Number()
 })
-const CircuitShown = Type.Object(
-  {
-    state: Type.Enum(['closed', 'half_open', 'open']),
-    reason: Type.Union([Type.String(), Type.Null()]),
-    until: Type.Union([Type.String({ format: 'date-time' }), Type.Null()])
-  },
-  { description: 'closed: it gets calls; half_open: a single one; open: none until then' }
-)
-const BackendShown = Type.Object({
-  name: Type.String(),
-  url: Type.String(),
-  weight: Type.Integer(),
-  models: Type.Union([Type.Array(Type.String()), Type.Null()], {
-    description:
-      'What it serves: as configured, or as it lists them itself; null: not known, it takes all'
-  }),
-  healthy: Type.Boolean({ description: 'What health checks say' }),
-  circuit: CircuitShown,
-  in_flight: Type.Integer({ description: 'Attempts whose answer has not ended' }),
-  down_since: Type.Union([Type.String({ format: 'date-time' }), Type.Null()]),
-  last_error: Type.Union([
-    Type.Object({ at: Type.String({ format: 'date-time' }), reason: Type.String() }),
-    Type.Null()
-  ])
-})
 
 export default function viewRoutes(
-  { backends, usage, config }: Administered,
+  { usage, config }: Administered,
   scope: FastifyInstance
 ): AdminRoute[] {
   return [
@@ -97,30 +71,6 @@ export default function viewRoutes(
     },
     {
       method: 'GET',
-      url: '/backends',
-      summary: 'How the backends are, as this process sees them',
-      response: {
-        200: Type.Object(
-          { backends: Type.Array(BackendShown) },
-          { description: 'The backends that are in use' }
-        )
-      },
-      handler: async () => ({
-        backends: backends.pool.backends.map(({ name, config, live }) => ({
-          name,
-          url: live.origin + live.basePath,
-          weight: config.weight,
-          models: config.models ?? (live.models === undefined ? null : [...live.models.keys()]),
-          healthy: live.healthy,
-          circuit: toCircuit(live.breaker),
-          in_flight: live.inFlight,
-          down_since: live.healthy ? null : toIso(live.changedAt),
-          last_error: live.lastError === undefined ? null : toShown(live.lastError)
-        }))
-      })
-    },
-    {
-      method: 'GET',
       url: '/config',
       summary: 'The running configuration; secrets are ***',
       response: { 200: Type.Object({}, { description: 'Its sections' }) },
@@ -134,22 +84,4 @@ export default function viewRoutes(
       handler: async () => scope.swagger()
     }
   ]
-}
-
-function toCircuit(breaker: Breaker) {
-  const now = performance.now()
-  const { reason, until } = breaker.opened ?? {}
-  return {
-    state: breaker.state(now),
-    reason: reason ?? null,
-    until: until === undefined ? null : toIso(Date.now() + until - now)
-  }
-}
-
-function toShown({ at, reason }: { at: number; reason: string }) {
-  return { at: toIso(at), reason }
-}
-
-function toIso(time: number): string {
-  return new Date(time).toISOString()
 }

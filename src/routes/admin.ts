@@ -17,6 +17,7 @@ import type { Backends } from '../plugins/backends.ts'
 import type { UsageReports } from '../plugins/usage.ts'
 import { DatabaseError } from '../store/sql.ts'
 import { VERSION } from '../version.ts'
+import backendRoutes from './admin-backends.ts'
 import keyRoutes from './admin-keys.ts'
 import originalRoutes from './admin-original.ts'
 import viewRoutes from './admin-views.ts'
@@ -98,6 +99,7 @@ export default function adminRoutes(administered: Administered): FastifyPluginAs
     for (const route of [
       ...keyRoutes(administered, changed),
       ...viewRoutes(administered, scope),
+      ...backendRoutes(administered, changed),
       ...originalRoutes(administered, changed)
     ]) {
       declare(scope, route)
@@ -118,7 +120,7 @@ export default function adminRoutes(administered: Administered): FastifyPluginAs
 export type Changed = (
   request: FastifyRequest,
   action: string,
-  details: { keyId?: string; keys?: number; mode?: string }
+  details: { keyId?: string; keys?: number; mode?: string; backend?: string }
 ) => Promise<{ warning?: string }>
 
 /** Neither an API key nor a limit of calls has to do with it. */
