@@ -420,6 +420,20 @@ test('a drained backend ends what it has and gets nothing more, until it is want
   assert.equal((await ask('POST', '/admin/backends/c/drain')).status, 404)
 })
 
+test('a drained backend stays so when its connections are made anew', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const config = (connect_timeout: string) => ({
+    ...BASE,
+    auth: { enabled: false },
+    backends: [{ name: 'a', url: backend.url, connect_timeout }]
+  })
+  const { ask, control } = await open(t, config('1s'))
+  await ask('POST', '/admin/backends/a/drain')
+  await control.reload(sections(parseConfig(JSON.stringify(config('2s')), 'c', {})))
+  const { body } = await ask('GET', '/admin/backends')
+  assert.equal(body.backends[0].drained, true)
+})
+
 test('the running configuration, without its secrets, is a configuration', async t => {
   const secrets = {
     backends: [{ url: 'http://a:1', api_key: 'hush-1', headers: { 'x-key': 'hush-2' } }],

@@ -275,3 +275,49 @@ test('a reload changes which models a backend has, and keeps what others have sa
   for (let i = 0; i < 2; i++) servedBy.add((await ask(gateway.url, 'anything')).body.served_by)
   assert.equal(servedBy.size, 2, 'nothing is known, so both take it')
 })
+
+test('a backend of which nothing is known gets no call that another is known to serve', async t => {
+  const a = await lister(t, 'a', ['qwen'])
+  const b = await lister(t, 'b', undefined)
+  const gateway = await gatewayWith(t, { a, b })
+  await gateway.logged({ msg: 'backend lists models', backend: 'a' })
+  for (let i = 0; i < 4; i++) assert.equal((await ask(gateway.url, 'qwen')).body.served_by, 'a')
+})
+
+test('while nothing is known a caller who is held to some models sees those, and no other', async t => {
+  const a = await lister(t, 'a', ['secret', 'mine'])
+  const keys = [{ key: 'sk-held', models: ['mine', 'team-*'] }, { key: 'sk-all' }]
+  const gateway = await gatewayWith(
+    t,
+    { a },
+    {
+      auth: { enabled: true, keys },
+      routing: { model_discovery: { enabled: false } }
+    }
+  )
+  assert.deepEqual(await listed(gateway, 'sk-held'), ['mine'])
+  assert.deepEqual(await listed(gateway, 'sk-all'), ['secret', 'mine'])
+  const headers = bearer('sk-held')
+  assert.equal((await fetch(`${gateway.url}/v1/models/secret`, { headers })).status, 404)
+})
+
+test('patterns alone are no list: the question is passed on', async t => {
+  const a = await lister(t, 'a', ['m1'])
+  const gateway = await gatewayWith(
+    t,
+    { a },
+    { routing: { model_discovery: { enabled: false } } },
+    { a: { models: ['*'] } }
+  )
+  assert.deepEqual(await listed(gateway), ['m1'])
+})
+
+test('the list of models counts as a request, and has an id', async t => {
+  const a = await lister(t, 'a', ['m'])
+  const limit = { enabled: true, global: { requests_per_minute: 1 } }
+  const gateway = await gatewayWith(t, { a }, { rate_limit: limit })
+  await gateway.logged({ msg: 'backend lists models' })
+  const first = await fetch(`${gateway.url}/v1/models`)
+  assert.match(first.headers.get('x-request-id')!, /^req_/)
+  assert.deepEqual([first.status, (await fetch(`${gateway.url}/v1/models`)).status], [200, 429])
+})

@@ -276,7 +276,9 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
   // Before a limit is asked: a model that nobody has costs nothing.
   fastify.addHook('preHandler', (request, _reply, done) => {
     const model = request.exchange?.model
-    if (model === undefined || pool.serves(model)) return done()
+    // Who holds the response that is gone on with says itself what it has.
+    const isHeld = request.payload?.previousResponseId !== undefined
+    if (model === undefined || isHeld || pool.serves(model)) return done()
     discovery
       .refresh()
       .then(() => done(pool.serves(model) ? undefined : modelNotFound(model)), done)

@@ -17,6 +17,8 @@ const MAX_BYTES = 4 * 1024 * 1024
 const MAX_MODELS = 10_000
 /** How often (ms) a model that nobody lists may make all backends be asked. */
 const MISS_MS = 5_000
+/** How soon (ms) a backend that gave no list is asked again. */
+const UNKNOWN_MS = 5_000
 
 /**
  * Asks every backend for its models, at once and then every `interval`: `GET /v1/models`, and Ollama's
@@ -61,7 +63,13 @@ export class Discovery {
   async #watch(signal: AbortSignal): Promise<void> {
     while (!signal.aborted) {
       await this.#ask(signal)
-      await sleep(this.#settings.interval, undefined, { signal, ref: false }).catch(() => {})
+      // One that gave no list may only not be up yet.
+      const isPartial = this.#backends.some(({ live }) => live.models === undefined)
+      const { interval } = this.#settings
+      await sleep(isPartial ? Math.min(interval, UNKNOWN_MS) : interval, undefined, {
+        signal,
+        ref: false
+      }).catch(() => {})
     }
   }
 
@@ -86,7 +94,8 @@ export class Discovery {
         this.#log.info({ backend: backend.name, models: models.size }, 'backend lists models')
     } catch (error) {
       if (signal.aborted) return
-      const reason = (error as { code?: string }).code ?? (error as Error).message
+      const { code, message } = error as { code?: unknown; message: string }
+      const reason = typeof code === 'string' ? code : message
       this.#log.debug({ backend: backend.name, reason }, 'backend lists no models')
     }
   }

@@ -27,21 +27,26 @@ export function serves({ config, live }: Backend, model: string): boolean {
   return live.models === undefined || live.models.has(model) || live.models.has(`${model}:latest`)
 }
 
+/** Is it known what this backend serves? */
+export function isKnown({ config, live }: Backend): boolean {
+  return config.models !== undefined || live.models !== undefined
+}
+
 /** All models of these backends, each once and in their order; undefined when no backend's are known. */
 export function listModels(backends: readonly Backend[]): ModelCard[] | undefined {
   const cards = new Map<string, ModelCard>()
-  let isKnown = false
+  let hasNames = false
   const add = (card: ModelCard) => {
     if (!cards.has(card.id)) cards.set(card.id, card)
   }
   for (const { config, live } of backends) {
-    isKnown ||= config.models !== undefined || live.models !== undefined
+    hasNames ||= live.models !== undefined || config.models?.some(id => !isPattern(id)) === true
     for (const [id, card] of live.models ?? []) {
       if (config.models === undefined || matchesModel(config.models, id)) add(card)
     }
     for (const id of config.models ?? []) if (!isPattern(id)) add(toCard(id))
   }
-  return isKnown ? [...cards.values()] : undefined
+  return hasNames ? [...cards.values()] : undefined
 }
 
 function isPattern(name: string): boolean {

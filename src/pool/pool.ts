@@ -2,7 +2,7 @@ import { isDeepStrictEqual } from 'node:util'
 import { Backend, type BackendConfig, type Live } from './backend.ts'
 import type { BreakerPolicy, CircuitTurn } from './breaker.ts'
 import { RetryBudget } from './budget.ts'
-import { serves } from './models.ts'
+import { isKnown, serves } from './models.ts'
 import { type StrategyName, strategies } from './strategies.ts'
 
 /** When and how often another attempt is made. Times in milliseconds. */
@@ -58,11 +58,12 @@ export class Lineup {
    */
   candidates({ pinned, model }: Wanted): Backend[] {
     const holder = pinned && this.backends.find(each => each.name === pinned)
-    return inService(
-      (holder ? [holder] : this.backends).filter(
-        each => each.available && (holder || model === undefined || serves(each, model))
-      )
+    const able = (holder ? [holder] : this.backends).filter(
+      each => each.available && (holder || model === undefined || serves(each, model))
     )
+    // One of which nothing is known yet may not have the model: it is there for when nobody else is.
+    const known = model === undefined ? able : able.filter(isKnown)
+    return inService(known.length > 0 ? known : able)
   }
 
   /** The backend for the next attempt, or undefined when none that may be used is available. */
@@ -99,13 +100,22 @@ export class Pool {
     const before = this.#current
     const backends = config.backends.map(each => {
       const same = before.backends.find(backend => isSame(backend.config, each))
-      if (same === undefined) return new Backend(each)
+      if (same === undefined) return this.#renewed(each)
       return isDeepStrictEqual(same.config, each) ? same : new Backend(each, same.live)
     })
     this.#current = new Lineup(backends, config)
     this.#lineups.add(this.#current)
     this.#guard(config)
     this.#retire(before)
+  }
+
+  /** Connections are made anew, but what somebody wants of the server at this URL holds. */
+  #renewed(config: BackendConfig): Backend {
+    const backend = new Backend(config)
+    const { name, url } = config
+    const before = this.backends.find(each => each.name === name && each.config.url === url)
+    if (before?.live.isDrained) backend.live.isDrained = true
+    return backend
   }
 
   /** A request begins; it must {@link leave} the lineup when it is over. */

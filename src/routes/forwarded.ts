@@ -1,15 +1,19 @@
 import { Transform } from 'node:stream'
-import type { FastifyInstance } from 'fastify'
+import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import { GatewayError } from '../errors.ts'
 import type { Endpoint } from '../exchange.ts'
 
 /**
  * Declares routes that are forwarded to the backends. Only paths that are declared reach one: the
- * control paths of an inference server never do.
+ * control paths of an inference server never do. `answer` may answer instead; then it returns true.
  */
-export async function forwarded(fastify: FastifyInstance, endpoints: Endpoint[]): Promise<void> {
+export async function forwarded(
+  fastify: FastifyInstance,
+  endpoints: Endpoint[],
+  answer: (request: FastifyRequest, reply: FastifyReply) => boolean = () => false
+): Promise<void> {
   for (const endpoint of endpoints.filter(({ body }) => body !== 'stream')) {
-    declare(fastify, endpoint)
+    declare(fastify, endpoint, answer)
   }
   const streamed = endpoints.filter(({ body }) => body === 'stream')
   if (streamed.length === 0) return
@@ -19,18 +23,24 @@ export async function forwarded(fastify: FastifyInstance, endpoints: Endpoint[])
       const { headers } = request as { headers: Record<string, string | undefined> }
       return limited(body, Number(headers['content-length'] ?? 0), scope.initialConfig.bodyLimit!)
     })
-    for (const endpoint of streamed) declare(scope, endpoint)
+    for (const endpoint of streamed) declare(scope, endpoint, answer)
   })
 }
 
-function declare(fastify: FastifyInstance, endpoint: Endpoint): void {
+function declare(
+  fastify: FastifyInstance,
+  endpoint: Endpoint,
+  answer: (request: FastifyRequest, reply: FastifyReply) => boolean
+): void {
   fastify.route({
     method: endpoint.method,
     url: endpoint.url,
     // fastify-metrics leaves them out: the gateway's own metrics say all of it, and more.
     config: { endpoint, disableMetrics: true },
     // Not returned: Fastify would wait for the reply as for a promise.
-    handler: (_request, reply) => void reply.forward()
+    handler(request, reply) {
+      if (!answer(request, reply)) reply.forward()
+    }
   })
 }
 

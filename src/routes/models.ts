@@ -3,6 +3,7 @@ import { openai } from '../dialects/openai.ts'
 import { modelNotFound } from '../errors.ts'
 import type { Endpoint } from '../exchange.ts'
 import { matchesModel } from '../keys/key.ts'
+import { toCard } from '../pool/models.ts'
 import { forwarded } from './forwarded.ts'
 
 const get = (url: string, upstreamPrefix?: string): Endpoint => ({
@@ -15,27 +16,31 @@ const get = (url: string, upstreamPrefix?: string): Endpoint => ({
 
 /**
  * The list of models, and one of them; an id may contain slashes (`org/model`). The list has the models of all
- * backends that the caller may use. As long as no backend's are known the question is passed on to one.
+ * backends that the caller may use. As long as no backend's are known the question is passed on to one, unless
+ * the caller is held to some: then those are the list.
  */
-const modelRoutes: FastifyPluginAsync = async fastify => {
-  fastify.addHook('preHandler', (request, reply, done) => {
-    const models = fastify.backends.models()
-    if (models === undefined) return done()
-    const wanted = (request.params as { '*'?: string })['*']
-    if (wanted === undefined) {
-      const data = models.filter(({ id }) => mayUse(request, id))
-      return void reply.send({ object: 'list', data })
-    }
-    const card = models.find(({ id }) => id === wanted && mayUse(request, id))
-    if (card === undefined) throw modelNotFound(wanted)
-    reply.send(card)
-  })
-  await forwarded(fastify, [
+const modelRoutes: FastifyPluginAsync = fastify => {
+  const endpoints = [
     get('/v1/models'),
     get('/v1/models/*'),
     get('/models', '/v1'),
     get('/models/*', '/v1')
-  ])
+  ]
+  return forwarded(fastify, endpoints, (request, reply) => {
+    const held = request.caller?.models?.filter(name => !name.includes('*')).map(toCard)
+    const models = fastify.backends.models() ?? held
+    if (models === undefined) return false
+    reply.header('x-request-id', request.exchange.id)
+    const wanted = (request.params as { '*'?: string })['*']
+    if (wanted === undefined) {
+      reply.send({ object: 'list', data: models.filter(({ id }) => mayUse(request, id)) })
+    } else {
+      const card = models.find(({ id }) => id === wanted && mayUse(request, id))
+      if (card === undefined) throw modelNotFound(wanted)
+      reply.send(card)
+    }
+    return true
+  })
 }
 
 function mayUse({ caller }: FastifyRequest, model: string): boolean {
