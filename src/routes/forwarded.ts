@@ -3,17 +3,19 @@ import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import { GatewayError } from '../errors.ts'
 import type { Endpoint } from '../exchange.ts'
 
+type Handler = (request: FastifyRequest, reply: FastifyReply) => void
+
 /**
  * Declares routes that are forwarded to the backends. Only paths that are declared reach one: the
- * control paths of an inference server never do. `answer` may answer instead; then it returns true.
+ * control paths of an inference server never do. `handler` may answer some calls itself.
  */
 export async function forwarded(
   fastify: FastifyInstance,
   endpoints: Endpoint[],
-  answer: (request: FastifyRequest, reply: FastifyReply) => boolean = () => false
+  handler: Handler = (_request, reply) => reply.forward()
 ): Promise<void> {
   for (const endpoint of endpoints.filter(({ body }) => body !== 'stream')) {
-    declare(fastify, endpoint, answer)
+    declare(fastify, endpoint, handler)
   }
   const streamed = endpoints.filter(({ body }) => body === 'stream')
   if (streamed.length === 0) return
@@ -23,24 +25,18 @@ export async function forwarded(
       const { headers } = request as { headers: Record<string, string | undefined> }
       return limited(body, Number(headers['content-length'] ?? 0), scope.initialConfig.bodyLimit!)
     })
-    for (const endpoint of streamed) declare(scope, endpoint, answer)
+    for (const endpoint of streamed) declare(scope, endpoint, handler)
   })
 }
 
-function declare(
-  fastify: FastifyInstance,
-  endpoint: Endpoint,
-  answer: (request: FastifyRequest, reply: FastifyReply) => boolean
-): void {
+function declare(fastify: FastifyInstance, endpoint: Endpoint, handler: Handler): void {
   fastify.route({
     method: endpoint.method,
     url: endpoint.url,
     // fastify-metrics leaves them out: the gateway's own metrics say all of it, and more.
     config: { endpoint, disableMetrics: true },
     // Not returned: Fastify would wait for the reply as for a promise.
-    handler(request, reply) {
-      if (!answer(request, reply)) reply.forward()
-    }
+    handler: (request, reply) => void handler(request, reply)
   })
 }
 

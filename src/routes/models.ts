@@ -29,17 +29,14 @@ const modelRoutes: FastifyPluginAsync = fastify => {
   return forwarded(fastify, endpoints, (request, reply) => {
     const held = request.caller?.models?.filter(name => !name.includes('*')).map(toCard)
     const models = fastify.backends.models() ?? held
-    if (models === undefined) return false
+    if (models === undefined) return reply.forward()
     reply.header('x-request-id', request.exchange.id)
     const wanted = (request.params as { '*'?: string })['*']
-    if (wanted === undefined) {
-      reply.send({ object: 'list', data: models.filter(({ id }) => mayUse(request, id)) })
-    } else {
-      const card = models.find(({ id }) => id === wanted && mayUse(request, id))
-      if (card === undefined) throw modelNotFound(wanted)
-      reply.send(card)
-    }
-    return true
+    const data = models.filter(({ id }) => mayUse(request, id))
+    if (wanted === undefined) return reply.send({ object: 'list', data })
+    const card = data.find(({ id }) => id === wanted)
+    if (card === undefined) throw modelNotFound(wanted)
+    return reply.send(card)
   })
 }
 
