@@ -192,11 +192,7 @@ async function tellOthers(config: Config | undefined, changes: Parameters<OnKeyC
   if (cache === undefined || changes.length === 0) return
   const redis = new Redis(cache)
   try {
-    // No account is asked for, and so no period.
-    const orders = new Orders(redis, config!.rate_limit.redis_prefix, '', () => ({
-      start: 0,
-      end: 0
-    }))
+    const orders = new Orders(redis, config!.rate_limit.redis_prefix, '')
     for (const [hashes = [], validFor] of changes) {
       await orders.ask('tell', [], toTold(hashes, validFor))
     }

@@ -2,7 +2,7 @@ import { hash } from 'node:crypto'
 import type { KeyNews } from '../keys/key.ts'
 import type { Redis } from '../store/redis.ts'
 import { type Period, spentBefore } from './counter.ts'
-import { bucketOf, type Limits } from './limits.ts'
+import { bucketOf } from './limits.ts'
 import { SCRIPT } from './script.ts'
 import { type Account, idOf, type Left, type Refusal } from './store.ts'
 
@@ -39,23 +39,15 @@ export class Orders {
   readonly #prefix: string
   readonly #replica: string
   readonly #time: (() => number) | undefined
-  readonly #periodOf: (limits: Limits) => Period
 
   /**
    * @param prefix begins all names
    * @param time in place of Redis' clock (Unix ms), for tests
    */
-  constructor(
-    redis: Redis,
-    prefix: string,
-    replica: string,
-    periodOf: (limits: Limits) => Period,
-    time?: () => number
-  ) {
+  constructor(redis: Redis, prefix: string, replica: string, time?: () => number) {
     this.#redis = redis
     this.#prefix = prefix
     this.#replica = replica
-    this.#periodOf = periodOf
     this.#time = time
   }
 
@@ -79,27 +71,26 @@ export class Orders {
     })
     return JSON.parse(String(text))
   }
+}
 
-  /** An account as the script reads it. */
-  account(account: Account): object {
-    const { scope, limits } = account
-    const { requests_per_minute, tokens_per_minute, max_concurrent } = limits
-    const { total_quota, quota_unit } = limits
-    const { perSecond: rate, burst } = bucketOf(limits)
-    const period = this.#periodOf(limits)
-    return {
-      scope,
-      rate,
-      burst,
-      requests_per_minute,
-      tokens_per_minute,
-      max_concurrent,
-      total_quota,
-      quota_unit,
-      start: period.start,
-      finish: Number.isFinite(period.end) ? period.end : 0,
-      before: spentBefore(account, period)
-    }
+/** An account as the script reads it. */
+export function toOrder(account: Account, period: Period): object {
+  const { scope, limits } = account
+  const { requests_per_minute, tokens_per_minute, max_concurrent } = limits
+  const { total_quota, quota_unit } = limits
+  const { perSecond: rate, burst } = bucketOf(limits)
+  return {
+    scope,
+    rate,
+    burst,
+    requests_per_minute,
+    tokens_per_minute,
+    max_concurrent,
+    total_quota,
+    quota_unit,
+    start: period.start,
+    finish: Number.isFinite(period.end) ? period.end : 0,
+    before: spentBefore(account, period)
   }
 }
 

@@ -7,9 +7,9 @@ import type { FastifyBaseLogger } from 'fastify'
 import type { KeyNews } from '../keys/key.ts'
 import { Redis } from '../store/redis.ts'
 import type { CacheOptions } from '../store/storage.ts'
-import { bucketOf, type Limits } from './limits.ts'
+import { bucketOf } from './limits.ts'
 import { CLOCK, MemoryStore, tightest, toBook } from './memory.ts'
-import { type Answers, Orders, toLeft, toNews, toTold } from './orders.ts'
+import { type Answers, Orders, toLeft, toNews, toOrder, toTold } from './orders.ts'
 import {
   type Account,
   type Amount,
@@ -105,8 +105,7 @@ export class RedisStore implements LimitStore {
     const redisTime = () => CLOCK.time() + this.#ahead
     const clock = time === undefined ? { now: CLOCK.now, time: redisTime } : { now: time, time }
     this.#mirror = new MemoryStore(options.periods, undefined, clock)
-    const periodOf = (limits: Limits) => this.#mirror.periodOf(limits)
-    this.#orders = new Orders(this.#redis, options.prefix, randomUUID(), periodOf, time)
+    this.#orders = new Orders(this.#redis, options.prefix, randomUUID(), time)
     if (options.file !== undefined) this.#replicas = readCount(options.file)
     this.#timer = setInterval(() => void this.beat(), BEAT_INTERVAL).unref()
   }
@@ -391,7 +390,7 @@ export class RedisStore implements LimitStore {
       }
     })
     try {
-      const accounts = seeds.map(({ account, own }) => ({ ...this.#orders.account(account), own }))
+      const accounts = seeds.map(({ account, own }) => ({ ...this.#toOrder(account), own }))
       await this.#orders.ask(
         'seed',
         seeds.map(({ account }) => account),
@@ -411,7 +410,7 @@ export class RedisStore implements LimitStore {
     order: object
   ): Promise<Answers[Op]> {
     try {
-      const orders = accounts.map(each => this.#orders.account(each))
+      const orders = accounts.map(each => this.#toOrder(each))
       const answer = await this.#orders.ask(op, accounts, { ...order, accounts: orders })
       if ('lost' in answer) throw new Error('it does not know this process any more')
       return answer
@@ -420,6 +419,10 @@ export class RedisStore implements LimitStore {
       void this.beat()
       throw error
     }
+  }
+
+  #toOrder(account: Account): object {
+    return toOrder(account, this.#mirror.periodOf(account.limits))
   }
 }
 
