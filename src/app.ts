@@ -31,7 +31,7 @@ import metrics, { MetricsOptions } from './plugins/metrics.ts'
 import payload from './plugins/payload.ts'
 import proxy, { ProxyOptions } from './plugins/proxy.ts'
 import usage, { UsageOptions } from './plugins/usage.ts'
-import { BackendsOptions } from './pool/policy.ts'
+import { BackendsOptions, fallbackIssues } from './pool/policy.ts'
 import type { OnDelivery } from './reporters/courier.ts'
 import { reporterIssues } from './reporters/reporters.ts'
 import anthropicRoutes from './routes/anthropic.ts'
@@ -132,7 +132,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     ...sections
   } = given as GivenOptions & RegisterOptions
   let options = checkOptions(GatewayOptions, sections, 'llmproxy')
-  const issues = storageUseIssues(options)
+  const issues = optionIssues(options)
   if (issues.length > 0) throw new OptionsError(issues, 'llmproxy')
   if (/[:*]/.test(fastify.prefix)) {
     throw new OptionsError(
@@ -286,8 +286,8 @@ function tellKeyChanges({ keys, limits, log }: FastifyInstance): () => Promise<b
   return async () => (await Promise.all(telling)).every(Boolean)
 }
 
-/** What sections ask of the storage that it doesn't have. */
-export function storageUseIssues(options: GatewayOptions): Issue[] {
+/** What sections ask of one another, or of themselves, that is not there. */
+export function optionIssues(options: GatewayOptions): Issue[] {
   const { auth, usage, logging, rate_limit, storage } = options
   const within = (section: string, issues: Issue[]) =>
     issues.map(({ path, message }) => ({
@@ -295,6 +295,7 @@ export function storageUseIssues(options: GatewayOptions): Issue[] {
       message
     }))
   return [
+    ...fallbackIssues(options),
     ...within('auth', sourceIssues(auth, storage)),
     ...within('auth', keyQuotaIssues(auth, usage.prices.length > 0)),
     ...within('rate_limit', limitIssues(rate_limit, usage, storage)),

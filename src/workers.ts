@@ -234,7 +234,8 @@ export function runWorker(dataDir: string): void {
   const limits = new RemoteStore(question => tell({ kind: 'limit', question }))
   let lastScrape = 0
   let server: (Server & { gateway: Gateway }) | undefined
-  const peers: Peers = {
+  const peers = {
+    count: 1,
     async metrics() {
       const id = ++lastScrape
       tell({ kind: 'scraped', id })
@@ -249,7 +250,7 @@ export function runWorker(dataDir: string): void {
     limits,
     outbox: { pending: 0, trouble: undefined },
     onNews: listener => newsListeners.push(listener)
-  }
+  } satisfies Peers
 
   process.on('message', async (order: Order) => {
     if (order.kind === 'serve') await serve(order.config)
@@ -270,6 +271,7 @@ export function runWorker(dataDir: string): void {
 
   async function serve(config: Config): Promise<void> {
     try {
+      peers.count = workerCount(config)
       const started = await startServer(config, dataDir, peers)
       server = started
       AggregatorRegistry.setRegistries(started.gateway.metricsRegistry)

@@ -3,13 +3,13 @@ import fp from 'fastify-plugin'
 import { type DemoBackend, startDemo } from '../demo.ts'
 import { modelNotFound } from '../errors.ts'
 import type {} from '../exchange.ts'
-import { checkOptions, type Given } from '../options.ts'
+import { checkOptions, type Given, OptionsError } from '../options.ts'
 import type {} from '../peers.ts'
 import type { AttemptResult } from '../pool/attempt.ts'
 import { Discovery } from '../pool/discovery.ts'
 import { HealthChecker } from '../pool/health.ts'
 import { listModels, type ModelCard } from '../pool/models.ts'
-import { BackendsOptions, DEMO, toHealthCheck, toPool } from '../pool/policy.ts'
+import { BackendsOptions, DEMO, fallbackIssues, toHealthCheck, toPool } from '../pool/policy.ts'
 import { type OnCircuit, Pool } from '../pool/pool.ts'
 
 /**
@@ -50,6 +50,8 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
   given
 ) {
   const options = checkOptions(BackendsOptions, given)
+  const issues = fallbackIssues(options)
+  if (issues.length > 0) throw new OptionsError(issues, 'backends')
   const checker = new HealthChecker(fastify.log)
   const discovery = new Discovery(fastify.log)
   let demo: DemoBackend | undefined
@@ -59,7 +61,7 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
       fastify.log.warn('backends[].max_idle_conns has no effect: idle connections close after 4 s')
     }
     if (changed.backends.some(({ url }) => url === DEMO)) demo ??= await startDemo()
-    return toPool(changed, demo?.url)
+    return toPool(changed, demo?.url, fastify.peers?.count)
   }
   const onCircuit: OnCircuit[] = [
     (backend, { state, ...why }) => {
@@ -110,9 +112,8 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     // Who holds the response that is gone on with says itself what it has.
     const isHeld = request.payload?.previousResponseId !== undefined
     if (model === undefined || isHeld || pool.serves(model)) return done()
-    discovery
-      .refresh()
-      .then(() => done(pool.serves(model) ? undefined : modelNotFound(model)), done)
+    const isFound = () => pool.serves(model)
+    discovery.find(isFound).then(() => done(isFound() ? undefined : modelNotFound(model)), done)
   })
 
   fastify.addHook('onClose', async () => {

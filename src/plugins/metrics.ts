@@ -5,6 +5,7 @@ import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
 import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
+import { PRIORITIES } from '../pool/queue.ts'
 
 /**
  * Prometheus metrics of the process, the routes and the gateway, in a registry of their own:
@@ -228,6 +229,34 @@ function backendMetrics(
     collect() {
       this.reset()
       for (const { name, live } of pool.all) this.inc({ backend: name }, live.inFlight)
+    }
+  })
+  new Gauge({
+    name: 'llmproxy_queue_waiting',
+    help: 'Calls that wait because all backends that could take them are full',
+    labelNames: ['priority'],
+    registers,
+    collect() {
+      for (const priority of PRIORITIES) this.set({ priority }, pool.queue.count(priority))
+    }
+  })
+  const waits = new Histogram({
+    name: 'llmproxy_queue_wait_seconds',
+    help: 'How long calls have waited in the queue, of those that had to',
+    labelNames: ['priority'],
+    buckets: TTFT_BUCKETS,
+    registers
+  })
+  pool.queue.onServed = (priority, ms) => waits.observe({ priority }, ms / 1000)
+  new Counter({
+    name: 'llmproxy_queue_turned_away_total',
+    help: 'Calls that were refused instead of waiting: the queue was full, they would have waited for too long, or had',
+    labelNames: ['reason'],
+    registers,
+    collect() {
+      this.reset()
+      for (const [reason, count] of Object.entries(pool.queue.turnedAway))
+        this.inc({ reason }, count)
     }
   })
   const attempts = new Counter({

@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
-import { request } from 'undici'
+import { reasonOf } from '../errors.ts'
 import type { Backend } from './backend.ts'
 
 /** Active health checks. Times in milliseconds. */
@@ -78,17 +78,14 @@ async function probe(
   signal: AbortSignal
 ): Promise<string | undefined> {
   try {
-    const { statusCode, body } = await request(
-      backend.live.origin + backend.live.basePath + check.path,
-      {
-        method: check.method,
-        headers: backend.config.headers,
-        signal: AbortSignal.any([signal, AbortSignal.timeout(check.timeout)])
-      }
-    )
+    const { statusCode, body } = await backend.live.ask(check.path, {
+      method: check.method,
+      headers: backend.config.headers,
+      signal: AbortSignal.any([signal, AbortSignal.timeout(check.timeout)])
+    })
     await body.dump()
     return statusCode === check.expectedStatus ? undefined : `status ${statusCode}`
   } catch (error) {
-    return (error as { code?: string }).code ?? (error as Error).message
+    return reasonOf(error as Error)
   }
 }

@@ -2,6 +2,7 @@ import { Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import type { Backend } from '../pool/backend.ts'
 import type { Breaker } from '../pool/breaker.ts'
+import type { ModelEntry } from '../pool/models.ts'
 import type { Administered, AdminRoute, Changed } from './admin.ts'
 
 /** The backends: how they are, and which of them get calls. */
@@ -19,9 +20,10 @@ const BackendShown = Type.Object(
     name: Type.String(),
     url: Type.String(),
     weight: Type.Integer(),
+    priority: Type.Integer({ description: 'Those with a lower one are asked first' }),
     models: Type.Union([Type.Array(Type.String()), Type.Null()], {
       description:
-        'What it serves: as configured, or as it lists them itself; null: not known, it takes all'
+        'What it serves: as configured, `name = its own name` where it has another, or as it lists them itself; null: not known, it takes all'
     }),
     healthy: Type.Boolean({ description: 'What health checks say' }),
     drained: Type.Boolean({ description: 'Somebody wants it to get no calls' }),
@@ -77,7 +79,8 @@ function toShown({ name, config, live }: Backend) {
     name,
     url: live.origin + live.basePath,
     weight: config.weight,
-    models: config.models ?? (models === undefined ? null : [...models.keys()]),
+    priority: config.priority,
+    models: config.models?.map(toName) ?? (models === undefined ? null : [...models.keys()]),
     healthy: live.healthy,
     drained: live.isDrained,
     circuit: toCircuit(live.breaker),
@@ -86,6 +89,10 @@ function toShown({ name, config, live }: Backend) {
     last_error:
       lastError === undefined ? null : { at: toIso(lastError.at), reason: lastError.reason }
   }
+}
+
+function toName({ name, upstream }: ModelEntry): string {
+  return upstream === undefined ? name : `${name} = ${upstream}`
 }
 
 function toCircuit(breaker: Breaker) {
