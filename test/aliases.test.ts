@@ -248,7 +248,11 @@ test('backends with a higher priority number get calls when those with a lower o
 
 test('what is wrong with models and rules is said', () => {
   const parse = (backend: string, routing: string) =>
-    parseConfig(`backends:\n  - {name: a, url: 'http://a', ${backend}}\nrouting: ${routing}\n`)
+    parseConfig(
+      `backends:\n  - {name: a, url: 'http://a', ${backend}}\nrouting: ${routing}\n`,
+      'x.yaml',
+      {}
+    )
   assert.throws(() => parse('models: [x, 5]', '{}'), /models\[1\]: must be a model, or a mapping/)
   assert.throws(() => parse('models: [{}]', '{}'), /models\[0\]: must be a model, or a mapping/)
   assert.throws(() => parse('models: [{a: 5}]', '{}'), /models\[0\]/)

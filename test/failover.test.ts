@@ -9,6 +9,8 @@ import {
   fakeBackend,
   fullPort,
   post,
+  rawClient,
+  rawPost,
   startGateway
 } from './helper.ts'
 
@@ -500,4 +502,38 @@ test('a stream that begins with an error is the client’s when nobody does bett
   assert.equal(await response.text(), event)
   const { outcome } = await gateway.logged({ msg: 'exchange' })
   assert.equal(outcome, 'backend_failed')
+})
+
+test('an answer may take only so long, however busily it comes', async t => {
+  const backend = await fakeBackend(t, async (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    while (!response.destroyed) {
+      response.write(chunk('and '))
+      await nextTurn()
+    }
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url, total_timeout: '80ms' }]
+  })
+  const client = await rawClient(t, gateway.port)
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  client.socket.write(rawPost('/v1/chat/completions', body))
+  await client.closed
+  assert.match(client.received, /"code":"backend_timeout"[^\n]*\n\n$|longer than it may/)
+  assert.doesNotMatch(client.received, /\[DONE\]|\r\n0\r\n/)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'timed_out')
+})
+
+test('some models are waited for otherwise than others', async t => {
+  const backend = await fakeBackend(t, ({ body }, response) => {
+    if (JSON.parse(body).model === 'dead') return
+    response.end('{}')
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url, timeout: '20s' }],
+    routing: { model_timeouts: { 'de*': { timeout: '30ms' }, '*': { total_timeout: '10s' } } }
+  })
+  assert.equal((await post(`${gateway.url}/v1/embeddings`, { model: 'fine' })).status, 200)
+  const response = await post(`${gateway.url}/v1/embeddings`, { model: 'dead' })
+  assert.equal(response.status, 504)
 })
