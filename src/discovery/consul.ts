@@ -1,7 +1,7 @@
 import { type Static, Type } from 'typebox'
-import { Duration, isHttpUrl } from '../options.ts'
+import { Duration } from '../options.ts'
 import { BackendOptions } from '../pool/policy.ts'
-import { hostPort, Scheme } from './address.ts'
+import { hostPort, isServer, Scheme, toUrl } from './address.ts'
 import { pause, readJson, TlsFiles, withServer } from './ask.ts'
 import type { Entry } from './entry.ts'
 import type { Watch } from './source.ts'
@@ -9,7 +9,7 @@ import type { Watch } from './source.ts'
 export const ConsulOptions = Type.Object(
   {
     addr: Type.String({
-      check: (addr: unknown) => isHttpUrl(toUrl(String(addr))),
+      check: isServer,
       expects: 'an address such as http://consul:8500 or consul:8500',
       default: 'http://localhost:8500',
       description: 'Its agent'
@@ -53,7 +53,7 @@ const GAP = 200
 export function watchConsul(options: ConsulOptions, interval: number): Watch {
   const { addr, service, tag, token, scheme, tls } = options
   const wait = Math.min(Math.max(interval, 1_000), MAX_WAIT)
-  const url = new URL(`/v1/health/service/${encodeURIComponent(service)}`, toUrl(addr))
+  const url = new URL(`${toUrl(addr)}/v1/health/service/${encodeURIComponent(service)}`)
   return (say, signal) =>
     withServer(tls, async server => {
       let index = 0
@@ -99,8 +99,4 @@ function toEntry({ Node, Service }: Instance, scheme: string): Entry {
   const members = Object.entries(said).filter(([name]) => MEMBERS.includes(name))
   const url = `${scheme}://${hostPort(Address || Node?.Address || '', Port ?? 0)}`
   return { ...Object.fromEntries(members), name: ID, url }
-}
-
-function toUrl(addr: string): string {
-  return /^https?:\/\//.test(addr) ? addr : `http://${addr}`
 }

@@ -35,6 +35,7 @@ export const DatabaseOptions = Type.Object(
       default: {},
       description: 'Which column holds what'
     }),
+    interval: Type.Optional(Duration(undefined, 'discovery.interval for this source')),
     timeout: Duration('5s', 'How long a question may take')
   },
   { additionalProperties: false, description: 'A table of a database' }
@@ -52,7 +53,7 @@ export function watchDatabase(
     const sql = `SELECT * FROM ${quoteName(db.dialect, table)} LIMIT ${MAX_ROWS}`
     try {
       while (!signal.aborted) {
-        const rows = await db.run(sql)
+        const rows = await db.run(sql, [])
         say(
           rows.map(row =>
             Object.fromEntries(MEMBERS.map(each => [each, row[fields[each] ?? each]]))

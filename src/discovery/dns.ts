@@ -34,6 +34,9 @@ export const DnsOptions = Type.Object(
       }),
       { default: [], description: 'DNS servers that are asked; else those of the system' }
     ),
+    interval: Type.Optional(
+      Duration(undefined, 'Longest time between two questions; else discovery.interval')
+    ),
     timeout: Duration('5s', 'How long an answer may take')
   },
   {
@@ -79,7 +82,7 @@ class Lookup {
 
   constructor(options: DnsOptions, signal: AbortSignal) {
     this.#options = options
-    this.#resolver = new Resolver({ timeout: options.timeout, tries: 1 })
+    this.#resolver = new Resolver({ timeout: options.timeout, tries: 2 })
     if (options.servers.length > 0) this.#resolver.setServers(options.servers)
     signal.addEventListener('abort', () => this.#resolver.cancel(), { once: true })
   }

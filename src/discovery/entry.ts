@@ -1,4 +1,4 @@
-import { type Static, Type } from 'typebox'
+import { type TSchema, Type } from 'typebox'
 import { formatPath } from '../issues.ts'
 import { findIssues, isHttpUrl } from '../options.ts'
 import { BackendOptions } from '../pool/policy.ts'
@@ -9,7 +9,6 @@ export type Entry = Record<string, unknown> | string
 /** Backends that are taken from one source. */
 export const MAX_BACKENDS = 1000
 
-const { name: _, url: __, weight, ...others } = BackendOptions.properties
 const Name = Type.String({
   pattern: '^[^\\x00-\\x1f\\x7f]{1,200}$',
   expects: 'text of at most 200 characters',
@@ -21,25 +20,40 @@ const BaseUrl = Type.String({
   expects: 'a URL such as http://host:8000',
   description: 'Base URL, with or without /v1'
 })
-const Weight = Type.Integer({ minimum: 1, description: 'Share of the calls; 1 if left out' })
 
-const Found = Type.Object({ name: Type.Optional(Name), url: BaseUrl, weight, ...others })
+const Found = Type.Object({
+  ...BackendOptions.properties,
+  name: Type.Optional(Name),
+  url: BaseUrl
+})
 
-/** A backend that stands in the configuration of a source. */
-export const StaticBackend = Type.Object(
-  { name: Type.Optional(Name), url: BaseUrl, weight: Type.Optional(Weight), ...others },
-  { additionalProperties: false, description: 'One inference server' }
-)
+const { name: _, url: __, max_idle_conns: ___, ...shared } = withoutDefaults()
 
-export const DefaultsOptions = Type.Object(
-  { weight: Type.Optional(Weight), ...others },
-  {
+/** What holds for all backends of a source, as far as it says nothing of its own of one. */
+export const DefaultsOptions = Type.Unsafe<Partial<BackendOptions>>(
+  Type.Object(shared, {
     additionalProperties: false,
     description: 'What its backends have that say nothing of their own'
-  }
+  })
 )
-/** What holds for all backends of a source, as far as it says nothing of its own of one. */
-export type DefaultsOptions = Partial<Static<typeof DefaultsOptions>>
+export type DefaultsOptions = Partial<BackendOptions>
+
+/** A backend that stands in the configuration of a source. */
+export const StaticBackend = Type.Unsafe<Partial<BackendOptions>>(
+  Type.Object(
+    { ...withoutDefaults(), name: Type.Optional(Name), url: BaseUrl },
+    { additionalProperties: false, description: 'One inference server' }
+  )
+)
+
+/** What is left out may be said elsewhere. */
+function withoutDefaults(): Record<string, TSchema> {
+  return Object.fromEntries(
+    Object.entries<TSchema & { default?: unknown }>(BackendOptions.properties).map(
+      ([name, { default: _, ...schema }]) => [name, Type.Optional(Type.Unsafe(schema))]
+    )
+  )
+}
 
 interface Described {
   type?: unknown
@@ -90,7 +104,7 @@ function isOn(status: unknown): boolean {
 }
 
 /** Times as text: what a bare number is that a source says nobody knows. */
-export function spelled(backend: Static<typeof StaticBackend>): Entry {
+export function spelled(backend: Partial<BackendOptions>): Entry {
   const times = MEMBERS.filter(([, schema]) => schema.unit === 'ms').map(([name]) => name)
   return Object.fromEntries(
     Object.entries(backend).map(([name, value]) => [
@@ -110,10 +124,19 @@ function read(value: unknown, { type, unit }: Described, name: string): unknown 
   if (value === undefined || value === null || value === '') return undefined
   if (unit === 'ms') return String(value)
   if (type === 'array' && typeof value === 'string') {
-    return value.split(',').map(each => each.trim())
+    return parseList(value)
   }
   if (type !== 'integer' && type !== 'number') return value
   const number = typeof value === 'string' && value.trim() !== '' ? Number(value) : value
   // Where the original says that a backend has no special weight.
   return name === 'weight' && typeof number === 'number' && number <= 0 ? 1 : number
+}
+
+/** A list as a table or a tag has it: `["a", "b"]`, or `a, b`. */
+function parseList(text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch {
+    return text.split(',').map(each => each.trim())
+  }
 }

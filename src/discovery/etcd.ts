@@ -1,5 +1,5 @@
 import { type Static, Type } from 'typebox'
-import { isHttpUrl } from '../options.ts'
+import { isServer, toUrl } from './address.ts'
 import { pause, readLines, type Server, TlsFiles, withServer } from './ask.ts'
 import { type Entry, MAX_BACKENDS } from './entry.ts'
 import type { Watch } from './source.ts'
@@ -8,7 +8,7 @@ export const EtcdOptions = Type.Object(
   {
     endpoints: Type.Array(
       Type.String({
-        check: (endpoint: unknown) => isHttpUrl(toUrl(String(endpoint))),
+        check: isServer,
         expects: 'an address such as http://etcd:2379 or etcd:2379',
         description: 'Member'
       }),
@@ -196,8 +196,4 @@ function encode(bytes: Buffer): string {
 
 function decode(text: string): string {
   return Buffer.from(text, 'base64').toString()
-}
-
-function toUrl(endpoint: string): string {
-  return (/^https?:\/\//.test(endpoint) ? endpoint : `http://${endpoint}`).replace(/\/+$/, '')
 }

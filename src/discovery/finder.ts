@@ -62,7 +62,7 @@ export class Finder {
     for (const each of options.enabled ? options.sources : []) {
       if (!each.enabled) continue
       const used = each.type === 'database' ? storage.databases : []
-      const all = JSON.stringify([each, each.interval ?? options.interval, used])
+      const all = JSON.stringify([each, options.interval, used])
       sources.set(all, before.get(all) ?? this.#begin(each, options, storage))
     }
     const stop = new AbortController()

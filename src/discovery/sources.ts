@@ -23,7 +23,6 @@ const SourceOptions = Type.Object(
       description: 'What it is'
     }),
     enabled: Type.Boolean({ default: true, description: 'Switches it on' }),
-    interval: Type.Optional(Duration(undefined, 'discovery.interval for this source')),
     backend: Type.Optional(DefaultsOptions),
     static: Type.Optional(
       Type.Object(
@@ -104,7 +103,6 @@ export function toWatch(
   dataDir: string | undefined
 ): Watch {
   const { type, http, database, consul, kubernetes, etcd, dns } = options
-  const every = options.interval ?? interval
   switch (type) {
     case 'static':
       return async (say, signal) => {
@@ -112,18 +110,20 @@ export function toWatch(
         await new Promise(resolve => signal.addEventListener('abort', resolve, { once: true }))
       }
     case 'http':
-      return watchHttp(http!, http!.interval ?? every)
+      return watchHttp(http!, http!.interval ?? interval)
     case 'database': {
       const found = storage.databases.find(each => each.name === database!.storage)!
-      return watchDatabase(database!, every, () => openDatabase(found, dataDir, database!.timeout))
+      return watchDatabase(database!, database!.interval ?? interval, () =>
+        openDatabase(found, dataDir, database!.timeout)
+      )
     }
     case 'consul':
-      return watchConsul(consul!, consul!.interval ?? every)
+      return watchConsul(consul!, consul!.interval ?? interval)
     case 'kubernetes':
       return watchKubernetes(kubernetes!)
     case 'etcd':
       return watchEtcd(etcd!)
     case 'dns':
-      return watchDns(dns!, every)
+      return watchDns(dns!, dns!.interval ?? interval)
   }
 }

@@ -36,6 +36,8 @@ export interface Backends {
   /** All models that are known, as their backends show them; undefined when no backend's are. */
   models(): ModelCard[] | undefined
   readonly onCircuit: OnCircuit[]
+  /** Called when the backends may have changed. */
+  readonly onChange: (() => void)[]
   /**
    * Gives a backend no more calls, or gives it some again, in all workers. What it has begun it ends.
    *
@@ -69,6 +71,7 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     }
     if (changed.backends.some(({ url }) => url === DEMO)) demo ??= await startDemo()
   }
+  const onChange: (() => void)[] = []
   const onCircuit: OnCircuit[] = [
     (backend, { state, ...why }) => {
       if (state === 'closed') fastify.log.info({ backend }, 'circuit closed')
@@ -89,6 +92,7 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     sources = all.sources
     pool.update(toPool({ ...options, backends: all.backends }, demo?.url))
     watch()
+    for (const listener of onChange) listener()
   }
 
   const setDrained = (name: string, drained: boolean) => {
@@ -110,6 +114,7 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
       return true
     },
     onCircuit,
+    onChange,
     get demoUrl() {
       return demo?.url
     },
