@@ -302,7 +302,6 @@ test('a backend that goes away finishes its streams, and what was counted of it 
   await client.until(/\r\n0\r\n/)
   await gateway.logged({ msg: 'exchange', backend: 'going', outcome: 'ok' })
   assert.match(await gateway.metrics(), /llmproxy_requests_total\{[^}]*backend="going"[^}]*\} 1\n/)
-  assert.equal(await gateway.fastify.server.listening, true)
 
   const now = performance.now.bind(performance)
   const moved = t.mock.method(performance, 'now', () => now() + 59_000)
@@ -317,34 +316,24 @@ test('a backend that goes away finishes its streams, and what was counted of it 
 })
 
 test('what is known of a backend stays while others come and go', async t => {
-  let isWell = true
-  const sick = await fakeBackend(t, ({ url }, response) => {
-    response.writeHead(url === '/health' && !isWell ? 500 : 200).end('{}')
-  })
   const steady = await streamer(t)
-  const base = [
-    { name: 'sick', url: sick.url },
-    { name: 'steady', url: steady.backend.url, models: ['m'] }
-  ]
+  const base = [{ name: 'steady', url: steady.backend.url }]
   const { source, state } = await lister(t, base)
   const gateway = await startGateway(t, {
     ...WATCHED,
-    ...find({ ...source, http: { ...source.http, interval: '5ms' } }),
-    health_check: { enabled: true, interval: '400ms', unhealthy_threshold: 2 }
+    ...find(source),
+    health_check: { enabled: true, interval: '60s' }
   })
-  await sick.request()
-  isWell = false
   const client = await rawClient(t, gateway.port, STREAM)
   await client.until(/Hi"/)
-  const probes = sick.requests.length
   for (let round = 0; round < 3; round++) {
     state.list = [...base, { name: `guest-${round}`, url: `http://127.0.0.2:${round + 1}` }]
-    await until(gateway, `sick steady guest-${round}`)
+    await until(gateway, `steady guest-${round}`)
   }
-  assert.ok(sick.requests.length - probes <= 3, 'it is not asked for each change')
-  await gateway.logged({ msg: 'backend is unhealthy', backend: 'sick' })
   const found = (await shown(gateway)).find(({ name }) => name === 'steady')!
   assert.equal(found.in_flight, 1)
+  const asked = steady.backend.requests.map(({ url }) => url)
+  assert.deepEqual(asked.sort(), ['/health', '/v1/chat/completions'], 'no check for each change')
   steady.end()
   await client.until(/\r\n0\r\n/)
 })
@@ -362,6 +351,8 @@ test('a reload keeps what was found, takes over other settings, and forgets what
   const configured = { name: 'fixed', url: 'http://127.0.0.2:1' }
   await reload(gateway, config({ backends: [configured], ...find(source) }))
   assert.equal(await names(gateway), 'fixed found', 'the source is as it was')
+  state.status = 200
+  await gateway.logged({ msg: 'discovery source answers again' })
 
   // What was found stands in the file now: it is the same server, and its source is not needed any more.
   const taken = { name: 'found', url: steady.backend.url }
@@ -373,7 +364,6 @@ test('a reload keeps what was found, takes over other settings, and forgets what
   await sleep(60)
   assert.equal(server.requests.length, asked, 'nobody asks it any more')
 
-  state.status = 200
   state.list = ['http://127.0.0.2:2']
   await reload(gateway, config({ backends: [taken], ...find({ ...source, name: 'again' }) }))
   assert.equal(await names(gateway), 'found 127.0.0.2:2', 'new sources are waited for')
