@@ -59,15 +59,21 @@ export class Source {
     let wait = FIRST_WAIT
     while (!signal.aborted) {
       const began = performance.now()
+      const run = new AbortController()
       try {
-        await watch(entries => {
-          if (!signal.aborted) this.#take(entries)
-          tried()
-        }, signal)
+        await watch(
+          entries => {
+            if (!signal.aborted) this.#take(entries)
+            tried()
+          },
+          AbortSignal.any([signal, run.signal])
+        )
       } catch (error) {
         if (signal.aborted) return
         if (performance.now() - began > MAX_WAIT) wait = FIRST_WAIT
         this.#fail(error, wait)
+      } finally {
+        run.abort()
       }
       tried()
       // Many gateways have the same trouble at the same time.
