@@ -117,7 +117,7 @@ for (const { name, skip, options } of DATABASES) {
       await db.close()
     })
     await db.run(`CREATE TABLE ${original} (id INTEGER, name VARCHAR(64), url VARCHAR(256),
-      type VARCHAR(32), models VARCHAR(1024), weight INTEGER, priority INTEGER, status VARCHAR(16))`)
+      type VARCHAR(32), models VARCHAR(1024), weight INTEGER, timeout INTEGER, status VARCHAR(16))`)
     await db.run(`INSERT INTO ${original} VALUES
       (1, 'a', 'http://127.0.0.2:1', 'openai', 'm1,m2', 3, 0, 'enabled'),
       (2, 'b', 'http://127.0.0.2:2', 'openai', '', 0, 0, 'active'),
@@ -128,7 +128,8 @@ for (const { name, skip, options } of DATABASES) {
     )
     await db.run(`INSERT INTO ${own} VALUES ('e', 'http://127.0.0.2:5', 'sk-e')`)
 
-    const database = { storage: 'main', table: original, interval: '20ms' }
+    const fields = { models: 'models' }
+    const database = { storage: 'main', table: original, fields, interval: '20ms' }
     const gateway = await gatewayWith(t, { type: 'database', database }, { storage })
     const brief = (await shown(gateway)).map(({ name, weight, models }) => [name, weight, models])
     assert.deepEqual(brief, [
@@ -141,10 +142,10 @@ for (const { name, skip, options } of DATABASES) {
     await db.run(`DELETE FROM ${original} WHERE id < 3`)
     await until(gateway, 'c')
 
-    const fields = { name: 'label', url: 'endpoint', api_key: 'secret' }
+    const named = { name: 'label', url: 'endpoint', api_key: 'secret' }
     const other = await gatewayWith(
       t,
-      { type: 'database', database: { storage: 'main', table: own, fields } },
+      { type: 'database', database: { storage: 'main', table: own, fields: named } },
       { storage }
     )
     assert.equal(await names(other), 'e')

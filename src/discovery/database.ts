@@ -7,18 +7,20 @@ import { pause } from './ask.ts'
 import type { Watch } from './source.ts'
 
 const NAME = '[A-Za-z_][A-Za-z0-9_]{0,62}'
+/** The columns of the original's table. Others are read where they are named: they may mean something else. */
+const STANDARD = ['name', 'url', 'weight', 'status']
+/** What a column may hold. */
+const MEMBERS = [...new Set([...STANDARD, ...Object.keys(BackendOptions.properties)])].filter(
+  each => each !== 'headers' && each !== 'max_idle_conns'
+)
 const Column = (member: string) =>
   Type.Optional(
     Type.String({
       pattern: `^${NAME}$`,
       expects: 'the name of a column',
-      description: `Column of ${member}; ${member} if left out`
+      description: `Column of ${member}; ${STANDARD.includes(member) ? member : 'none'} if left out`
     })
   )
-/** What a column may hold. */
-const MEMBERS = ['status', ...Object.keys(BackendOptions.properties)].filter(
-  each => each !== 'headers' && each !== 'max_idle_conns'
-)
 const MAX_ROWS = 10_000
 
 export const DatabaseOptions = Type.Object(
@@ -42,12 +44,16 @@ export const DatabaseOptions = Type.Object(
 )
 type DatabaseOptions = Static<typeof DatabaseOptions>
 
-/** Reads a table again and again. Columns that are not there are not said, and others are passed over. */
+/** Reads a table again and again. Columns that are not there say nothing, and others are passed over. */
 export function watchDatabase(
   { table, fields }: DatabaseOptions,
   interval: number,
   open: () => Database
 ): Watch {
+  const columns = MEMBERS.flatMap(member => {
+    const column = fields[member] ?? (STANDARD.includes(member) ? member : undefined)
+    return column === undefined ? [] : [[member, column] as const]
+  })
   return async (say, signal) => {
     const db = open()
     const sql = `SELECT * FROM ${quoteName(db.dialect, table)} LIMIT ${MAX_ROWS}`
@@ -56,7 +62,7 @@ export function watchDatabase(
         const rows = await db.run(sql, [])
         say(
           rows.map(row =>
-            Object.fromEntries(MEMBERS.map(each => [each, row[fields[each] ?? each]]))
+            Object.fromEntries(columns.map(([member, column]) => [member, row[column]]))
           )
         )
         await pause(interval, signal)
