@@ -12,6 +12,7 @@ import { anthropic } from './dialects/anthropic.ts'
 import type { Dialect } from './dialects/dialect.ts'
 import { ollama } from './dialects/ollama.ts'
 import { openai } from './dialects/openai.ts'
+import { DiscoveryOptions, discoveryIssues } from './discovery/sources.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { type Exchanges, withExchanges } from './exchange.ts'
 import type { Issue } from './issues.ts'
@@ -23,6 +24,7 @@ import type { Peers } from './peers.ts'
 import admin, { AdminOptions } from './plugins/admin.ts'
 import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
 import backends from './plugins/backends.ts'
+import discovery from './plugins/discovery.ts'
 import limits from './plugins/limits.ts'
 import log from './plugins/log.ts'
 import logging, { LoggingOptions, requestLogIssues } from './plugins/logging.ts'
@@ -46,6 +48,7 @@ import { StorageOptions } from './store/storage.ts'
 export const GatewayOptions = Type.Object(
   {
     ...BackendsOptions.properties,
+    discovery: DiscoveryOptions,
     auth: AuthOptions,
     rate_limit: LimitsOptions,
     usage: UsageOptions,
@@ -132,7 +135,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     ...sections
   } = given as GivenOptions & RegisterOptions
   let options = checkOptions(GatewayOptions, sections, 'llmproxy')
-  const issues = optionIssues(options)
+  const issues = [...optionIssues(options), ...backendIssues(options)]
   if (issues.length > 0) throw new OptionsError(issues, 'llmproxy')
   if (/[:*]/.test(fastify.prefix)) {
     throw new OptionsError(
@@ -173,6 +176,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     routing: options.routing,
     health_check: options.health_check
   })
+  await fastify.register(discovery, { ...options.discovery, storage: options.storage })
   // May it be asked now? The last question, so that a refused call has cost nothing.
   await fastify.register(limits, {
     ...options.rate_limit,
@@ -251,7 +255,8 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       await fastify.keys.update(changed.auth, changed.storage)
       await fastify.logging.update(changed.logging, changed.storage)
       const { backends, routing, health_check } = changed
-      await fastify.backends.update({ backends, routing, health_check })
+      const found = await fastify.discovery.update(changed.discovery, changed.storage)
+      await fastify.backends.update({ backends, routing, health_check }, found)
       await fastify.limits.update(changed.rate_limit, changed.storage.caches)
       await fastify.usage.update(changed.usage, changed.storage)
       fastify.admin.update(changed.admin)
@@ -288,20 +293,29 @@ function tellKeyChanges({ keys, limits, log }: FastifyInstance): () => Promise<b
 
 /** What sections ask of one another, or of themselves, that is not there. */
 export function optionIssues(options: GatewayOptions): Issue[] {
-  const { auth, usage, logging, rate_limit, storage } = options
+  const { auth, discovery, usage, logging, rate_limit, storage } = options
   const within = (section: string, issues: Issue[]) =>
     issues.map(({ path, message }) => ({
       path: path[0] === 'storage' ? path : [section, ...path],
       message
     }))
   return [
-    ...fallbackIssues(options),
+    // Backends that are found are not known yet.
+    ...(discovery.enabled ? [] : fallbackIssues(options)),
+    ...within('discovery', discoveryIssues(discovery, storage)),
     ...within('auth', sourceIssues(auth, storage)),
     ...within('auth', keyQuotaIssues(auth, usage.prices.length > 0)),
     ...within('rate_limit', limitIssues(rate_limit, usage, storage)),
     ...within('usage', reporterIssues(usage, storage)),
     ...within('logging', requestLogIssues(logging, storage))
   ]
+}
+
+/** Without backends there must be a way to find some. */
+export function backendIssues({ backends, discovery }: GatewayOptions): Issue[] {
+  if (backends.length > 0 || discovery.enabled) return []
+  const message = 'must be a list of at least one backend, unless discovery is enabled'
+  return [{ path: ['backends'], message }]
 }
 
 /** Answers an error in the dialect of its route. */

@@ -208,11 +208,11 @@ class QuietLog extends LogController {
 
 /** The sections of the file that the gateway plugin takes. */
 export function sections(config: Config) {
-  const { backends, routing, health_check, auth, rate_limit, usage, storage, logging, metrics } =
-    config
+  const { backends, routing, health_check, discovery } = config
+  const { auth, rate_limit, usage, storage, logging, metrics } = config
   const { db_path: _, ...admin } = config.admin
   const parts = { auth, rate_limit, usage, storage, logging, metrics, admin }
-  return { backends, routing, health_check, ...parts }
+  return { backends, routing, health_check, discovery, ...parts }
 }
 
 /** Names of the settings that differ but can't be changed while running. */

@@ -4,6 +4,8 @@ import fastifyMetricsModule from 'fastify-metrics'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
+import { forgetDeparted } from '../metrics/departed.ts'
+import { discoveryMetrics } from '../metrics/discovery.ts'
 import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
 import { PRIORITIES } from '../pool/queue.ts'
 
@@ -72,7 +74,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
 ) {
   const options = checkOptions(MetricsOptions, given)
   const registry = new Registry()
-  const registers = [registry]
+  const registers: [Registry] = [registry]
   fastify.decorate('metricsRegistry', registry)
   if (!options.enabled) return
 
@@ -166,6 +168,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
   })
 
   if (fastify.hasDecorator('backends')) backendMetrics(fastify.backends, registers)
+  if (fastify.hasDecorator('discovery')) discoveryMetrics(fastify.discovery, registers)
   if (fastify.hasDecorator('limits')) {
     const refusals = new Counter({
       name: 'llmproxy_limit_refusals_total',
@@ -193,9 +196,12 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
 }
 
 function backendMetrics(
-  { pool, onAttempt, onCircuit }: import('./backends.ts').Backends,
-  registers: [Registry] | Registry[]
+  { pool, onAttempt, onCircuit, onChange }: import('./backends.ts').Backends,
+  registers: [Registry]
 ): void {
+  const sweep = forgetDeparted(registers[0], () => pool.all.map(({ name }) => name))
+  sweep()
+  onChange.push(sweep)
   new Gauge({
     name: 'llmproxy_backend_up',
     help: '1: health checks find nothing wrong with the backend',
@@ -204,6 +210,7 @@ function backendMetrics(
     aggregator: 'min',
     registers,
     collect() {
+      sweep()
       this.reset()
       for (const { name, live } of pool.backends) this.set({ backend: name }, Number(live.healthy))
     }

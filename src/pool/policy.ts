@@ -14,7 +14,7 @@ export const DEMO = 'demo://'
 /** It answers to any name. */
 const DEMO_MODELS = ['demo', '*']
 
-const MAX_PRIORITY = 100
+export const MAX_PRIORITY = 100
 
 const ModelName = Type.String({ minLength: 1 })
 const ModelTimeouts = Type.Object(
@@ -26,7 +26,7 @@ const ModelTimeouts = Type.Object(
   { additionalProperties: false }
 )
 
-const BackendOptions = Type.Object(
+export const BackendOptions = Type.Object(
   {
     name: Type.Optional(
       Type.String({
@@ -218,8 +218,8 @@ const HealthCheckOptions = Section(
 export const BackendsOptions = Section(
   {
     backends: Type.Array(BackendOptions, {
-      minItems: 1,
-      expects: 'a list of at least one backend',
+      default: [],
+      expects: 'a list of backends',
       distinct: [
         { by: backend => nameOf(backend as Partial<BackendOptions>), what: 'name' }
       ] satisfies Distinct[],
@@ -231,7 +231,7 @@ export const BackendsOptions = Section(
   'The pool of inference servers'
 )
 export type BackendsOptions = Static<typeof BackendsOptions>
-type BackendOptions = Static<typeof BackendOptions>
+export type BackendOptions = Static<typeof BackendOptions>
 
 /**
  * The pool as it is configured.
@@ -328,7 +328,7 @@ export function toHealthCheck(check: BackendsOptions['health_check']): HealthChe
 }
 
 /** A backend without a name goes by the host, port and path of its URL. */
-function nameOf({ name, url }: Partial<BackendOptions>): string | undefined {
+export function nameOf({ name, url }: Partial<BackendOptions>): string | undefined {
   if (name !== undefined || url === undefined) return name
   if (url === DEMO) return 'demo'
   return isHttpUrl(url)

@@ -19,6 +19,9 @@ const BackendShown = Type.Object(
   {
     name: Type.String(),
     url: Type.String(),
+    source: Type.Union([Type.String(), Type.Null()], {
+      description: 'Which source of discovery has found it; null: it is configured'
+    }),
     weight: Type.Integer(),
     priority: Type.Integer({ description: 'Those with a lower one are asked first' }),
     models: Type.Union([Type.Array(Type.String()), Type.Null()], {
@@ -40,6 +43,7 @@ const BackendShown = Type.Object(
 const BackendName = Type.Object({ name: Type.String({ description: 'Its name' }) })
 
 export default function backendRoutes({ backends }: Administered, changed: Changed): AdminRoute[] {
+  const shown = (each: Backend) => toShown(each, backends.sourceOf(each.name) ?? null)
   const turn = (action: 'drain' | 'undrain', summary: string): AdminRoute => ({
     method: 'POST',
     url: `/backends/:name/${action}`,
@@ -52,7 +56,7 @@ export default function backendRoutes({ backends }: Administered, changed: Chang
         throw new GatewayError('not_found', 'There is no backend of this name.')
       }
       await changed(request, `${action} backend`, { backend: name })
-      return toShown(backends.pool.backends.find(each => each.name === name)!)
+      return shown(backends.pool.backends.find(each => each.name === name)!)
     }
   })
   return [
@@ -66,18 +70,19 @@ export default function backendRoutes({ backends }: Administered, changed: Chang
           { description: 'The backends that are in use' }
         )
       },
-      handler: async () => ({ backends: backends.pool.backends.map(toShown) })
+      handler: async () => ({ backends: backends.pool.backends.map(shown) })
     },
     turn('drain', 'Gives a backend no more calls; it ends those it has'),
     turn('undrain', 'Gives a backend calls again')
   ]
 }
 
-function toShown({ name, config, live }: Backend) {
+function toShown({ name, config, live }: Backend, source: string | null) {
   const { lastError, models } = live
   return {
     name,
     url: live.origin + live.basePath,
+    source,
     weight: config.weight,
     priority: config.priority,
     models: config.models?.map(toName) ?? (models === undefined ? null : [...models.keys()]),
