@@ -145,6 +145,8 @@ export class Exchange {
   keepsBody = false
   /** A backend has the request, or some of it, and nothing came of it yet. */
   isWaiting = false
+  /** Its client got a head, and heartbeats, before there was an answer. */
+  hadHeartbeat = false
   /** The text of the request, where its tokens may have to be estimated. */
   prompt: PromptText | undefined
   /** What it has spent is known, and given to the reporters. */
@@ -170,6 +172,13 @@ export class Exchange {
   /** The model that is asked for, as the client names it. */
   get model(): string | undefined {
     return this.request.payload?.model
+  }
+
+  /** Does its client expect a stream in which comments can stand? */
+  get takesComments(): boolean {
+    const { endpoint, request } = this
+    const isStream = request.payload?.stream === true && endpoint?.spends === 'input and output'
+    return isStream && endpoint.dialect.streamsEvents
   }
 
   /** Where calls must wait; a header can only make less of it. */

@@ -181,7 +181,7 @@ export async function createApp(
 
   await fastify.register(gateway, {
     ...sections(config),
-    proxy: { write_timeout: server.write_timeout },
+    proxy: { write_timeout: server.write_timeout, heartbeat: server.heartbeat },
     drain_delay: server.drain_delay,
     drain_timeout: server.drain_timeout,
     settings: () => {

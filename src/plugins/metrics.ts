@@ -131,6 +131,12 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     labelNames: ['outcome'],
     registers
   })
+  const heartbeats = new Counter({
+    name: 'llmproxy_heartbeat_streams_total',
+    help: 'Streams whose client got its 200 and comments before a backend had answered',
+    labelNames: ['path'],
+    registers
+  })
   const exchanges = withExchanges(fastify)
   new Gauge({
     name: 'llmproxy_requests_in_flight',
@@ -149,6 +155,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     requests.inc({ path, stream, backend, status: exchange.statusCode })
     latency.observe({ path, stream, backend }, exchange.durationMs)
     outcomes.inc({ outcome: exchange.outcome })
+    if (exchange.hadHeartbeat) heartbeats.inc({ path })
     const { usage, ttftMs } = exchange
     if (usage !== undefined) {
       tokens.inc({ type: 'prompt' }, usage.promptTokens)

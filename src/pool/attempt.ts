@@ -33,8 +33,8 @@ export interface Progress {
 export interface AttemptOwner {
   /** The backend gets the request. */
   sent(): void
-  /** This is the client's answer. */
-  deliver(attempt: Attempt, head: Head, answer: Answer): void
+  /** This is the client's answer; returns where the rest of it goes. */
+  deliver(attempt: Attempt, head: Head, answer: Answer): Answer
   /** The backend refuses; returns whether another attempt is made, else the refusal is delivered. */
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean
   /** It failed before there was anything to pass on. */
@@ -68,7 +68,7 @@ const STREAMS_MS = 60_000
 
 const NOBODY: AttemptOwner = {
   sent() {},
-  deliver() {},
+  deliver: (_attempt, _head, answer) => answer,
   refused: () => false,
   failed() {},
   broke() {},
@@ -275,7 +275,7 @@ export class Attempt implements BackendHandler {
       this.#observe(statusCode)
       this.#judgeHead(statusCode)
     }
-    this.#owner.deliver(this, this.#head!, this.#answer!)
+    this.#answer = this.#owner.deliver(this, this.#head!, this.#answer!)
   }
 
   /** Being refused fast is no merit; a refusal of the gateway's own key is a failure. */

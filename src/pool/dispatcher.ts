@@ -15,6 +15,7 @@ import {
   type Progress
 } from './attempt.ts'
 import type { Backend } from './backend.ts'
+import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat.ts'
 import { type Candidate, type FailureKind, isAmong, type Lineup, type Pool } from './pool.ts'
 import type { Priority, Waiter } from './queue.ts'
 import type { Refusal } from './refusal.ts'
@@ -25,7 +26,15 @@ export const EXCHANGE = Symbol('exchange')
 
 type Options = Dispatcher.DispatchOptions & { headers: Headers & { [EXCHANGE]?: Exchange } }
 type Done = (error: null, answer: Head & { body: Answer }) => void
-type OnAttempt = (backend: string, result: AttemptResult) => void
+
+/** Whom calls are delivered for. */
+interface Front {
+  /** How long (ms) the client of a stream hears nothing before a heartbeat; 0: for ever. */
+  heartbeat(): number
+  attempted(backend: string, result: AttemptResult): void
+  /** A backend answers whose client has a head already: its answer may be changed before it goes on. */
+  answers(exchange: Exchange, answer: Answer): void
+}
 
 /** How long (ms) the rest of an error answer may take once it is certain that it is the client's. */
 const REFUSAL_TIMEOUT = 1_000
@@ -35,22 +44,22 @@ const REFUSAL_TIMEOUT = 1_000
  * pool, and to another one as long as the client has not had a byte of an answer, and calls back
  * once, with the answer that is the client's.
  */
-export function createDispatcher(pool: Pool, onAttempt: OnAttempt, log: FastifyBaseLogger) {
+export function createDispatcher(pool: Pool, log: FastifyBaseLogger, front: Front) {
   return {
     request: (options: Options, done: Done) =>
-      new Delivery(pool, onAttempt, log, options, done).start(),
+      new Delivery(pool, log, front, options, done).start(),
     close: () => {},
     destroy: () => {}
   }
 }
 
 /** One request and all its attempts. */
-class Delivery implements AttemptOwner, Waiter, Work {
+class Delivery implements AttemptOwner, Waiter, Work, Patient {
   readonly #pool: Pool
   /** The configuration it began with. */
   readonly #lineup: Lineup
-  readonly #onAttempt: OnAttempt
   readonly #log: FastifyBaseLogger
+  readonly #front: Front
   /** What is to be sent, and who gets the answer; until it is theirs. */
   #call: { options: Options; done: Done } | undefined
   readonly #exchange: Exchange
@@ -68,18 +77,13 @@ class Delivery implements AttemptOwner, Waiter, Work {
   /** The latest error answer of a backend; it is the client's when nothing better comes. */
   #refusal: Refusal | undefined
   #answer: Answer | undefined
+  #heartbeat: Heartbeat | undefined
 
-  constructor(
-    pool: Pool,
-    onAttempt: OnAttempt,
-    log: FastifyBaseLogger,
-    options: Options,
-    done: Done
-  ) {
+  constructor(pool: Pool, log: FastifyBaseLogger, front: Front, options: Options, done: Done) {
     this.#pool = pool
     this.#lineup = pool.enter()
-    this.#onAttempt = onAttempt
     this.#log = log
+    this.#front = front
     this.#call = { options, done }
     this.#exchange = options.headers[EXCHANGE]!
     this.deadline = this.#exchange.startedAt + patienceOf(options.headers)
@@ -90,6 +94,9 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.#exchange.work = this
     this.#pool.retryBudget.earn()
     if (this.#lineup.isBounded) this.#pool.queue.attained.enter(this.caller, performance.now())
+    const interval = this.#front.heartbeat()
+    if (interval > 0 && this.#exchange.takesComments)
+      this.#heartbeat = new Heartbeat(this, interval)
     this.#next()
   }
 
@@ -106,8 +113,17 @@ class Delivery implements AttemptOwner, Waiter, Work {
 
   interrupt(error: GatewayError): void {
     this.#cancel()
-    if (this.#answer === undefined) this.#exchange.reply.send(error)
-    else this.#answer.break(error)
+    this.#tell(error)
+  }
+
+  get position(): number | undefined {
+    return this.#pool.queue.position(this, performance.now())
+  }
+
+  open(head: Head, answer: Answer): void {
+    this.#exchange.hadHeartbeat = true
+    this.#answer = answer
+    this.#call!.done(null, { ...head, body: answer })
   }
 
   get question(): 'asked' | 'withdrawn' | undefined {
@@ -119,10 +135,9 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.#exchange.isWaiting = true
   }
 
-  deliver(attempt: Attempt, head: Head, answer: Answer): void {
+  deliver(attempt: Attempt, head: Head, answer: Answer): Answer {
     for (const other of this.#attempts) if (other !== attempt) other.cancel()
-    this.#answer = answer
-    this.#handOver(head, answer)
+    return this.#handOver(head, answer)
   }
 
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean {
@@ -172,7 +187,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
   }
 
   count(attempt: Attempt, result: AttemptResult): void {
-    this.#onAttempt(attempt.backend.name, result)
+    this.#front.attempted(attempt.backend.name, result)
   }
 
   /** Time in ms until another attempt may be made, or undefined if there is to be none. */
@@ -297,16 +312,41 @@ class Delivery implements AttemptOwner, Waiter, Work {
   }
 
   /** Nothing will be sent again: what was needed for that is not kept beside a long answer. */
-  #handOver(head: Head, answer: Answer): void {
+  #handOver(head: Head, answer: Answer): Answer {
     const { done } = this.#call!
     this.#call = undefined
+    this.#heartbeat?.stop()
     this.#exchange.isWaiting = false
     this.#exchange.forgetBody()
+    if (this.#answer !== undefined) return this.#join(this.#answer, head, answer)
+    this.#answer = answer
     done(null, { ...head, body: answer })
+    return answer
+  }
+
+  /** The client has its head, and heartbeats. */
+  #join(open: Answer, head: Head, answer: Answer): Answer {
+    if (isEventStream(head)) {
+      this.#front.answers(this.#exchange, open)
+      open.takeOver(answer)
+      return open
+    }
+    void complaintOf(head, answer).then(error => {
+      this.#exchange.fail(error.code === 'backend_failed' ? 'backend_failed' : 'rejected', error)
+      open.break(error)
+    })
+    return answer
+  }
+
+  #tell(error: GatewayError): void {
+    // Not by the callback: reply-from would log it a second time, with its stack.
+    if (this.#answer === undefined) this.#exchange.reply.send(error)
+    else this.#answer.break(error)
   }
 
   #cancel(): void {
     clearTimeout(this.#timer)
+    this.#heartbeat?.stop()
     this.#pool.queue.leave(this)
     for (const attempt of this.#attempts) attempt.cancel()
   }
@@ -315,17 +355,13 @@ class Delivery implements AttemptOwner, Waiter, Work {
     if (this.#exchange.closed) return
     const refusal = this.#refusal
     if (refusal === undefined) {
+      this.#heartbeat?.stop()
       this.#exchange.fail(outcome, error)
-      // Not by the callback: reply-from would log it a second time, with its stack.
-      this.#exchange.reply.send(error)
-      return
+      return this.#tell(error)
     }
     refusal.whenSettled(REFUSAL_TIMEOUT, isComplete => {
       if (this.#exchange.closed) return
-      if (isComplete) {
-        this.#answer = refusal.toAnswer()
-        return this.#handOver(refusal.head, this.#answer)
-      }
+      if (isComplete) return void this.#handOver(refusal.head, refusal.toAnswer())
       this.#refusal = undefined
       this.#giveUp(error, outcome)
     })

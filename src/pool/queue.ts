@@ -40,6 +40,8 @@ interface Place {
 const PROMOTED_MS = 30_000
 /** Places become free without anybody's saying so (a circuit's time is over): they are looked for. */
 const LOOK_MS = 250
+/** For so long (ms) who waits is told the same position. */
+const RANKED_MS = 1_000
 /** How much the latest call counts for how fast places become free. */
 const ALPHA = 0.1
 
@@ -62,6 +64,9 @@ export class Queue {
   /** Mean time (ms) between two that were served while others waited. */
   #pace: number | undefined
   #servedAt: number | undefined
+  /** See {@link position}. */
+  #ranks = new WeakMap<Waiter, number>()
+  #rankedAt = 0
 
   constructor(policy: QueuePolicy) {
     this.#policy = policy
@@ -82,9 +87,15 @@ export class Queue {
     return count
   }
 
-  /** How many are served before this one, as things stand. */
-  position(waiter: Waiter, now: number): number {
-    return this.#order(now).indexOf(waiter)
+  /** How many are served before this one, as things stood at most a second ago; undefined: it does not wait. */
+  position(waiter: Waiter, now: number): number | undefined {
+    if (!this.#places.has(waiter)) return undefined
+    // All ask time and again, and to put them in order takes as long for one as for all.
+    if (now - this.#rankedAt > RANKED_MS || !this.#ranks.has(waiter)) {
+      this.#ranks = new WeakMap(this.#order(now).map((each, at) => [each, at]))
+      this.#rankedAt = now
+    }
+    return this.#ranks.get(waiter)
   }
 
   /**
