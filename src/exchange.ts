@@ -181,6 +181,17 @@ export class Exchange {
     return isStream && endpoint.dialect.streamsEvents
   }
 
+  /**
+   * Does its first byte say how long it waits, and does a backend that is stopped leave nothing behind? A whole
+   * answer begins when it is complete, and responses are stored.
+   */
+  get canBeHedged(): boolean {
+    const { endpoint, request } = this
+    if (endpoint?.spends === 'input') return true
+    const writes = endpoint?.spends === 'input and output' && !endpoint.makesResponses
+    return writes && request.payload?.stream === true
+  }
+
   /** Where calls must wait; a header can only make less of it. */
   get priority(): Priority {
     const { caller, headers } = this.request

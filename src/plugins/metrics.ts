@@ -303,6 +303,16 @@ function backendMetrics(
     if (turn.state === 'open') ejections.inc({ backend, reason: turn.reason })
   })
   new Counter({
+    name: 'llmproxy_hedges_total',
+    help: 'Second attempts beside one that was late, by whether they gave the answer',
+    labelNames: ['result'],
+    registers,
+    collect() {
+      this.reset()
+      for (const [result, count] of Object.entries(pool.hedges.results)) this.inc({ result }, count)
+    }
+  })
+  new Counter({
     name: 'llmproxy_retry_budget_exhausted_total',
     help: 'Retries that were not made because there had been too many',
     registers,

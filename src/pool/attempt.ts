@@ -7,7 +7,7 @@ import { Answer } from './answer.ts'
 import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
 import { FirstEvent } from './first-event.ts'
 import { Patience, TotalTimeoutError } from './patience.ts'
-import type { FailureKind } from './pool.ts'
+import type { Candidate, FailureKind } from './pool.ts'
 import { Refusal } from './refusal.ts'
 
 export type Headers = Record<string, string | string[] | undefined>
@@ -19,7 +19,7 @@ export interface Head {
 }
 
 /** What became of an attempt: a status class, or how it failed. */
-export type AttemptResult = FailureKind | '2xx' | '3xx' | '4xx' | 'cancelled'
+export type AttemptResult = FailureKind | '2xx' | '3xx' | '4xx' | 'cancelled' | 'hedged'
 
 /** How far an attempt came before it failed. */
 export interface Progress {
@@ -42,9 +42,7 @@ export interface AttemptOwner {
   /** The answer broke off after some of it was passed on. */
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void
   /** The backend seems not to take `stream_options` and should be asked without. */
-  again(): void
-  /** The request was sent with a question for usage, or is repeated without it. */
-  readonly question: 'asked' | 'withdrawn' | undefined
+  again(attempt: Attempt): void
   /** When the client will have waited long enough for an answer to begin (monotonic, ms). */
   readonly deadline: number
   count(attempt: Attempt, result: AttemptResult): void
@@ -73,7 +71,6 @@ const NOBODY: AttemptOwner = {
   failed() {},
   broke() {},
   again() {},
-  question: undefined,
   deadline: Number.POSITIVE_INFINITY,
   count() {}
 }
@@ -81,7 +78,10 @@ const NOBODY: AttemptOwner = {
 /** One try at one backend. */
 export class Attempt implements BackendHandler {
   socket: Socket | undefined
+  readonly candidate: Candidate
   readonly backend: Backend
+  /** The request is sent with a question for usage, or is repeated without it. */
+  question: 'asked' | 'withdrawn' | undefined
   #owner: AttemptOwner
   readonly #startedAt = performance.now()
   #sentAt = 0
@@ -105,9 +105,10 @@ export class Attempt implements BackendHandler {
   /** It may be our own question for usage that is refused. */
   #isInDoubt = false
 
-  constructor(owner: AttemptOwner, backend: Backend, limits: TimeLimits) {
+  constructor(owner: AttemptOwner, candidate: Candidate, limits: TimeLimits) {
     this.#owner = owner
-    this.backend = backend
+    this.candidate = candidate
+    this.backend = candidate.backend
     this.#patience = new Patience(limits)
   }
 
@@ -118,13 +119,23 @@ export class Attempt implements BackendHandler {
     this.backend.dispatch(options, this, fresh)
   }
 
-  /** Closes the connection, in whatever phase it is. */
-  cancel(): void {
+  /** An answer may still come of it. */
+  get isPending(): boolean {
+    return !this.#isOver && (this.#refusal === undefined || this.#isInDoubt)
+  }
+
+  /** How long it has taken so far (ms). */
+  get age(): number {
+    return performance.now() - this.#startedAt
+  }
+
+  /** Closes the connection, in whatever phase it is: the client has left, or another one has `hedged` it. */
+  cancel(result: 'cancelled' | 'hedged' = 'cancelled'): void {
     if (this.#isOver) return
     this.#isCancelled = true
-    if (!this.#isDelivered && this.#refusal === undefined) this.#owner.count(this, 'cancelled')
+    if (!this.#isDelivered && this.#refusal === undefined) this.#owner.count(this, result)
     this.#end()
-    const reason = new GatewayError('client_gone', 'The client has left.')
+    const reason = new GatewayError('client_gone', 'Nobody waits for the answer any more.')
     if (this.#controller !== undefined) this.#controller.abort(reason)
     else this.socket?.destroy(reason)
   }
@@ -157,7 +168,7 @@ export class Attempt implements BackendHandler {
       return controller.abort(new errors.HTTPParserError(`status ${statusCode}`))
     this.#wait(controller)
     this.#head = { statusCode, headers }
-    const { question } = this.#owner
+    const { question } = this
     if (statusCode === 400 || statusCode === 422) {
       if (question === 'asked') {
         this.#isInDoubt = true
@@ -304,7 +315,7 @@ export class Attempt implements BackendHandler {
   }
 
   #settleDoubt(refusal: Refusal): void {
-    if (/stream_options|include_usage/.test(refusal.text)) return this.#owner.again()
+    if (/stream_options|include_usage/.test(refusal.text)) return this.#owner.again(this)
     this.#answer = refusal.toAnswer()
     this.#deliver()
   }

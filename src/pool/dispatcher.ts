@@ -18,6 +18,7 @@ import type { Backend } from './backend.ts'
 import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat.ts'
 import { type Candidate, type FailureKind, isAmong, type Lineup, type Pool } from './pool.ts'
 import type { Priority, Waiter } from './queue.ts'
+import { Race, type Racer } from './race.ts'
 import type { Refusal } from './refusal.ts'
 import { withModel } from './renamed.ts'
 
@@ -54,7 +55,7 @@ export function createDispatcher(pool: Pool, log: FastifyBaseLogger, front: Fron
 }
 
 /** One request and all its attempts. */
-class Delivery implements AttemptOwner, Waiter, Work, Patient {
+class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   readonly #pool: Pool
   /** The configuration it began with. */
   readonly #lineup: Lineup
@@ -67,7 +68,7 @@ class Delivery implements AttemptOwner, Waiter, Work, Patient {
   #tried: Candidate[] = []
   /** What it counts as for its caller's share, until that is known. */
   #share = 0
-  readonly #attempts: Attempt[] = []
+  readonly #race: Race
   /** Times before which backends asked not to be tried again. */
   #notBefore: Map<Backend, number> | undefined
   #waits = 0
@@ -86,6 +87,8 @@ class Delivery implements AttemptOwner, Waiter, Work, Patient {
     this.#front = front
     this.#call = { options, done }
     this.#exchange = options.headers[EXCHANGE]!
+    const isHedged = this.#lineup.hedges && this.#exchange.canBeHedged
+    this.#race = new Race(this, isHedged ? pool.hedges : undefined)
     this.deadline = this.#exchange.startedAt + patienceOf(options.headers)
   }
 
@@ -102,7 +105,7 @@ class Delivery implements AttemptOwner, Waiter, Work, Patient {
 
   stop(): void {
     this.#cancel()
-    for (const attempt of this.#attempts) attempt.letGo()
+    this.#race.end()
     if (this.#lineup.isBounded) {
       const { attained } = this.#pool.queue
       attained.end(this.caller, this.#share, this.#exchange.usage, performance.now())
@@ -126,17 +129,13 @@ class Delivery implements AttemptOwner, Waiter, Work, Patient {
     this.#call!.done(null, { ...head, body: answer })
   }
 
-  get question(): 'asked' | 'withdrawn' | undefined {
-    if (this.#isWithdrawn) return 'withdrawn'
-    return this.#exchange.question?.asked ? 'asked' : undefined
-  }
-
   sent(): void {
     this.#exchange.isWaiting = true
   }
 
   deliver(attempt: Attempt, head: Head, answer: Answer): Answer {
-    for (const other of this.#attempts) if (other !== attempt) other.cancel()
+    this.#race.win(attempt, head.statusCode < 300)
+    this.#attribute(attempt)
     return this.#handOver(head, answer)
   }
 
@@ -147,7 +146,8 @@ class Delivery implements AttemptOwner, Waiter, Work, Patient {
       attempt.backend,
       performance.now() + parseRetryAfter(headers['retry-after'])
     )
-    const wait = this.#plan(kind, true)
+    const goesOn = this.#race.goesOnWithout(attempt)
+    const wait = goesOn ? 0 : this.#plan(kind, true)
     if (wait === undefined) return false
     const isEvent = statusCode < 300
     this.#logFailure(
@@ -156,21 +156,23 @@ class Delivery implements AttemptOwner, Waiter, Work, Patient {
       isEvent ? 'an error as its first event' : `status ${statusCode}`
     )
     this.#refusal = refusal
-    this.#retry(wait)
+    if (!goesOn) this.#retry(wait)
     return true
   }
 
   failed(attempt: Attempt, kind: FailureKind, error: Error, progress: Progress): void {
     // The client's body broke off, or went on for too long: a backend has had some of it.
     if (error instanceof GatewayError) {
+      this.#cancel()
       return this.#giveUp(error, error.code === 'backend_timeout' ? 'timed_out' : 'client_gone')
     }
     // A server may close an idle connection just as it is used again; that is nobody's fault.
     if (progress.isStale && !this.#hasRepeated && this.#canResend()) {
       this.#hasRepeated = true
-      return this.#send(this.#tried.at(-1)!, true)
+      return void this.#send(attempt.candidate, true)
     }
     this.#logFailure(attempt, kind, reasonOf(error))
+    if (this.#race.goesOnWithout(attempt)) return
     const wait = isOurs(error) ? undefined : this.#plan(kind, progress.isSent)
     if (wait !== undefined) return this.#retry(wait)
     this.#giveUp(toGatewayError(kind, error), kind === 'timeout' ? 'timed_out' : 'backend_failed')
@@ -181,9 +183,19 @@ class Delivery implements AttemptOwner, Waiter, Work, Patient {
     this.#exchange.fail(kind === 'timeout' ? 'timed_out' : 'backend_failed', error)
   }
 
-  again(): void {
+  /** Not where calls wait for room: it would take that from them. */
+  late({ candidate: { tier } }: Attempt): Attempt | undefined {
+    if (!this.#canResend() || this.#pool.queue.size > 0) return undefined
+    const other = this.#lineup.pick(this.#tried, this.#exchange)
+    if (other === undefined || other === 'full' || other.tier !== tier) return undefined
+    if (!this.#pool.hedges.spend()) return undefined
+    this.#exchange.attempts++
+    return this.#send(other)
+  }
+
+  again(attempt: Attempt): void {
     this.#isWithdrawn = true
-    this.#send(this.#tried.at(-1)!)
+    this.#send(attempt.candidate)
   }
 
   count(attempt: Attempt, result: AttemptResult): void {
@@ -198,7 +210,7 @@ class Delivery implements AttemptOwner, Waiter, Work, Patient {
     const others = candidates.filter(each => !isAmong(this.#tried, each))
     // A connection that was refused has cost nobody anything.
     if (!isSent && others.length > 0) return 0
-    const isRetry = enabled && this.#exchange.attempts <= maxRetries
+    const isRetry = enabled && this.#exchange.attempts - this.#race.hedged <= maxRetries
     // Who says where calls go when a backend fails means them to go there.
     const isFallback = others.some(each => each.tier > this.#tried.at(-1)!.tier)
     if (!retryOn.includes(kind) || !(isRetry || isFallback)) return undefined
@@ -236,7 +248,7 @@ class Delivery implements AttemptOwner, Waiter, Work, Patient {
         this.#share = this.#pool.queue.attained.begin(this.caller, performance.now())
       }
       this.#exchange.attempts++
-      return this.#send(chosen)
+      return void this.#send(chosen)
     }
     const error = new GatewayError('no_backend', 'No backend is available at the moment.', {
       headers: { 'retry-after': '1' }
@@ -276,25 +288,35 @@ class Delivery implements AttemptOwner, Waiter, Work, Patient {
     this.#giveUp(error, this.#exchange.attempts === 0 ? 'rejected' : 'backend_failed')
   }
 
-  #send(chosen: Candidate, fresh = false): void {
-    const { backend, model, upstream } = chosen
+  #send(chosen: Candidate, fresh = false): Attempt {
     this.#tried.push(chosen)
-    this.#exchange.served = { model, upstream }
-    this.#exchange.backend = backend.name
-    this.#exchange.backendUrl = backend.live.origin + backend.live.basePath
-    const attempt = new Attempt(this, backend, this.#lineup.timeLimits(chosen))
-    this.#attempts.push(attempt)
-    attempt.start(this.#request(chosen), fresh)
+    const attempt = new Attempt(this, chosen, this.#lineup.timeLimits(chosen))
+    const request = this.#request(attempt)
+    this.#attribute(attempt)
+    this.#race.begin(attempt)
+    attempt.start(request, fresh)
+    return attempt
   }
 
-  #request({ backend, upstream }: Candidate): Dispatcher.DispatchOptions {
+  /** What is told of the exchange is about this attempt. */
+  #attribute({ backend, candidate: { model, upstream }, question }: Attempt): void {
+    const exchange = this.#exchange
+    exchange.served = { model, upstream }
+    exchange.backend = backend.name
+    exchange.backendUrl = backend.live.origin + backend.live.basePath
+    if (exchange.question !== undefined) exchange.question.asked = question === 'asked'
+  }
+
+  #request(attempt: Attempt): Dispatcher.DispatchOptions {
+    const { backend, upstream } = attempt.candidate
     const { headers: given, path, method } = this.#call!.options
     const { headers: own } = backend.config
     let { body } = this.#call!.options
     const { question } = this.#exchange
     if (question !== undefined) {
-      question.asked = backend.live.takesUsageQuestion && !this.#isWithdrawn
-      if (question.asked) body = question.bytes
+      if (this.#isWithdrawn) attempt.question = 'withdrawn'
+      else if (backend.live.takesUsageQuestion) attempt.question = 'asked'
+      if (attempt.question === 'asked') body = question.bytes
     }
     if (upstream !== this.#exchange.model && Buffer.isBuffer(body))
       body = withModel(body, upstream!)
@@ -348,7 +370,7 @@ class Delivery implements AttemptOwner, Waiter, Work, Patient {
     clearTimeout(this.#timer)
     this.#heartbeat?.stop()
     this.#pool.queue.leave(this)
-    for (const attempt of this.#attempts) attempt.cancel()
+    this.#race.cancel()
   }
 
   #giveUp(error: GatewayError, outcome: Exchange['outcome']): void {

@@ -123,6 +123,16 @@ const RoutingOptions = Section(
       },
       'More attempts, as long as the client has not had a byte'
     ),
+    hedge: Section(
+      {
+        enabled: Type.Boolean({
+          default: false,
+          description:
+            'Asks another backend, too, when the first byte comes later than 95 % do; 2 % of the calls at most'
+        })
+      },
+      'A second attempt beside one that is late'
+    ),
     model_discovery: Section(
       {
         enabled: Type.Boolean({
@@ -279,6 +289,7 @@ export function toPool(
       toTimeLimits(limits)
     ]),
     modelFallbacks: new Map(Object.entries(routing.model_fallbacks)),
+    hedges: routing.enabled && routing.hedge.enabled,
     breaker: breaker.enabled
       ? {
           consecutiveFailures: breaker.consecutive_failures,

@@ -3,6 +3,7 @@ import { matchesModel } from '../keys/key.ts'
 import { Backend, type BackendConfig, type Live, type TimeLimits } from './backend.ts'
 import type { BreakerPolicy, CircuitTurn } from './breaker.ts'
 import { RetryBudget } from './budget.ts'
+import { Hedges } from './hedge.ts'
 import { isKnown, upstreamModel } from './models.ts'
 import { Queue, type QueuePolicy } from './queue.ts'
 import { type StrategyName, strategies } from './strategies.ts'
@@ -31,6 +32,8 @@ export interface PoolConfig {
   backends: BackendConfig[]
   loadBalance: StrategyName
   retry: RetryPolicy
+  /** Calls whose first byte is late are made a second time. */
+  hedges: boolean
   /** The first one that is for a model holds. */
   fallback: FallbackRule[]
   /** Which models take the place of one that nobody can serve, in this order. */
@@ -75,6 +78,7 @@ export type OnCircuit = (backend: string, turn: CircuitTurn) => void
 export class Lineup {
   readonly backends: Backend[]
   readonly retry: RetryPolicy
+  readonly hedges: boolean
   /** Some of them take only so many calls at once. */
   readonly isBounded: boolean
   /** Requests under way with it. */
@@ -89,6 +93,7 @@ export class Lineup {
     this.backends = backends
     this.isBounded = backends.some(each => each.config.maxConcurrent > 0)
     this.retry = config.retry
+    this.hedges = config.hedges
     this.modelFallbacks = config.modelFallbacks
     this.#fallback = config.fallback
     this.#modelTimeouts = config.modelTimeouts
@@ -174,6 +179,7 @@ export function isAmong(candidates: readonly Candidate[], one: Candidate): boole
 /** All backends, over all changes of the configuration. */
 export class Pool {
   readonly retryBudget = new RetryBudget()
+  readonly hedges = new Hedges()
   readonly queue: Queue
   #isServing = false
   readonly #onCircuit: OnCircuit
