@@ -259,7 +259,7 @@ const HALVES = [
     before: 'content_bl\n\n'
   },
   { path: '/v1/messages', asked: false, sent: `${START}event: ping\n`, before: 'ping\n\n' },
-  { path: '/api/chat', asked: false, sent: `${LINE}${LINE.slice(0, 23)}`, before: 'he\n' }
+  { path: '/api/chat', asked: false, sent: `${LINE}${LINE.slice(0, 25)}`, before: 'he\n' }
 ]
 
 for (const { path, asked, sent, before } of HALVES) {
