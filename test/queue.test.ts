@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { parseConfig } from '../src/config.ts'
 import type { GatewayError } from '../src/errors.ts'
 import { Attained } from '../src/pool/attained.ts'
 import { type Priority, Queue, type Waiter } from '../src/pool/queue.ts'
@@ -111,6 +112,34 @@ test('a backend of a higher tier takes what the first has no room for', async t 
   answers.push(ask(gateway, 'a2'))
   assert.equal(await other.next(), 'a2')
   assert.equal(await backend.next(), 'a1')
+  await Promise.all(answers)
+})
+
+test('calls that wait go to a backend that a reload has brought', async t => {
+  const other = await held(t)
+  const { backend, gateway } = await full(t)
+  const answers = [ask(gateway, 'a1')]
+  await backend.request(0)
+  answers.push(ask(gateway, 'a2'))
+  await waiting(gateway, 1)
+  const backends = `[{name: gpu, url: "${backend.url}", max_concurrent: 1}, {url: "${other.url}"}]`
+  const auth = '{enabled: true, keys: [sk-a]}'
+  await gateway.control.reload(parseConfig(`backends: ${backends}\nauth: ${auth}\n`, 'x.yaml', {}))
+  assert.equal(await other.next(), 'a2')
+  assert.equal(await backend.next(), 'a1')
+  await Promise.all(answers)
+})
+
+test('another model does not take the place of one that is only waited for', async t => {
+  const other = await held(t)
+  const { backend, gateway } = await full(t, { routing: { model_fallbacks: { m: ['n'] } } }, [
+    { url: other.url, models: ['n'] }
+  ])
+  const answers = [ask(gateway, 'a1')]
+  await backend.request(0)
+  answers.push(ask(gateway, 'a2'))
+  await waiting(gateway, 1)
+  assert.deepEqual([await backend.next(), await backend.next()], ['a1', 'a2'])
   await Promise.all(answers)
 })
 

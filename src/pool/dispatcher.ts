@@ -48,7 +48,7 @@ export function createDispatcher(pool: Pool, onAttempt: OnAttempt, log: FastifyB
 class Delivery implements AttemptOwner, Waiter, Work {
   readonly #pool: Pool
   /** The configuration it began with. */
-  readonly #lineup: Lineup
+  #lineup: Lineup
   readonly #onAttempt: OnAttempt
   readonly #log: FastifyBaseLogger
   /** What is to be sent, and who gets the answer; until it is theirs. */
@@ -56,8 +56,8 @@ class Delivery implements AttemptOwner, Waiter, Work {
   readonly #exchange: Exchange
   readonly deadline: number
   #tried: Candidate[] = []
-  /** What it counts as for its caller's share, until that is known. */
-  #share = 0
+  /** What it counts as for its caller's share, until that is known; 0: it waits; undefined: nobody counts. */
+  #share: number | undefined
   readonly #attempts: Attempt[] = []
   /** Times before which backends asked not to be tried again. */
   #notBefore: Map<Backend, number> | undefined
@@ -89,14 +89,17 @@ class Delivery implements AttemptOwner, Waiter, Work {
     if (this.#exchange.closed) return this.#pool.leave(this.#lineup)
     this.#exchange.work = this
     this.#pool.retryBudget.earn()
-    if (this.#lineup.isBounded) this.#pool.queue.attained.enter(this.caller, performance.now())
+    if (this.#lineup.isBounded) {
+      this.#share = 0
+      this.#pool.queue.attained.enter(this.caller, performance.now())
+    }
     this.#next()
   }
 
   stop(): void {
     this.#cancel()
     for (const attempt of this.#attempts) attempt.letGo()
-    if (this.#lineup.isBounded) {
+    if (this.#share !== undefined) {
       const { attained } = this.#pool.queue
       attained.end(this.caller, this.#share, this.#exchange.usage, performance.now())
       attained.leave(this.caller)
@@ -217,7 +220,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
     const chosen = this.#lineup.pick(this.#tried, this.#exchange)
     if (chosen === 'full') return this.#queue()
     if (chosen !== undefined) {
-      if (this.#lineup.isBounded && this.#share === 0) {
+      if (this.#share === 0) {
         this.#share = this.#pool.queue.attained.begin(this.caller, performance.now())
       }
       this.#exchange.attempts++
@@ -249,6 +252,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
   }
 
   isReady(): boolean {
+    if (this.#exchange.attempts === 0) this.#lineup = this.#pool.renew(this.#lineup)
     return this.#lineup.isReady(this.#tried, this.#exchange)
   }
 

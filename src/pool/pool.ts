@@ -158,8 +158,10 @@ export class Lineup {
     return known.length > 0 ? known : able
   }
 
+  /** Another model takes the place of one that nobody can serve, not of one that must be waited for. */
   #untried(tried: readonly Candidate[], wanted: Wanted): Candidate[] {
-    return this.candidates(wanted).filter(each => !isAmong(tried, each))
+    const untried = this.candidates(wanted).filter(each => !isAmong(tried, each))
+    return untried.filter(each => each.model === untried[0]!.model)
   }
 
   #ruleFor(model = ''): FallbackRule | undefined {
@@ -209,6 +211,7 @@ export class Pool {
     this.queue.policy = config.queue
     this.#guard(config)
     this.#retire(before)
+    this.#serveQueue()
   }
 
   /** Connections are made anew, but what somebody wants of the server at this URL holds. */
@@ -224,6 +227,14 @@ export class Pool {
   enter(): Lineup {
     this.#current.requests++
     return this.#current
+  }
+
+  /** It has not begun yet, and goes on with what is configured now. */
+  renew(lineup: Lineup): Lineup {
+    if (lineup === this.#current) return lineup
+    const renewed = this.enter()
+    this.leave(lineup)
+    return renewed
   }
 
   leave(lineup: Lineup): void {
