@@ -242,7 +242,8 @@ export class Attempt implements BackendHandler {
   #begin(controller: Dispatcher.DispatchController, chunk: Buffer): void {
     const beginning = this.#first?.see(chunk) ?? 'answer'
     if (beginning === 'incomplete') {
-      this.#holding ??= setTimeout(() => this.#deliverOnce(), HOLD_MS).unref()
+      const hold = Math.min(HOLD_MS, this.#owner.deadline - performance.now())
+      this.#holding ??= setTimeout(() => this.#deliverOnce(), hold).unref()
       return
     }
     if (beginning !== 'answer') {
@@ -326,8 +327,11 @@ export class Attempt implements BackendHandler {
       brokenOff(error, kind),
       { cause: error }
     )
-    this.#penalise()
-    this.#fail()
+    // It was busy, and longer than is allowed.
+    if (!(error instanceof TotalTimeoutError)) {
+      this.#penalise()
+      this.#fail()
+    }
     this.#owner.broke(this, kind, gatewayError)
     return gatewayError
   }

@@ -5,6 +5,7 @@ import { GatewayError, reasonOf } from '../errors.ts'
 import type { Exchange, Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
 import type { Answer } from './answer.ts'
+import type { Share } from './attained.ts'
 import {
   Attempt,
   type AttemptOwner,
@@ -56,8 +57,12 @@ class Delivery implements AttemptOwner, Waiter, Work {
   readonly #exchange: Exchange
   readonly deadline: number
   #tried: Candidate[] = []
-  /** What it counts as for its caller's share, until that is known; 0: it waits; undefined: nobody counts. */
-  #share: number | undefined
+  /** It counts among its caller's calls, and since it was given to a backend as this much. */
+  #isCounted = false
+  #share: Share | undefined
+  /** Since when it waits, for the first time and now. */
+  since = 0
+  #queuedAt = 0
   readonly #attempts: Attempt[] = []
   /** Times before which backends asked not to be tried again. */
   #notBefore: Map<Backend, number> | undefined
@@ -90,7 +95,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.#exchange.work = this
     this.#pool.retryBudget.earn()
     if (this.#lineup.isBounded) {
-      this.#share = 0
+      this.#isCounted = true
       this.#pool.queue.attained.enter(this.caller, performance.now())
     }
     this.#next()
@@ -99,9 +104,10 @@ class Delivery implements AttemptOwner, Waiter, Work {
   stop(): void {
     this.#cancel()
     for (const attempt of this.#attempts) attempt.letGo()
-    if (this.#share !== undefined) {
+    if (this.#isCounted) {
       const { attained } = this.#pool.queue
-      attained.end(this.caller, this.#share, this.#exchange.usage, performance.now())
+      const now = performance.now()
+      if (this.#share) attained.end(this.caller, this.#share, this.#exchange.usage, now)
       attained.leave(this.caller)
     }
     this.#pool.leave(this.#lineup)
@@ -181,18 +187,22 @@ class Delivery implements AttemptOwner, Waiter, Work {
   /** Time in ms until another attempt may be made, or undefined if there is to be none. */
   #plan(kind: FailureKind, isSent: boolean): number | undefined {
     if (this.#exchange.closed || !this.#canResend()) return undefined
-    const { enabled, retryOn, maxRetries } = this.#lineup.retry
+    const { enabled, retryOn, maxRetries, fallsBack } = this.#lineup.retry
     const candidates = this.#lineup.candidates(this.#exchange)
     const others = candidates.filter(each => !isAmong(this.#tried, each))
     // A connection that was refused has cost nobody anything.
     if (!isSent && others.length > 0) return 0
-    const isRetry = enabled && this.#exchange.attempts <= maxRetries
-    // Who says where calls go when a backend fails means them to go there.
-    const isFallback = others.some(each => each.tier > this.#tried.at(-1)!.tier)
-    if (!retryOn.includes(kind) || !(isRetry || isFallback)) return undefined
-    const wait = others.length > 0 ? 0 : this.#waitFor(candidates)
-    if (wait === undefined || !isSent) return wait
-    return this.#pool.retryBudget.spend(performance.now()) ? wait : undefined
+    if (!retryOn.includes(kind)) return undefined
+    if (enabled && this.#exchange.attempts <= maxRetries) {
+      const wait = others.length > 0 ? 0 : this.#waitFor(candidates)
+      const isFree = wait === undefined || !isSent
+      if (isFree || this.#pool.retryBudget.spend(performance.now())) return wait
+    }
+    // Who says where calls go when a backend fails means them to go there: each tier is asked once.
+    const { tier } = this.#tried.at(-1)!
+    if (!fallsBack || !others.some(each => each.tier !== tier)) return undefined
+    this.#tried.push(...others.filter(each => each.tier === tier))
+    return 0
   }
 
   /** Time in ms until one that was tried before may be tried again, or undefined if that is too late. */
@@ -220,8 +230,8 @@ class Delivery implements AttemptOwner, Waiter, Work {
     const chosen = this.#lineup.pick(this.#tried, this.#exchange)
     if (chosen === 'full') return this.#queue()
     if (chosen !== undefined) {
-      if (this.#share === 0) {
-        this.#share = this.#pool.queue.attained.begin(this.caller, performance.now())
+      if (this.#isCounted) {
+        this.#share ??= this.#pool.queue.attained.begin(this.caller, performance.now())
       }
       this.#exchange.attempts++
       return this.#send(chosen)
@@ -234,7 +244,9 @@ class Delivery implements AttemptOwner, Waiter, Work {
 
   /** Nobody has room: it waits, if it may. */
   #queue(): void {
-    const refused = this.#pool.queue.join(this, performance.now())
+    this.#queuedAt = performance.now()
+    this.since ||= this.#queuedAt
+    const refused = this.#pool.queue.join(this, this.#queuedAt)
     if (refused !== undefined) this.turnAway(refused)
   }
 
@@ -247,8 +259,14 @@ class Delivery implements AttemptOwner, Waiter, Work {
     return this.#exchange.priority
   }
 
+  get lane(): string {
+    const { id, pinned = '', model = '' } = this.#exchange
+    return this.#tried.length === 0 ? `${pinned} ${model}` : id
+  }
+
   get bytes(): number {
-    return this.#exchange.request.payload?.bytes.length ?? 0
+    const { request, question } = this.#exchange
+    return (request.payload?.bytes.length ?? 0) + (question?.bytes.length ?? 0)
   }
 
   isReady(): boolean {
@@ -256,8 +274,8 @@ class Delivery implements AttemptOwner, Waiter, Work {
     return this.#lineup.isReady(this.#tried, this.#exchange)
   }
 
-  proceed(waited: number): void {
-    this.#exchange.queuedMs += waited
+  proceed(): void {
+    this.#exchange.queuedMs += performance.now() - this.#queuedAt
     this.#next()
   }
 

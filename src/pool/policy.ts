@@ -1,5 +1,6 @@
 import { type Static, Type } from 'typebox'
 import type { Distinct, Issue } from '../issues.ts'
+import { untagged } from '../keys/key.ts'
 import { Duration, HeadersToSend, isHttpUrl, NotBuilt, Section, Size } from '../options.ts'
 import type { TimeLimits } from './backend.ts'
 import type { HealthCheck } from './health.ts'
@@ -278,7 +279,9 @@ export function toPool(
       pattern,
       toTimeLimits(limits)
     ]),
-    modelFallbacks: new Map(Object.entries(routing.model_fallbacks)),
+    modelFallbacks: new Map(
+      Object.entries(routing.model_fallbacks).map(([model, others]) => [untagged(model), others])
+    ),
     breaker: breaker.enabled
       ? {
           consecutiveFailures: breaker.consecutive_failures,
@@ -292,7 +295,8 @@ export function toPool(
       initialWait: retry.initial_wait,
       maxWait: retry.max_wait,
       multiplier: retry.multiplier,
-      retryOn: retry.retry_on
+      retryOn: retry.retry_on,
+      fallsBack: routing.enabled
     }
   }
 }

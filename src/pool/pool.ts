@@ -1,5 +1,5 @@
 import { isDeepStrictEqual } from 'node:util'
-import { matchesModel } from '../keys/key.ts'
+import { matchesModel, untagged } from '../keys/key.ts'
 import { Backend, type BackendConfig, type Live, type TimeLimits } from './backend.ts'
 import type { BreakerPolicy, CircuitTurn } from './breaker.ts'
 import { RetryBudget } from './budget.ts'
@@ -15,6 +15,8 @@ export interface RetryPolicy {
   maxWait: number
   multiplier: number
   retryOn: readonly FailureKind[]
+  /** Another tier is asked when one has failed. */
+  fallsBack: boolean
 }
 
 /** How an attempt fails before the client has had a byte of an answer. */
@@ -79,8 +81,7 @@ export class Lineup {
   readonly isBounded: boolean
   /** Requests under way with it. */
   requests = 0
-  /** See {@link PoolConfig}. */
-  readonly modelFallbacks: ReadonlyMap<string, readonly string[]>
+  readonly #modelFallbacks: ReadonlyMap<string, readonly string[]>
   readonly #fallback: readonly FallbackRule[]
   readonly #modelTimeouts
   readonly #strategy
@@ -89,7 +90,7 @@ export class Lineup {
     this.backends = backends
     this.isBounded = backends.some(each => each.config.maxConcurrent > 0)
     this.retry = config.retry
-    this.modelFallbacks = config.modelFallbacks
+    this.#modelFallbacks = config.modelFallbacks
     this.#fallback = config.fallback
     this.#modelTimeouts = config.modelTimeouts
     this.#strategy = strategies[config.loadBalance]
@@ -106,10 +107,15 @@ export class Lineup {
       const upstream = model && (upstreamModel(holder, model) ?? model)
       return holder.available ? [{ backend: holder, model, upstream, tier: 0 }] : []
     }
-    const others = model === undefined ? undefined : this.modelFallbacks.get(model)
-    if (others === undefined) return inService(this.#serving(model, 0))
-    const names = [model, ...others.filter(each => wanted.mayUse(each))]
+    if (model === undefined) return inService(this.#serving(undefined, 0))
+    const names = this.names(model, wanted)
     return inService(names.flatMap((each, at) => this.#serving(each, at * TIERS)))
+  }
+
+  /** The model, and those that may take its place for this caller. */
+  names(model: string, wanted: Wanted): string[] {
+    const others = this.#modelFallbacks.get(untagged(model)) ?? []
+    return [model, ...others.filter(each => wanted.mayUse(each))]
   }
 
   /**
@@ -154,7 +160,9 @@ export class Lineup {
       if (place !== -1) able.push({ backend, model, upstream, tier: base + place })
     }
     // One of which nothing is known yet may not have the model: it is there for when nobody else is.
-    const known = model === undefined ? able : able.filter(each => isKnown(each.backend))
+    // Whoever a rule names is meant.
+    if (model === undefined || rule !== undefined) return able
+    const known = able.filter(each => isKnown(each.backend))
     return known.length > 0 ? known : able
   }
 
@@ -254,12 +262,16 @@ export class Pool {
     return [...all].map(([live, name]) => ({ name, live }))
   }
 
-  /** Is there a backend for this model, whether or not it is available now? */
-  serves(model: string): boolean {
-    const names = [model, ...(this.#current.modelFallbacks.get(model) ?? [])]
-    return names.some(each =>
-      this.backends.some(backend => upstreamModel(backend, each) !== undefined)
-    )
+  /** The backend that a call would likely be given now. */
+  expect(wanted: Wanted): Candidate | undefined {
+    return this.#current.candidates(wanted)[0]
+  }
+
+  /** Is there a backend for this model, or for one that may take its place, whether or not it is available now? */
+  serves(model: string, wanted: Wanted): boolean {
+    return this.#current
+      .names(model, wanted)
+      .some(each => this.backends.some(backend => upstreamModel(backend, each) !== undefined))
   }
 
   get available(): boolean {
@@ -306,18 +318,20 @@ export class Pool {
 }
 
 /**
- * The candidates whose circuits let calls through; at most half are kept from work. If more would be,
- * those that have failed count again, and if all asked to be left alone for a while, they do too: an
- * answer of theirs is better than none.
+ * The candidates whose circuits let calls through; at most half of a tier are kept from work. If more would
+ * be, those that have failed count again, and if all asked to be left alone for a while, they do too: an
+ * answer of theirs is better than none. But not where another tier can take the calls.
  */
 function inService(candidates: Candidate[]): Candidate[] {
   if (candidates.every(({ backend }) => backend.live.breaker.isClosed)) return candidates
   const now = performance.now()
-  const ready = candidates.filter(({ backend }) => backend.live.breaker.admits(now))
-  if (ready.length * 2 >= candidates.length) return ready
-  const awake = candidates.filter(({ backend: { live } }) => {
-    return live.breaker.admits(now) || !live.breaker.isResting
-  })
+  const admits = ({ backend }: Candidate) => backend.live.breaker.admits(now)
+  const ready = candidates.filter(admits)
+  const isEnough = ready.length * 2 >= candidates.length
+  if (isEnough || candidates.some(each => each.tier !== candidates[0]!.tier && ready.length > 0)) {
+    return ready
+  }
+  const awake = candidates.filter(each => admits(each) || !each.backend.live.breaker.isResting)
   return awake.length > 0 ? awake : candidates
 }
 
