@@ -5,10 +5,10 @@ import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import closeWithGrace from 'close-with-grace'
 import { CommandError } from './commands/command.ts'
-import { loadConfig } from './config.ts'
+import { loadConfig, workerCount } from './config.ts'
 import { followFile, type Server, startServer } from './server.ts'
 import { VERSION } from './version.ts'
-import { runWorker, startWorkers, workerCount } from './workers.ts'
+import { runWorker, startWorkers } from './workers.ts'
 
 const HELP = `LLMProxy ${VERSION}: a reverse proxy for LLM inference servers
 

@@ -1,6 +1,7 @@
 import { createPrivateKey, X509Certificate } from 'node:crypto'
 import { existsSync, readFileSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
+import { availableParallelism } from 'node:os'
 import { basename } from 'node:path'
 import { type Static, Type } from 'typebox'
 import { backendIssues, GatewayOptions, optionIssues } from './app.ts'
@@ -185,11 +186,27 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
   issues.push(...findIssues(ConfigSchema, root).filter(({ path }) => !known.has(formatPath(path))))
   const isWrong = issues.some(({ path }) => COMPARED.includes(String(path[0])))
   if (!isWrong) issues.push(...optionIssues(root as Config))
+  if (issues.length === 0) issues.push(...shareIssues(root as Config))
   const isUnclear = issues.some(({ path }) => path[0] === 'backends' || path[0] === 'discovery')
   if (!isUnclear) issues.push(...backendIssues(root as Config))
   issues.push(...incomplete(root as Config), ...takeOverStore(root as Config))
   if (issues.length > 0) throw new ConfigError(file.complaints().join('\n'))
   return freeze(root) as Config
+}
+
+/** How many processes the configuration asks for. */
+export function workerCount({ server }: Config): number {
+  return server.workers === 'auto' ? availableParallelism() : server.workers
+}
+
+/** Every worker must have a share of what a backend can take. */
+function shareIssues(config: Config): Issue[] {
+  const workers = workerCount(config)
+  return config.backends.flatMap(({ max_concurrent }, at) => {
+    if (max_concurrent === 0 || max_concurrent >= workers) return []
+    const message = `must be at least as many as server.workers, which share it (got ${max_concurrent} for ${workers})`
+    return [{ path: ['backends', at, 'max_concurrent'], message }]
+  })
 }
 
 /** The original names the file of the store beside the API that changes it. */

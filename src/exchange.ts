@@ -136,6 +136,8 @@ export class Exchange {
   question: UsageQuestion | undefined
   /** The backend this exchange must go to (name), because it holds the state the call is about. */
   pinned: string | undefined
+  /** The model of that state, where the call does not name one. */
+  heldModel: string | undefined
   /** Wants to know the `id` that the backend gives its answer, as soon as it is seen. */
   onAnswerId: ((id: string) => void) | undefined
   /** What the plugins hold for it until it ends. */
@@ -169,7 +171,7 @@ export class Exchange {
 
   /** The model that is asked for, as the client names it. */
   get model(): string | undefined {
-    return this.request.payload?.model
+    return this.request.payload?.model ?? this.heldModel
   }
 
   /** Where calls must wait; a header can only make less of it. */

@@ -33,6 +33,7 @@ export interface ResponseMade {
   kind: 'response'
   response: string
   backend: string
+  model: string | undefined
   caller: string | undefined
 }
 

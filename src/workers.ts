@@ -1,11 +1,10 @@
 import cluster, { type Worker } from 'node:cluster'
 import { once } from 'node:events'
-import { availableParallelism } from 'node:os'
 import { isDeepStrictEqual } from 'node:util'
 import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
 import type { Gateway } from './app.ts'
-import type { Config } from './config.ts'
+import { type Config, workerCount } from './config.ts'
 import { openMemoryStore } from './limits/memory.ts'
 import { Periods } from './limits/period.ts'
 import { type LimitAnswer, type LimitQuestion, RemoteLeases, RemoteStore } from './limits/remote.ts'
@@ -56,11 +55,6 @@ const FLUSH_TIMEOUT = 5_000
 const TELL_INTERVAL = 1_000
 /** The primary has little to do once its workers serve (ms). */
 const TIDY_AFTER = 2_000
-
-/** How many processes the configuration asks for. */
-export function workerCount({ server }: Config): number {
-  return server.workers === 'auto' ? availableParallelism() : server.workers
-}
 
 /** Starts the workers; this process is their primary from now on. */
 export async function startWorkers(started: Config, dataDir: string): Promise<Server> {

@@ -221,6 +221,16 @@ function waiter(caller: string, room: { left: number }, served: string[], more: 
   } satisfies Waiter as Waiter
 }
 
+test('every worker must have a share of a backend', () => {
+  const config = (workers: number) =>
+    `server: {workers: ${workers}}\nbackends: [{url: "http://a", max_concurrent: 3}]\n`
+  parseConfig(config(3), 'x.yaml', {})
+  assert.throws(
+    () => parseConfig(config(4), 'x.yaml', {}),
+    /x\.yaml:2:\d+ backends\[0\]\.max_concurrent: must be at least as many as server\.workers.*3 for 4/
+  )
+})
+
 function queueOf(t: TestContext, policy: Partial<QueuePolicy> = {}) {
   const queue = new Queue({ maxSize: 100, maxBytes: 1000, timeout: 600_000, ...policy })
   const joined: Waiter[] = []
