@@ -84,7 +84,11 @@ function configOf(at: number, urls: string[], workers = 1) {
   const webhook = { type: 'webhook', webhook: { url: `${urls[0]}/hook-${at}` } }
   return {
     server: { listen: '127.0.0.1:0', workers, idle_timeout: `${60 + (at % 3)}s` },
-    log: { level: at % 4 === 1 ? 'fatal' : 'error', output: 'file' },
+    log: {
+      level: at % 4 === 1 ? 'fatal' : 'error',
+      output: 'file',
+      file: { max_files: 9 + (at % 2) }
+    },
     backends: lists[at % lists.length],
     routing: {
       load_balance: ['round_robin', 'least_connections'][at % 2],
@@ -229,6 +233,7 @@ test(`${RELOADS} reloads under load: every stream is whole, and nothing is left 
   }
   const settle = async (open: number) => {
     await until(() => server.gateway.exchanges.open.length <= open)
+    for (const { requests } of backends) requests.length = 0
     collectGarbage()
     return process.memoryUsage().heapUsed
   }
