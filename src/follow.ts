@@ -17,7 +17,8 @@ export interface Following {
    * @throws {GatewayError} `invalid_config`: the file is wrong, or something that it names cannot be used
    */
   reload(): Promise<Changes>
-  stop(): void
+  /** Resolves when no reload is under way; there will be none any more. */
+  stop(): Promise<void>
 }
 
 /** `running`: what the file said when the server was started. */
@@ -25,6 +26,7 @@ export function followFile(file: string, running: Config, server: Server): Follo
   const { log } = server
   let latest: Promise<unknown> = Promise.resolve()
   let next: Promise<Changes> | undefined
+  let isStopped = false
 
   /** One after the other; who asks while one is waiting for its turn waits for the same. */
   function reload(): Promise<Changes> {
@@ -40,6 +42,7 @@ export function followFile(file: string, running: Config, server: Server): Follo
   }
 
   async function take(): Promise<Changes> {
+    if (isStopped) throw new GatewayError('shutting_down', 'This server is shutting down.')
     try {
       const wanted = await loadConfig(file)
       const changes = compare(ConfigSchema, running, wanted)
@@ -60,7 +63,14 @@ export function followFile(file: string, running: Config, server: Server): Follo
   const onChange = () => void reload().catch(() => {})
   watchFile(file, { interval: WATCH_INTERVAL, persistent: false }, onChange)
   server.onReload(reload)
-  return { reload, stop: () => unwatchFile(file, onChange) }
+  return {
+    reload,
+    async stop() {
+      isStopped = true
+      unwatchFile(file, onChange)
+      await latest
+    }
+  }
 }
 
 function namesOf({ changed, restart_needed }: Changes) {

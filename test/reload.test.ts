@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Changes } from '../src/changes.ts'
-import { ConfigSchema, loadConfig } from '../src/config.ts'
+import { ConfigSchema, loadConfig, parseConfig } from '../src/config.ts'
 import { followFile } from '../src/follow.ts'
 import { KeyStore } from '../src/keys/key-store.ts'
 import { startServer } from '../src/server.ts'
@@ -51,9 +51,12 @@ async function serve(t: TestContext, config: Config, sharedDir?: string) {
   const server = await startServer(loaded, dataDir)
   const following = followFile(file, loaded, server)
   let closing: Promise<void> | undefined
+  const stop = async () => {
+    await following.stop()
+    await server.close()
+  }
   close = () => {
-    following.stop()
-    closing ??= server.close()
+    closing ??= stop()
     return closing
   }
   const port = Number(new URL(server.url).port)
@@ -400,7 +403,8 @@ test('what is not marked takes effect at a reload, in every section', async t =>
   const database = (path: string) => ({
     databases: [{ name: 'main', driver: 'sqlite', path }]
   })
-  const spent = { type: 'database', database: { storage: 'main', table: 'spent' } }
+  const batch = { max_wait: '10ms' }
+  const spent = { type: 'database', database: { storage: 'main', table: 'spent', batch } }
 
   const cases: (Case & { expected: unknown })[] = [
     {
@@ -580,4 +584,35 @@ test('each further address of localhost has the new timeouts, too', async t => {
     if (response === undefined && host !== '127.0.0.1') continue
     assert.equal(response!.headers.get('keep-alive'), 'timeout=7', host)
   }
+})
+
+test('a shutdown waits for a reload that is under way, and no other begins', async t => {
+  const backends = [{ url: 'demo://' }]
+  const gateway = await serve(t, { backends })
+  const reloading = gateway.reload({ backends, log: { level: 'warn' } })
+  // It has begun to read the file.
+  await Promise.resolve()
+  const closing = gateway.close()
+  assert.deepEqual(pathsOf((await reloading).changed), ['log.level'])
+  await assert.rejects(gateway.following.reload(), { code: 'shutting_down' })
+  await closing
+})
+
+test('reporters that a reload takes away do not keep a shutdown from its end', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const hook = await fakeBackend(t, () => {})
+  const config = (reporters: object[]) => ({
+    backends: [{ url: backend.url }],
+    usage: { enabled: true, reporters }
+  })
+  const webhook = { type: 'webhook', webhook: { url: hook.url, concurrency: 1 } }
+  const gateway = await startGateway(t, config([webhook]), {}, folder(t))
+  // One record is being sent, another one waits for its turn.
+  for (let count = 0; count < 2; count++) await statusOf(gateway.url)
+  await hook.request()
+  const closing = gateway.fastify.close()
+  await sleep(100)
+  const changed = parseConfig(JSON.stringify(config([])), 'c', {})
+  await gateway.control.reload(changed)
+  await closing
 })

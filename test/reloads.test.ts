@@ -213,10 +213,10 @@ test(`${RELOADS} reloads under load: every stream is whole, and nothing is left 
   const server = await startServer(config, dataDir)
   const following = followFile(file, config, server)
   const { url } = server
-  close = () => {
-    following.stop()
+  close = async () => {
     close = async () => {}
-    return server.close()
+    await following.stop()
+    await server.close()
   }
 
   // One goes on from the first reload to the last, with a key that the second takes away.
