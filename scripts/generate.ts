@@ -57,8 +57,8 @@ function fullYaml(): string {
 /** The lines of one member. `start` is the indent, and `# ` inside of what is commented out. */
 function member(name: string, schema: Schema, start: string): string[] {
   const isList = schema.items?.properties !== undefined
-  if (isList && name === 'backends') {
-    return [`${start}backends:`, ...item(schema.items!, start, { name: 'demo', url: 'demo://' })]
+  if (isList && name === 'backends' && start === '') {
+    return ['backends:', ...item(schema.items!, start, { name: 'demo', url: 'demo://' })]
   }
   const isExample = start.includes('#') || schema.default === undefined
   const mark = isExample && !start.includes('#') ? '# ' : ''
@@ -121,7 +121,9 @@ function editorSchema(): object {
   return {
     $schema: 'http://json-schema.org/draft-07/schema#',
     title: 'LLMProxy configuration',
-    ...(forEditors(root) as object)
+    ...(forEditors(root) as object),
+    // A gateway that finds its backends needs none in its file.
+    anyOf: [{ required: ['backends'] }, { required: ['discovery'] }]
   }
 }
 

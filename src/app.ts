@@ -14,6 +14,7 @@ import { anthropic } from './dialects/anthropic.ts'
 import type { Dialect } from './dialects/dialect.ts'
 import { ollama } from './dialects/ollama.ts'
 import { openai } from './dialects/openai.ts'
+import { DiscoveryOptions, discoveryIssues } from './discovery/sources.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { type Exchanges, withExchanges } from './exchange.ts'
 import type { Issue } from './issues.ts'
@@ -25,6 +26,7 @@ import type { Peers } from './peers.ts'
 import admin, { AdminOptions } from './plugins/admin.ts'
 import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
 import backends from './plugins/backends.ts'
+import discovery from './plugins/discovery.ts'
 import limits from './plugins/limits.ts'
 import log from './plugins/log.ts'
 import logging, { LoggingOptions, requestLogIssues } from './plugins/logging.ts'
@@ -33,7 +35,7 @@ import metrics, { MetricsOptions } from './plugins/metrics.ts'
 import payload from './plugins/payload.ts'
 import proxy, { ProxyOptions } from './plugins/proxy.ts'
 import usage, { UsageOptions } from './plugins/usage.ts'
-import { BackendsOptions } from './pool/policy.ts'
+import { BackendsOptions, fallbackIssues } from './pool/policy.ts'
 import type { OnDelivery } from './reporters/courier.ts'
 import { reporterIssues } from './reporters/reporters.ts'
 import anthropicRoutes from './routes/anthropic.ts'
@@ -48,6 +50,7 @@ import { StorageOptions } from './store/storage.ts'
 export const GatewayOptions = Type.Object(
   {
     ...BackendsOptions.properties,
+    discovery: DiscoveryOptions,
     auth: AuthOptions,
     rate_limit: LimitsOptions,
     usage: UsageOptions,
@@ -140,7 +143,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     ...sections
   } = given as GivenOptions & RegisterOptions
   let options = checkOptions(GatewayOptions, sections, 'llmproxy')
-  const issues = storageUseIssues(options)
+  const issues = [...optionIssues(options), ...backendIssues(options)]
   if (issues.length > 0) throw new OptionsError(issues, 'llmproxy')
   if (/[:*]/.test(fastify.prefix)) {
     throw new OptionsError(
@@ -178,6 +181,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   // Does anybody have that model?
   let pool = poolOf(options)
   await fastify.register(backends, pool)
+  await fastify.register(discovery, { ...options.discovery, storage: options.storage })
   // May it be asked now? The last question, so that a refused call has cost nothing.
   await fastify.register(limits, {
     ...options.rate_limit,
@@ -263,8 +267,10 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   async function take(changed: GatewayOptions): Promise<void> {
     await fastify.keys.update(changed.auth, changed.storage)
     await fastify.logging.update(changed.logging, changed.storage)
-    // Health checks would begin anew.
-    if (!isDeepStrictEqual(poolOf(changed), pool)) await fastify.backends.update(poolOf(changed))
+    const found = await fastify.discovery.update(changed.discovery, changed.storage)
+    // Health checks begin anew only where something is another way.
+    if (isDeepStrictEqual(poolOf(changed), pool)) fastify.backends.find(found)
+    else await fastify.backends.update(poolOf(changed), found)
     pool = poolOf(changed)
     await fastify.limits.update(changed.rate_limit, changed.storage.caches)
     await fastify.usage.update(changed.usage, changed.storage)
@@ -303,21 +309,31 @@ function tellKeyChanges({ keys, limits, log }: FastifyInstance): () => Promise<b
   return async () => (await Promise.all(telling)).every(Boolean)
 }
 
-/** What sections ask of the storage that it doesn't have. */
-export function storageUseIssues(options: GatewayOptions): Issue[] {
-  const { auth, usage, logging, rate_limit, storage } = options
+/** What sections ask of one another, or of themselves, that is not there. */
+export function optionIssues(options: GatewayOptions): Issue[] {
+  const { auth, discovery, usage, logging, rate_limit, storage } = options
   const within = (section: string, issues: Issue[]) =>
     issues.map(({ path, message }) => ({
       path: path[0] === 'storage' ? path : [section, ...path],
       message
     }))
   return [
+    // Backends that are found are not known yet.
+    ...(discovery.enabled ? [] : fallbackIssues(options)),
+    ...within('discovery', discoveryIssues(discovery, storage)),
     ...within('auth', sourceIssues(auth, storage)),
     ...within('auth', keyQuotaIssues(auth, usage.prices.length > 0)),
     ...within('rate_limit', limitIssues(rate_limit, usage, storage)),
     ...within('usage', reporterIssues(usage, storage)),
     ...within('logging', requestLogIssues(logging, storage))
   ]
+}
+
+/** Without backends there must be a way to find some. */
+export function backendIssues({ backends, discovery }: GatewayOptions): Issue[] {
+  if (backends.length > 0 || discovery.enabled) return []
+  const message = 'must be a list of at least one backend, unless discovery is enabled'
+  return [{ path: ['backends'], message }]
 }
 
 /** Answers an error in the dialect of its route. */

@@ -1,6 +1,6 @@
 import { isDeepStrictEqual } from 'node:util'
 import type { Distinct } from './issues.ts'
-import { masked } from './masked.ts'
+import { alternativeFor, masked } from './masked.ts'
 
 /**
  * What differs between two configurations. Most of it a running gateway takes over with a reload; what it
@@ -100,14 +100,15 @@ export async function allOrNothing<T>(
 }
 
 function* differences(
-  schema: SchemaNode,
+  given: SchemaNode,
   path: string,
   before: unknown,
   after: unknown,
   isPartOfKept: boolean
 ): Generator<Change & { needsRestart: boolean }> {
-  if (schema.notBuilt || isDeepStrictEqual(before, after)) return
-  const needsRestart = isPartOfKept || isKept(schema, before, after)
+  if (given.notBuilt || isDeepStrictEqual(before, after)) return
+  const schema = alternativeFor(given, before ?? after)
+  const needsRestart = isPartOfKept || isKept(given, before, after)
   const inside = (inner: SchemaNode | undefined): SchemaNode =>
     schema.secret ? { ...inner, secret: true } : (inner ?? {})
   if (isMapping(before) && isMapping(after)) {
@@ -124,8 +125,8 @@ function* differences(
   } else {
     yield {
       path,
-      ...(before === undefined ? {} : { before: masked(schema, before) }),
-      ...(after === undefined ? {} : { after: masked(schema, after) }),
+      ...(before === undefined ? {} : { before: masked(given, before) }),
+      ...(after === undefined ? {} : { after: masked(given, after) }),
       needsRestart
     }
   }

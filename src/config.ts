@@ -3,7 +3,7 @@ import { existsSync, readFileSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
 import { basename } from 'node:path'
 import { type Static, Type } from 'typebox'
-import { GatewayOptions, storageUseIssues } from './app.ts'
+import { backendIssues, GatewayOptions, optionIssues } from './app.ts'
 import { formatPath, type Issue } from './issues.ts'
 import { isNetwork } from './keys/key.ts'
 import { DEFAULT_STORE } from './keys/key-store.ts'
@@ -24,7 +24,16 @@ const texts = (description: string, fallback: string[] = []) =>
 
 const MAX_WORKERS = 128
 /** Sections that must be right before it is asked whether they find what they name. */
-const USES_STORAGE = ['auth', 'rate_limit', 'usage', 'logging', 'storage']
+const COMPARED = [
+  'backends',
+  'routing',
+  'discovery',
+  'auth',
+  'rate_limit',
+  'usage',
+  'logging',
+  'storage'
+]
 
 const ServerOptions = Section(
   {
@@ -117,7 +126,6 @@ export const ConfigSchema = Type.Object(
     server: ServerOptions,
     log: LogOptions,
     ...gatewaySections,
-    discovery: NotBuilt('Backends that are found'),
     admin: Section(
       { ...AdminOptions.properties, db_path: AtStart(text('Original name of auth.db_path')) },
       'The admin API'
@@ -169,8 +177,10 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
   withoutFile(root as RootMapping)
   const known = new Set(issues.map(issue => formatPath(issue.path)))
   issues.push(...findIssues(ConfigSchema, root).filter(({ path }) => !known.has(formatPath(path))))
-  const isWrong = issues.some(({ path }) => USES_STORAGE.includes(String(path[0])))
-  if (!isWrong) issues.push(...storageUseIssues(root as Config))
+  const isWrong = issues.some(({ path }) => COMPARED.includes(String(path[0])))
+  if (!isWrong) issues.push(...optionIssues(root as Config))
+  const isUnclear = issues.some(({ path }) => path[0] === 'backends' || path[0] === 'discovery')
+  if (!isUnclear) issues.push(...backendIssues(root as Config))
   issues.push(...incomplete(root as Config), ...takeOverStore(root as Config))
   if (issues.length > 0) throw new ConfigError(file.complaints().join('\n'))
   return freeze(root) as Config

@@ -37,6 +37,7 @@ const STATUS = {
   limits_unavailable: 503,
   store_unavailable: 503,
   no_backend: 503,
+  overloaded: 503,
   shutting_down: 503,
   backend_timeout: 504
 } as const
@@ -91,6 +92,11 @@ export function toGatewayError(error: unknown): GatewayError {
   return new GatewayError('internal_error', 'The gateway failed to handle this request.', {
     cause: error
   })
+}
+
+/** What went wrong, in a word where there is one: `ECONNREFUSED`. */
+export function reasonOf({ code, message }: Error & { code?: unknown }): string {
+  return typeof code === 'string' ? code : message
 }
 
 /** More of a model's name than this (characters) is not said back. */

@@ -3,10 +3,12 @@ import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest }
 import type { Dialect } from './dialects/dialect.ts'
 import { openai } from './dialects/openai.ts'
 import { type GatewayError, toGatewayError } from './errors.ts'
+import { matchesModel } from './keys/key.ts'
 import type { OwnLimits } from './limits/limits.ts'
 import type { Lease, LimitStore } from './limits/store.ts'
 import type { Meter } from './metering/meter.ts'
 import type { PromptText } from './metering/text.ts'
+import type { Priority } from './pool/queue.ts'
 
 /**
  * A request and its answer. It begins in `onRequest` and ends exactly once, when the response
@@ -53,6 +55,8 @@ export interface Caller {
   spent?: { amount: number; at: number | undefined } | undefined
   /** Tags of its usage records. */
   tags?: Record<string, string> | undefined
+  /** Whether its calls wait behind those of others; absent: they don't. */
+  priority?: Priority | undefined
 }
 
 /** One route that is forwarded to the backends. */
@@ -118,9 +122,13 @@ export class Exchange {
   endedAt = 0
   lastTokenAt = 0
   attempts = 0
+  /** How long (ms) it has waited for a backend that has room. */
+  queuedMs = 0
   /** Name and base URL of the backend of the latest attempt. */
   backend: string | undefined
   backendUrl: string | undefined
+  /** The model of the latest attempt: as callers call it, and as its backend does. */
+  served: { model: string | undefined; upstream: string | undefined } | undefined
   outcome: Outcome = 'ok'
   /** Code of the error the gateway answered with, or ended the stream with. */
   errorCode: string | undefined
@@ -162,6 +170,19 @@ export class Exchange {
   /** The model that is asked for, as the client names it. */
   get model(): string | undefined {
     return this.request.payload?.model
+  }
+
+  /** Where calls must wait; a header can only make less of it. */
+  get priority(): Priority {
+    const { caller, headers } = this.request
+    const isBatch = caller?.priority === 'batch' || headers['x-llmproxy-priority'] === 'batch'
+    return isBatch ? 'batch' : 'interactive'
+  }
+
+  /** May its caller use this model? */
+  mayUse(model: string): boolean {
+    const models = this.request.caller?.models
+    return models === undefined || matchesModel(models, model)
   }
 
   /** Ends it honestly now: with an error, or an error event and a broken connection. */

@@ -31,6 +31,25 @@ export function mediaType(contentType: unknown): string {
   return String(contentType).split(';', 1)[0]!.trim().toLowerCase()
 }
 
+/** How an answer is cut into JSON texts: SSE events, lines, or one text. */
+export type Framing = 'sse' | 'ndjson' | 'json'
+
+const FRAMINGS: Record<string, Framing | undefined> = {
+  'text/event-stream': 'sse',
+  'application/x-ndjson': 'ndjson',
+  'application/json': 'json'
+}
+
+/**
+ * The framing of answers with this `content-type`; undefined: they are no JSON.
+ *
+ * @example
+ * framingOf('text/event-stream; charset=utf-8') // 'sse'
+ */
+export function framingOf(contentType: unknown): Framing | undefined {
+  return FRAMINGS[mediaType(contentType)]
+}
+
 /** Is it a media type whose answers come bit by bit: server-sent events, or JSON lines? */
 export function isStream(type: string): boolean {
   return type === 'text/event-stream' || type === 'application/x-ndjson'

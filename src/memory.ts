@@ -10,10 +10,16 @@ export function keepYoung(): void {
   setFlagsFromString('--no-allocation-site-pretenuring')
 }
 
-/** Everything that is not in use goes back to the operating system. */
+/**
+ * Everything that is not in use goes back to the operating system, the code included that only the start
+ * or the latest rush has needed: V8 keeps that for some collections more.
+ */
 export function collectGarbage(): void {
-  setFlagsFromString('--expose-gc')
+  for (const flag of ['--expose-gc', '--stress-flush-code', '--flush-baseline-code']) {
+    setFlagsFromString(flag)
+  }
   runInNewContext('gc')({ type: 'major', execution: 'sync', flavor: 'last-resort' })
+  setFlagsFromString('--no-stress-flush-code')
   trimMalloc()
 }
 

@@ -4,6 +4,8 @@ import type { Sink } from './reporters/posts.ts'
 
 /** The other processes that serve the same port (`server.workers`). */
 export interface Peers {
+  /** How many processes there are, with this one. */
+  readonly count: number
   /** The metrics of all together, in Prometheus' text format. */
   metrics(): Promise<string>
   /** Tells the others something that goes through JSON. */

@@ -218,13 +218,13 @@ class QuietLog extends LogController {
 
 /** What the gateway plugin takes of a file. */
 export function sections(config: Config) {
-  const { backends, routing, health_check, auth, rate_limit, usage, storage, logging, metrics } =
-    config
+  const { backends, routing, health_check, discovery } = config
+  const { auth, rate_limit, usage, storage, logging, metrics } = config
   const { db_path: _, ...admin } = config.admin
   const { write_timeout, drain_delay, drain_timeout } = config.server
   const parts = { auth, rate_limit, usage, storage, logging, metrics, admin }
   const serving = { proxy: { write_timeout }, drain_delay, drain_timeout }
-  return { backends, routing, health_check, ...parts, ...serving }
+  return { backends, routing, health_check, discovery, ...parts, ...serving }
 }
 
 function readTls(tls: Config['server']['tls']) {

@@ -275,7 +275,8 @@ export function runWorker(dataDir: string): void {
   let lastId = 0
   let serving: Promise<void> | undefined
   let server: (Server & { gateway: Gateway }) | undefined
-  const peers: Peers = {
+  const peers = {
+    count: 1,
     metrics: () => ask<string>('metrics'),
     tell: news => tell({ kind: 'news', news }),
     usage,
@@ -283,7 +284,7 @@ export function runWorker(dataDir: string): void {
     outbox: { pending: 0, trouble: undefined },
     onNews: listener => newsListeners.push(listener),
     reload: () => ask<Changes>('reload')
-  }
+  } satisfies Peers
 
   async function ask<T extends string | Changes>(what: 'metrics' | 'reload'): Promise<T> {
     const id = ++lastId
@@ -314,6 +315,7 @@ export function runWorker(dataDir: string): void {
 
   async function serve(config: Config): Promise<void> {
     try {
+      peers.count = workerCount(config)
       const started = await startServer(config, dataDir, peers)
       server = started
       AggregatorRegistry.setRegistries(started.gateway.metricsRegistry)

@@ -21,11 +21,15 @@ function backends(t: TestContext, ...weights: number[]): Backend[] {
       name: 'ABCDEF'[index]!,
       url: 'http://127.0.0.1:1',
       weight,
+      priority: 0,
+      maxConcurrent: 0,
       models: undefined,
+      listsModels: false,
       headers: {},
       timeout: 0,
       connectTimeout: 0,
-      idleTimeout: 0
+      idleTimeout: 0,
+      totalTimeout: 0
     })
     t.after(() => backend.live.destroy())
     return backend

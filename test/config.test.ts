@@ -121,17 +121,17 @@ test('YAML that is none, and files that are no mapping', () => {
   assert.match(complaint('a: [1\nb: 2')[0]!, /^config\.yaml:\d+:\d+ /)
   assert.match(complaint('a: 1\na: 2')[0]!, /^config\.yaml:2:1 /)
   assert.match(complaint('- 1')[0]!, /must be a mapping of sections/)
-  assert.deepEqual(complaint(''), ['config.yaml:1:1 backends: is missing'])
-  assert.deepEqual(complaint('backends: []'), [
-    'config.yaml:1:1 backends: must be a list of at least one backend'
-  ])
+  for (const nothing of ['', 'backends: []']) {
+    assert.deepEqual(complaint(nothing), [
+      'config.yaml:1:1 backends: must be a list of at least one backend, unless discovery is enabled'
+    ])
+  }
 })
 
 const NOT_BUILT = [
-  'discovery: {enabled: true}',
+  'discovery: {enabled: true, sources: [{type: static, script: x.lua, static: {backends: []}}]}',
   'logging: {enabled: true, request: {enabled: true, script: x.lua}}',
   'hooks: {enabled: true}',
-  'routing: {fallback: [{primary: "http://a:1"}]}',
   'routing: {script: x.lua}',
   'rate_limit: {script: x.lua}',
   'logging: {enabled: true, access: {enabled: true, script: x.lua}}',
@@ -468,7 +468,7 @@ test('what would fail later, or do something else, is refused at once', () => {
 })
 
 test('what is switched on in any spelling is not ignored', () => {
-  for (const section of ['hooks: {enabled: "true"}', 'discovery: {enabled: "on"}']) {
+  for (const section of ['hooks: {enabled: "true"}', 'hooks: {enabled: "on"}']) {
     assert.match(
       complaint(`${BACKEND}${section}\n`)[0]!,
       /not supported by this version yet/,
@@ -486,7 +486,7 @@ test('the dialect’s other parts may stay in a file where they are switched off
     'rate_limit: {enabled: false, storage: redis, per_key: {tokens_per_minute: 5}}',
     'rate_limit: {enabled: true, per_key: {enabled: false, tokens_per_minute: 5}}',
     'health_check: {enabled: false, script: {path: x}}',
-    'routing: {enabled: false, fallback: [{primary: "http://a:1"}]}',
+    'routing: {enabled: false, script: {path: x.lua}}',
     'server: {tls: {enabled: false, cert_file: "", key_file: ""}}',
     'log: {level: info, output: stdout, file: {path: x, rotate: daily, max_size: 100, compress: true}}',
     'logging: {enabled: true, request: {enabled: false, storage: a, table: b, include_body: false}}',

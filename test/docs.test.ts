@@ -45,10 +45,11 @@ test('links to files lead somewhere', () => {
 })
 
 test('every YAML configuration is valid', () => {
-  const configs = of('yaml').filter(({ text }) => text.includes('backends:'))
+  const configs = of('yaml').filter(({ text }) => /^(backends|discovery):/m.test(text))
   assert.ok(configs.length >= 2)
   for (const { page, text } of configs) {
-    assert.ok(parseConfig(text, page, {}).backends.length > 0)
+    const { backends, discovery } = parseConfig(text, page, {})
+    assert.ok(backends.length > 0 || discovery.enabled)
   }
 })
 

@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
+import { setImmediate as nextTurn } from 'node:timers/promises'
 import {
   answerChat,
   CHAT,
@@ -8,6 +9,8 @@ import {
   fakeBackend,
   fullPort,
   post,
+  rawClient,
+  rawPost,
   startGateway
 } from './helper.ts'
 
@@ -302,7 +305,9 @@ test('an idle connection that the backend closes as it is used again is replaced
     served.add(raw.socket)
     return response.end('{}')
   })
-  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  // Its connections would be among those that are used again.
+  const routing = { model_discovery: { enabled: false } }
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }], routing })
   for (let call = 0; call < 4; call++) {
     assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 200)
   }
@@ -419,3 +424,116 @@ for (const where of ['routing', 'backend']) {
     assert.equal(line.reason, 'UND_ERR_CONNECT_TIMEOUT')
   })
 }
+
+const FIRST_EVENTS: [string, string, 'passes' | 'fails over'][] = [
+  ['sse', 'data: {"error":{"message":"engine dead","code":500}}\n\n', 'fails over'],
+  ['sse', ': waiting\n\ndata: {"error":"busy","error_type":"overloaded"}\n\n', 'fails over'],
+  [
+    'sse',
+    'event: error\r\ndata: {"type":"error","error":{"type":"api_error"}}\r\n\r\n',
+    'fails over'
+  ],
+  [
+    'sse',
+    'error: {"code":503,"message":"Loading model","type":"unavailable_error","error":{}}\n\n',
+    'fails over'
+  ],
+  [
+    'sse',
+    'data: {"object":"error","message":"The queue is full","code":503,"error":null}\n\n',
+    'fails over'
+  ],
+  ['ndjson', '{"error":"model runner has stopped"}\n', 'fails over'],
+  [
+    'sse',
+    'data: {"error":{"message":"too long","type":"BadRequestError","code":400}}\n\n',
+    'passes'
+  ],
+  ['sse', 'data: {"error":{"type":"invalid_request_error"}}\n\n', 'passes'],
+  ['sse', 'data: {"choices":[{"delta":{"content":"\\"error\\""}}],"error":null}\n\n', 'passes'],
+  ['sse', `data: {"choices":[]}\n\ndata: {"error":{"code":500}}\n\n`, 'passes']
+]
+
+for (const [framing, beginning, what] of FIRST_EVENTS) {
+  test(`a stream that begins ${JSON.stringify(beginning.slice(0, 60))} ${what}`, async t => {
+    const type = framing === 'sse' ? 'text/event-stream' : 'application/x-ndjson'
+    const end = framing === 'sse' ? 'data: [DONE]\n\n' : '{"done":true}\n'
+    const liar = await fakeBackend(t, async (_request, response) => {
+      response.writeHead(200, { 'content-type': type })
+      // In two parts, so that neither shows the event.
+      const cut = beginning.indexOf('"')
+      response.write(beginning.slice(0, cut))
+      await nextTurn()
+      response.end(beginning.slice(cut))
+    })
+    const good = await fakeBackend(t, (_request, response) => {
+      response.writeHead(200, { 'content-type': type }).end(end)
+    })
+    const gateway = await startGateway(t, {
+      backends: [
+        { name: 'liar', url: liar.url },
+        { name: 'good', url: good.url, priority: 1 }
+      ],
+      routing: { circuit_breaker: { consecutive_failures: 1 } }
+    })
+    const path = framing === 'sse' ? '/v1/embeddings' : '/api/chat'
+    const response = await post(gateway.url + path, { model: 'm', stream: true })
+    assert.equal(response.status, 200)
+    assert.equal(await response.text(), what === 'passes' ? beginning : end)
+    assert.equal(good.requests.length, what === 'passes' ? 0 : 1)
+    const ejected = await gateway.metric('llmproxy_backend_ejections_total', { backend: 'liar' })
+    assert.equal(ejected, what === 'passes' || beginning.includes('overloaded') ? 0 : 1)
+  })
+}
+
+test('a stream that begins with an error is the client’s when nobody does better', async t => {
+  const event = 'data: {"error":{"message":"engine dead","code":500}}\n\n'
+  const liar = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' }).end(event)
+  })
+  const gateway = await startGateway(t, {
+    backends: [
+      { name: 'liar', url: liar.url },
+      { name: 'dead', url: `http://127.0.0.1:${await closedPort()}`, priority: 1 }
+    ]
+  })
+  const response = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+  assert.equal(response.status, 200)
+  assert.equal(await response.text(), event)
+  const { outcome } = await gateway.logged({ msg: 'exchange' })
+  assert.equal(outcome, 'backend_failed')
+})
+
+test('an answer may take only so long, however busily it comes', async t => {
+  const backend = await fakeBackend(t, async (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    while (!response.destroyed) {
+      response.write(chunk('and '))
+      await nextTurn()
+    }
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url, total_timeout: '80ms' }]
+  })
+  const client = await rawClient(t, gateway.port)
+  const body = JSON.stringify({ ...CHAT, stream: true })
+  client.socket.write(rawPost('/v1/chat/completions', body))
+  await client.closed
+  assert.match(client.received, /"code":"backend_timeout"[^\n]*\n\n$|longer than it may/)
+  assert.doesNotMatch(client.received, /\[DONE\]|\r\n0\r\n/)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'timed_out')
+})
+
+test('some models are waited for otherwise than others', async t => {
+  const backend = await fakeBackend(t, ({ body }, response) => {
+    if (JSON.parse(body).model === 'dead') return
+    response.end('{}')
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url, timeout: '20s' }],
+    routing: { model_timeouts: { 'de*': { timeout: '30ms' }, '*': { total_timeout: '10s' } } }
+  })
+  assert.equal((await post(`${gateway.url}/v1/embeddings`, { model: 'fine' })).status, 200)
+  const response = await post(`${gateway.url}/v1/embeddings`, { model: 'dead' })
+  assert.equal(response.status, 504)
+})

@@ -36,6 +36,7 @@ async function heldGateway(t: TestContext, answer: Answerer, durability = 'stric
   const appended = Promise.withResolvers<void>()
   const safe = Promise.withResolvers<void>()
   const peers: Peers = {
+    count: 2,
     metrics: async () => '',
     tell() {},
     onNews() {},

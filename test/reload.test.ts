@@ -460,6 +460,25 @@ test('what is not marked takes effect at a reload, in every section', async t =>
       expected: 'two'
     },
     {
+      path: 'discovery.sources',
+      before: {
+        backends: [],
+        discovery: {
+          enabled: true,
+          sources: [{ type: 'static', static: { backends: [{ url: one.url }] } }]
+        }
+      },
+      after: {
+        discovery: {
+          enabled: true,
+          sources: [{ type: 'static', static: { backends: [{ url: two.url }] } }]
+        }
+      },
+      see: async ({ url }) =>
+        (await post(`${url}/v1/chat/completions`, CHAT)).headers.get('x-backend'),
+      expected: 'two'
+    },
+    {
       path: 'routing.retry',
       before: { backends: [{ url: failing.url }] },
       after: { routing: { retry: { enabled: true, max_retries: 1, initial_wait: '1ms' } } },

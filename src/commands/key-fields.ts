@@ -22,6 +22,7 @@ export const FIELDS = {
   tpm: text,
   'max-concurrent': text,
   quota: text,
+  priority: text,
   'quota-unit': text,
   'quota-period': text
 } as const
@@ -49,6 +50,7 @@ export function toChanges(values: Fields): KeyChanges {
     denied_ips: given(values['denied-ips'], toList),
     limits: Object.values(limits).some(each => each !== undefined) ? limits : undefined,
     tags: tags && Object.fromEntries(tags),
+    priority: given(values.priority),
     total_quota: number('quota'),
     quota_unit: given(values['quota-unit']),
     quota_reset_period: given(values['quota-period'])

@@ -1,5 +1,6 @@
 import { GatewayError } from '../errors.ts'
 import type { OwnLimits } from '../limits/limits.ts'
+import { PRIORITIES, type Priority } from '../pool/queue.ts'
 import { isTagName, MAX_TAG } from './fields.ts'
 import { idOfHash, type KeyRecord, parseStatus, parseTime, toNetworks } from './key.ts'
 
@@ -53,6 +54,7 @@ export function toAnswer(
     deniedIps: toNetworks(read('denied_ips', texts)),
     models: nonEmpty(read('models', texts)),
     ...quotaOf(read),
+    priority: read('priority', toPriority),
     tags: read('tags', toTags)
   }
   if (wrong.length === 0) return record
@@ -62,6 +64,10 @@ export function toAnswer(
 
 export function refused(message: unknown): GatewayError {
   return new GatewayError('key_refused', text(message) ?? 'This API key may not be used.')
+}
+
+function toPriority(value: unknown): Priority | undefined {
+  return PRIORITIES.find(each => each === value)
 }
 
 type Read = <T>(member: string, parse: (value: unknown) => T) => T | undefined

@@ -1,5 +1,6 @@
 import { type Static, type TInteger, Type } from 'typebox'
 import { limitFields, type OwnLimits } from '../limits/limits.ts'
+import { PRIORITIES } from '../pool/queue.ts'
 import { isNetwork, type KeyRecord, parseStatus, parseTime, toNetworks } from './key.ts'
 
 /** What may stand with a key, the same in the configuration, in a file and in the builtin store. */
@@ -80,6 +81,11 @@ export const keyFields = {
   last_reset_at: Type.Optional(
     Time('Beginning of the period in which used_quota was spent; else that of the start')
   ),
+  priority: Type.Optional(
+    Type.Enum([...PRIORITIES], {
+      description: 'batch: where calls must wait, its calls wait behind those of others'
+    })
+  ),
   tags: Type.Optional(
     Type.Record(Type.String(), Type.String(), {
       check: areTags,
@@ -105,7 +111,7 @@ export type KeyFields = Static<typeof KeyFields>
 
 /** What a source that has checked the fields says about a key. */
 export function toKeyRecord(id: string, fields: KeyFields): KeyRecord {
-  const { name, user_id, status, starts_at, expires_at, models, tags } = fields
+  const { name, user_id, status, starts_at, expires_at, models, priority, tags } = fields
   return {
     id,
     name,
@@ -118,6 +124,7 @@ export function toKeyRecord(id: string, fields: KeyFields): KeyRecord {
     models: models?.length === 0 ? undefined : models,
     limits: ownLimits(fields),
     spent: toSpent(fields),
+    priority,
     tags
   }
 }

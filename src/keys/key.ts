@@ -23,6 +23,7 @@ export interface KeyRecord {
   limits?: Caller['limits']
   spent?: Caller['spent']
   tags?: Caller['tags']
+  priority?: Caller['priority']
 }
 
 export type KeyStatus = 'active' | 'disabled' | 'expired' | 'quota_exceeded'
@@ -130,8 +131,8 @@ function statusAt(record: KeyRecord, now: number): KeyStatus {
 }
 
 export function toCaller(record: KeyRecord): Caller {
-  const { id, name, userId, models, limits, spent, tags } = record
-  return { id, name, userId, models, limits, spent, tags }
+  const { id, name, userId, models, limits, spent, tags, priority } = record
+  return { id, name, userId, models, limits, spent, tags, priority }
 }
 
 /** SHA-256 of a key as lower-case hexadecimal digits: the only form in which keys are kept. */
@@ -249,19 +250,32 @@ export function toNetworks(texts: string[] | undefined): BlockList | undefined {
   return list
 }
 
-/** Does one of the patterns (`*` stands for any text) name this model? */
-export function matchesModel(patterns: string[], model: string): boolean {
-  return patterns.some(pattern => {
-    const [head, ...tails] = pattern.split('*') as [string, ...string[]]
-    if (tails.length === 0) return model === pattern
-    if (!model.startsWith(head)) return false
-    const last = tails.pop()!
-    let at = head.length
-    for (const tail of tails) {
-      const found = model.indexOf(tail, at)
-      if (found === -1) return false
-      at = found + tail.length
-    }
-    return model.length - last.length >= at && model.endsWith(last)
-  })
+/**
+ * Does one of the patterns (`*` stands for any text) name this model? To Ollama `llama3` and
+ * `llama3:latest` are one and the same, so they are here.
+ */
+export function matchesModel(patterns: readonly string[], model: string): boolean {
+  const bare = untagged(model)
+  return patterns.some(
+    pattern => matches(pattern, model) || (bare !== model && matches(pattern, bare))
+  )
+}
+
+/** The name without `:latest`, which Ollama adds to one without a tag. */
+export function untagged(model: string): string {
+  return model.endsWith(':latest') ? model.slice(0, -':latest'.length) : model
+}
+
+function matches(pattern: string, model: string): boolean {
+  const [head, ...tails] = pattern.split('*') as [string, ...string[]]
+  if (tails.length === 0) return untagged(pattern) === untagged(model)
+  if (!model.startsWith(head)) return false
+  const last = tails.pop()!
+  let at = head.length
+  for (const tail of tails) {
+    const found = model.indexOf(tail, at)
+    if (found === -1) return false
+    at = found + tail.length
+  }
+  return model.length - last.length >= at && model.endsWith(last)
 }

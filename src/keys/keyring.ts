@@ -126,6 +126,15 @@ function merge(first: Caller, next: Caller): Caller {
           ...next.models.filter(model => matchesModel(first.models!, model))
         ]
   const { id, name = next.name, userId = next.userId } = first
-  const { limits = next.limits, spent = next.spent } = first
-  return { id, name, userId, models, limits, spent, tags: { ...next.tags, ...first.tags } }
+  const { limits = next.limits, spent = next.spent, priority = next.priority } = first
+  return {
+    id,
+    name,
+    userId,
+    models,
+    limits,
+    spent,
+    priority,
+    tags: { ...next.tags, ...first.tags }
+  }
 }

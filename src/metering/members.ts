@@ -34,6 +34,16 @@ export function findMembers(bytes: Buffer, from = 0): Member[] {
   return members
 }
 
+/** The same bytes with `middle` in place of those from `start` to `end`. */
+export function splice(bytes: Buffer, start: number, end: number, middle: Buffer): Buffer {
+  // Not from Node's pool: it is kept as long as the answer takes, and would keep its neighbours.
+  const spliced = Buffer.allocUnsafeSlow(start + middle.length + bytes.length - end)
+  bytes.copy(spliced, 0, 0, start)
+  middle.copy(spliced, start)
+  bytes.copy(spliced, start + middle.length, end)
+  return spliced
+}
+
 function skipValue(bytes: Buffer, from: number): number {
   let depth = 0
   let at = from

@@ -1,12 +1,10 @@
 import type { Dialect } from '../dialects/dialect.ts'
 import type { Usage } from '../exchange.ts'
+import type { Framing } from '../http.ts'
 import { addCounts, type Counts, toUsage } from './counts.ts'
 import type { Passed } from './estimate.ts'
 import { addText, type TextCounts } from './text.ts'
 import { JsonWatcher, MemberNames } from './watcher.ts'
-
-/** How the answer is cut into JSON texts: SSE events, lines, or one text. */
-export type Framing = 'sse' | 'ndjson' | 'json'
 
 const DATA = Buffer.from('data:')
 const THE_END = Buffer.from('[DONE]')

@@ -1,4 +1,4 @@
-import { findMembers } from './members.ts'
+import { findMembers, splice } from './members.ts'
 
 const WITH_USAGE = Buffer.from('{"include_usage":true}')
 
@@ -24,13 +24,4 @@ export function askForUsage(bytes: Buffer): Buffer {
   const comma = inner.length === 0 ? '' : ','
   const brace = options.start + 1
   return splice(bytes, brace, brace, Buffer.from(`"include_usage":true${comma}`))
-}
-
-function splice(bytes: Buffer, start: number, end: number, middle: Buffer): Buffer {
-  // Not from Node's pool: it is kept as long as the answer takes, and would keep its neighbours.
-  const spliced = Buffer.allocUnsafeSlow(start + middle.length + bytes.length - end)
-  bytes.copy(spliced, 0, 0, start)
-  middle.copy(spliced, start)
-  bytes.copy(spliced, start + middle.length, end)
-  return spliced
 }

@@ -1,3 +1,4 @@
+import { isDeepStrictEqual } from 'node:util'
 import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type DemoBackend, startDemo } from '../demo.ts'
@@ -7,6 +8,7 @@ import { checkOptions, type Given } from '../options.ts'
 import type {} from '../peers.ts'
 import type { AttemptResult } from '../pool/attempt.ts'
 import { Discovery } from '../pool/discovery.ts'
+import { type Found, joined } from '../pool/found.ts'
 import { HealthChecker } from '../pool/health.ts'
 import { listModels, type ModelCard } from '../pool/models.ts'
 import { BackendsOptions, DEMO, toHealthCheck, toPool } from '../pool/policy.ts'
@@ -34,13 +36,20 @@ export interface Backends {
   /** All models that are known, as their backends show them; undefined when no backend's are. */
   models(): ModelCard[] | undefined
   readonly onCircuit: OnCircuit[]
+  /** Called when the backends may have changed. */
+  readonly onChange: (() => void)[]
   /**
    * Gives a backend no more calls, or gives it some again, in all workers. What it has begun it ends.
    *
    * @returns false: there is none of that name
    */
   drain(name: string, drained: boolean): boolean
-  update(options: BackendsOptions): Promise<void>
+  /** Takes over other options, and what is found if that is told, too. */
+  update(options: BackendsOptions, found?: readonly Found[]): Promise<void>
+  /** Takes over what is found beside the options: all of it. */
+  find(found: readonly Found[]): void
+  /** Which source has found the backend of this name; undefined: it is configured. */
+  sourceOf(name: string): string | undefined
   /** Base URL of the demo backend, when it is in use. */
   readonly demoUrl: string | undefined
 }
@@ -49,32 +58,43 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
   fastify,
   given
 ) {
-  const options = checkOptions(BackendsOptions, given)
+  let options = checkOptions(BackendsOptions, given)
+  let found: readonly Found[] = []
+  let sources: ReadonlyMap<string, string> = new Map()
   const checker = new HealthChecker(fastify.log)
   const discovery = new Discovery(fastify.log)
   let demo: DemoBackend | undefined
-  const withDemo = async (changed: BackendsOptions) => {
+  const prepare = async (changed: BackendsOptions) => {
     // The original's reference file has it, so it must not stop a start.
     if (changed.backends.some(backend => backend.max_idle_conns !== undefined)) {
       fastify.log.warn('backends[].max_idle_conns has no effect: idle connections close after 4 s')
     }
     if (changed.backends.some(({ url }) => url === DEMO)) demo ??= await startDemo()
-    return toPool(changed, demo?.url)
   }
+  const onChange: (() => void)[] = []
   const onCircuit: OnCircuit[] = [
     (backend, { state, ...why }) => {
       if (state === 'closed') fastify.log.info({ backend }, 'circuit closed')
       else fastify.log.warn({ backend, ...why }, 'circuit opened')
     }
   ]
-  const pool = new Pool(await withDemo(options), (backend, turn) => {
+  await prepare(options)
+  const workers = fastify.peers?.count
+  const pool = new Pool(toPool(options, demo?.url, workers), (backend, turn) => {
     for (const listener of onCircuit) listener(backend, turn)
   })
-  const watch = ({ health_check, routing }: BackendsOptions) => {
-    checker.watch(pool.backends, toHealthCheck(health_check))
-    discovery.watch(pool.backends, routing.model_discovery)
+  const watch = () => {
+    checker.watch(pool.backends, toHealthCheck(options.health_check))
+    discovery.watch(pool.backends, options.routing.model_discovery)
   }
-  watch(options)
+  watch()
+  const apply = () => {
+    const all = joined(options.backends, found)
+    sources = all.sources
+    pool.update(toPool({ ...options, backends: all.backends }, demo?.url, workers))
+    watch()
+    for (const listener of onChange) listener()
+  }
 
   const setDrained = (name: string, drained: boolean) => {
     const backend = pool.backends.find(each => each.name === name)
@@ -95,13 +115,22 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
       return true
     },
     onCircuit,
+    onChange,
     get demoUrl() {
       return demo?.url
     },
-    async update(changed) {
-      pool.update(await withDemo(changed))
-      watch(changed)
-    }
+    async update(changed, foundThen = found) {
+      await prepare(changed)
+      options = changed
+      found = foundThen
+      apply()
+    },
+    find(foundNow) {
+      if (isDeepStrictEqual(foundNow, found)) return
+      found = foundNow
+      apply()
+    },
+    sourceOf: name => sources.get(name)
   } satisfies Backends)
 
   // Before a limit is asked: a model that nobody has costs nothing.
@@ -109,10 +138,12 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     const model = request.exchange?.model
     // Who holds the response that is gone on with says itself what it has.
     const isHeld = request.payload?.previousResponseId !== undefined
-    if (model === undefined || isHeld || pool.serves(model)) return done()
-    discovery
-      .refresh()
-      .then(() => done(pool.serves(model) ? undefined : modelNotFound(model)), done)
+    // Where there are no backends at all that is what the caller is told.
+    if (model === undefined || isHeld || pool.backends.length === 0 || pool.serves(model)) {
+      return done()
+    }
+    const isFound = () => pool.serves(model)
+    discovery.find(isFound).then(() => done(isFound() ? undefined : modelNotFound(model)), done)
   })
 
   fastify.addHook('onClose', async () => {

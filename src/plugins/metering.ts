@@ -5,9 +5,9 @@ import fp from 'fastify-plugin'
 import type { Dialect } from '../dialects/dialect.ts'
 import type { GatewayError } from '../errors.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
-import { mediaType } from '../http.ts'
+import { type Framing, framingOf } from '../http.ts'
 import { Estimates } from '../metering/estimate.ts'
-import { type Framing, Meter, memberNames } from '../metering/meter.ts'
+import { Meter, memberNames } from '../metering/meter.ts'
 import { askForUsage } from '../metering/question.ts'
 import { promptText } from '../metering/text.ts'
 import type { MemberNames } from '../metering/watcher.ts'
@@ -74,7 +74,7 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     const { reply, request } = exchange
     if (exchange.endpoint?.body === 'none' || request.method !== 'POST') return undefined
     if (reply.statusCode < 200 || reply.statusCode > 299) return undefined
-    const framing = FRAMINGS[mediaType(reply.getHeader('content-type'))]
+    const framing = framingOf(reply.getHeader('content-type'))
     if (framing === undefined) return undefined
     const { dialect } = exchange
     const meter = new Meter({
@@ -181,12 +181,6 @@ function estimatePrompt(exchange: Exchange, estimates: Estimates): void {
 function saysItsEnd(endpoint: Endpoint | undefined): boolean {
   if (endpoint === undefined) return false
   return endpoint.dialect.name !== 'openai' || endpoint.asksForUsage === true
-}
-
-const FRAMINGS: Record<string, Framing | undefined> = {
-  'text/event-stream': 'sse',
-  'application/x-ndjson': 'ndjson',
-  'application/json': 'json'
 }
 
 function createDecoder(encoding: string): Transform | undefined {

@@ -4,7 +4,10 @@ import fastifyMetricsModule from 'fastify-metrics'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
+import { forgetDeparted } from '../metrics/departed.ts'
+import { discoveryMetrics } from '../metrics/discovery.ts'
 import { AtStart, checkOptions, type Given, NotBuilt, Section } from '../options.ts'
+import { PRIORITIES } from '../pool/queue.ts'
 
 /**
  * Prometheus metrics of the process, the routes and the gateway, in a registry of their own:
@@ -73,7 +76,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
 ) {
   const options = checkOptions(MetricsOptions, given)
   const registry = new Registry()
-  const registers = [registry]
+  const registers: [Registry] = [registry]
   fastify.decorate('metricsRegistry', registry)
   if (!options.enabled) return
 
@@ -167,6 +170,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
   })
 
   if (fastify.hasDecorator('backends')) backendMetrics(fastify.backends, registers)
+  if (fastify.hasDecorator('discovery')) discoveryMetrics(fastify.discovery, registers)
   if (fastify.hasDecorator('limits')) {
     const refusals = new Counter({
       name: 'llmproxy_limit_refusals_total',
@@ -194,9 +198,12 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
 }
 
 function backendMetrics(
-  { pool, onAttempt, onCircuit }: import('./backends.ts').Backends,
-  registers: [Registry] | Registry[]
+  { pool, onAttempt, onCircuit, onChange }: import('./backends.ts').Backends,
+  registers: [Registry]
 ): void {
+  const sweep = forgetDeparted(registers[0], () => pool.all.map(({ name }) => name))
+  sweep()
+  onChange.push(sweep)
   new Gauge({
     name: 'llmproxy_backend_up',
     help: '1: health checks find nothing wrong with the backend',
@@ -205,6 +212,7 @@ function backendMetrics(
     aggregator: 'min',
     registers,
     collect() {
+      sweep()
       this.reset()
       for (const { name, live } of pool.backends) this.set({ backend: name }, Number(live.healthy))
     }
@@ -230,6 +238,34 @@ function backendMetrics(
     collect() {
       this.reset()
       for (const { name, live } of pool.all) this.inc({ backend: name }, live.inFlight)
+    }
+  })
+  new Gauge({
+    name: 'llmproxy_queue_waiting',
+    help: 'Calls that wait because all backends that could take them are full',
+    labelNames: ['priority'],
+    registers,
+    collect() {
+      for (const priority of PRIORITIES) this.set({ priority }, pool.queue.count(priority))
+    }
+  })
+  const waits = new Histogram({
+    name: 'llmproxy_queue_wait_seconds',
+    help: 'How long calls have waited in the queue, of those that had to',
+    labelNames: ['priority'],
+    buckets: TTFT_BUCKETS,
+    registers
+  })
+  pool.queue.onServed = (priority, ms) => waits.observe({ priority }, ms / 1000)
+  new Counter({
+    name: 'llmproxy_queue_turned_away_total',
+    help: 'Calls that were refused instead of waiting: the queue was full, they would have waited for too long, or had',
+    labelNames: ['reason'],
+    registers,
+    collect() {
+      this.reset()
+      for (const [reason, count] of Object.entries(pool.queue.turnedAway))
+        this.inc({ reason }, count)
     }
   })
   const attempts = new Counter({

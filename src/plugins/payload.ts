@@ -65,7 +65,8 @@ function readPayload(request: FastifyRequest, endpoint: Endpoint): Payload {
   }
   return {
     bytes,
-    model: model ?? undefined,
+    // No name is no model: servers with one model take it for theirs.
+    model: model || undefined,
     stream: stream ?? endpoint.streamsByDefault ?? false,
     includeUsage: asksForUsage(stream_options),
     maxTokens: maxTokens(body),

@@ -1,12 +1,14 @@
+import { pipeline } from 'node:stream'
 import replyFrom from '@fastify/reply-from'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Static } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
-import { isStream, mediaType, pathBelow } from '../http.ts'
+import { framingOf, isStream, mediaType, pathBelow } from '../http.ts'
 import { checkOptions, Duration, type Given, Section } from '../options.ts'
 import type { Answer } from '../pool/answer.ts'
 import { createDispatcher, EXCHANGE } from '../pool/dispatcher.ts'
+import { Renamed } from '../pool/renamed.ts'
 
 /**
  * Forwards a request to the pool and streams the answer back: `reply.forward()`.
@@ -87,6 +89,7 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
     if (answer.isStream) reply.removeHeader('content-length')
     let sent: NodeJS.ReadableStream = answer
     for (const hook of hooks) sent = hook(exchange, answer) ?? sent
+    sent = withName(exchange, answer, sent)
     const whole = answer.isStream || sent !== answer ? undefined : answer.takeWhole(reply.raw)
     if (whole === undefined) return void reply.send(sent)
     const recorded = exchange.conclude()
@@ -103,6 +106,20 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
       onResponse
     } as never)
   })
+}
+
+/** The model is called in its answer what callers call it. What is compressed stays as it is. */
+function withName(exchange: Exchange, answer: Answer, sent: NodeJS.ReadableStream) {
+  const { reply, served } = exchange
+  if (served?.model === undefined || served.model === served.upstream) return sent
+  const framing = framingOf(reply.getHeader('content-type'))
+  const isPlain = (reply.getHeader('content-encoding') ?? 'identity') === 'identity'
+  if (framing === undefined || !isPlain || reply.statusCode > 299) return sent
+  reply.removeHeader('content-length')
+  const renamed = new Renamed(answer.tap, framing, served.model)
+  if (sent !== answer) return pipeline(sent, renamed.toTransform(), () => {})
+  answer.tap = renamed
+  return sent
 }
 
 /** The path at the backend; the query string follows by itself. */

@@ -173,7 +173,8 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
   exchanges.onEnd('record', exchange => {
     const sink: Sink | undefined = fastify.peers?.usage ?? outbox
     if (sink === undefined || !rules.isOn || exchange.attempts === 0) return
-    const price = rules.price(exchange.request.payload?.model)
+    const { model, upstream } = exchange.served ?? {}
+    const price = rules.price(upstream) ?? rules.price(model)
     const json = JSON.stringify(toRecord(exchange, fastify.prefix, rules.tags, price))
     // One that began under another configuration may have let its body go.
     const body = rules.wantsBody && exchange.keepsBody ? exchange.request.payload?.bytes : undefined

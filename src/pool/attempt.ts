@@ -2,10 +2,11 @@ import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { type Dispatcher, errors } from 'undici'
 import { GatewayError } from '../errors.ts'
-import { isStream, mediaType, parseRetryAfter } from '../http.ts'
+import { framingOf, isStream, mediaType, parseRetryAfter } from '../http.ts'
 import { Answer } from './answer.ts'
-import type { Backend, BackendHandler } from './backend.ts'
-import { Patience } from './patience.ts'
+import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
+import { FirstEvent } from './first-event.ts'
+import { Patience, TotalTimeoutError } from './patience.ts'
 import type { FailureKind } from './pool.ts'
 import { Refusal } from './refusal.ts'
 
@@ -41,7 +42,7 @@ export interface AttemptOwner {
   /** The answer broke off after some of it was passed on. */
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void
   /** The backend seems not to take `stream_options` and should be asked without. */
-  again(attempt: Attempt): void
+  again(): void
   /** The request was sent with a question for usage, or is repeated without it. */
   readonly question: 'asked' | 'withdrawn' | undefined
   /** When the client will have waited long enough for an answer to begin (monotonic, ms). */
@@ -89,7 +90,11 @@ export class Attempt implements BackendHandler {
   #controller: Dispatcher.DispatchController | undefined
   #head: Head | undefined
   #answer: Answer | undefined
-  readonly #patience = new Patience()
+  /** What a stream begins with, until that is seen. */
+  #first: FirstEvent | undefined
+  /** It began with an error, and is the client's all the same. */
+  #failure: FailureKind | undefined
+  readonly #patience: Patience
   #isDelivered = false
   #isOver = false
   /** The breaker's era in which it began; {@link JUDGED} when the breaker has had its verdict. */
@@ -100,9 +105,10 @@ export class Attempt implements BackendHandler {
   /** It may be our own question for usage that is refused. */
   #isInDoubt = false
 
-  constructor(owner: AttemptOwner, backend: Backend) {
+  constructor(owner: AttemptOwner, backend: Backend, limits: TimeLimits) {
     this.#owner = owner
     this.backend = backend
+    this.#patience = new Patience(limits)
   }
 
   start(options: Dispatcher.DispatchOptions, fresh: boolean): void {
@@ -171,17 +177,17 @@ export class Attempt implements BackendHandler {
       }
     }
     this.#answer = new Answer(controller)
+    this.#first = firstEventOf(this.#head)
   }
 
   onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {
     this.#patience.heard = true
     if (!this.#patience.isListening) {
-      this.#patience.listen(controller, this.backend.config.idleTimeout)
+      this.#patience.listen(controller)
     }
     if (this.#refusal === undefined) {
       this.#answer!.data(chunk)
-      // What came in the same piece is on its way: an answer may be whole when it is delivered.
-      if (!this.#isDelivered) queueMicrotask(() => this.#deliverOnce())
+      if (!this.#isDelivered) this.#begin(controller, chunk)
     } else if (!this.#refusal.data(chunk)) this.#outgrown(controller, chunk)
   }
 
@@ -226,8 +232,27 @@ export class Attempt implements BackendHandler {
     return this.#broke(new Error('the stream ended without its end'))
   }
 
+  #begin(controller: Dispatcher.DispatchController, chunk: Buffer): void {
+    const beginning = this.#first?.see(chunk) ?? 'answer'
+    if (beginning === 'incomplete') return
+    if (beginning !== 'answer') {
+      const refusal = new Refusal(this.#head!, controller)
+      for (const each of this.#first!.chunks) refusal.data(each)
+      this.#penalise()
+      if (beginning === '5xx') this.#fail()
+      if (this.#owner.refused(this, beginning, refusal)) {
+        this.#owner.count(this, beginning)
+        this.#refusal = refusal
+        return
+      }
+      this.#failure = beginning
+    }
+    // What came in the same piece is on its way: an answer may be whole when it is delivered.
+    queueMicrotask(() => this.#deliverOnce())
+  }
+
   #wait(controller: Dispatcher.DispatchController): void {
-    this.#patience.begin(controller, this.backend.config.timeout, this.#owner.deadline)
+    this.#patience.begin(controller, this.#owner.deadline)
   }
 
   #deliverOnce(): void {
@@ -236,15 +261,20 @@ export class Attempt implements BackendHandler {
 
   #deliver(complete = false): void {
     this.#isDelivered = true
+    this.#first = undefined
     this.#answer!.source = this
     this.#answer!.offer(complete)
     const { statusCode } = this.#head!
     this.#owner.count(
       this,
-      statusFailure(statusCode) ?? (`${Math.floor(statusCode / 100)}xx` as AttemptResult)
+      this.#failure ??
+        statusFailure(statusCode) ??
+        (`${Math.floor(statusCode / 100)}xx` as AttemptResult)
     )
-    this.#observe(statusCode)
-    this.#judgeHead(statusCode)
+    if (this.#failure === undefined) {
+      this.#observe(statusCode)
+      this.#judgeHead(statusCode)
+    }
     this.#owner.deliver(this, this.#head!, this.#answer!)
   }
 
@@ -274,19 +304,16 @@ export class Attempt implements BackendHandler {
   }
 
   #settleDoubt(refusal: Refusal): void {
-    if (/stream_options|include_usage/.test(refusal.text)) return this.#owner.again(this)
+    if (/stream_options|include_usage/.test(refusal.text)) return this.#owner.again()
     this.#answer = refusal.toAnswer()
     this.#deliver()
   }
 
   #broke(error: Error): GatewayError {
     const kind = isTimeout(error) ? 'timeout' : 'connect_failure'
-    const isSilent = kind === 'timeout'
     const gatewayError = new GatewayError(
-      isSilent ? 'backend_timeout' : 'backend_failed',
-      isSilent
-        ? 'The backend fell silent in the middle of its answer.'
-        : 'The backend broke off in the middle of its answer.',
+      kind === 'timeout' ? 'backend_timeout' : 'backend_failed',
+      brokenOff(error, kind),
       { cause: error }
     )
     this.#penalise()
@@ -330,6 +357,13 @@ export class Attempt implements BackendHandler {
   }
 }
 
+/** Only a stream that can be read can begin with an error that is seen. */
+function firstEventOf({ statusCode, headers }: Head): FirstEvent | undefined {
+  if (statusCode > 299 || headers['content-encoding'] !== undefined) return undefined
+  const framing = framingOf(headers['content-type'])
+  return framing === undefined || framing === 'json' ? undefined : new FirstEvent(framing)
+}
+
 function statusFailure(statusCode: number): FailureKind | undefined {
   if (statusCode >= 500) return '5xx'
   return statusCode === 429 ? '429' : undefined
@@ -341,5 +375,18 @@ export function isOurs(error: Error & { code?: string }): boolean {
 }
 
 function isTimeout(error: Error & { code?: string }): boolean {
-  return error.code === 'UND_ERR_HEADERS_TIMEOUT' || error.code === 'UND_ERR_BODY_TIMEOUT'
+  return TIMEOUTS.includes(error.code)
+}
+
+const TIMEOUTS: unknown[] = [
+  'UND_ERR_HEADERS_TIMEOUT',
+  'UND_ERR_BODY_TIMEOUT',
+  TotalTimeoutError.CODE
+]
+
+function brokenOff(error: Error, kind: FailureKind): string {
+  if (error instanceof TotalTimeoutError) return 'The answer took longer than it may.'
+  return kind === 'timeout'
+    ? 'The backend fell silent in the middle of its answer.'
+    : 'The backend broke off in the middle of its answer.'
 }

@@ -2,22 +2,36 @@ import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { buildConnector, Client, type Dispatcher, Pool as Sockets } from 'undici'
 import { Breaker } from './breaker.ts'
-import type { ModelCard } from './models.ts'
+import type { ModelCard, ModelEntry } from './models.ts'
+
+/** How long a backend is waited for, in milliseconds; 0: for ever. */
+export interface TimeLimits {
+  /** To the first byte of the answer's body. */
+  timeout: number
+  /** Between two chunks. */
+  idleTimeout: number
+  /** To the end of the answer. */
+  totalTimeout: number
+}
 
 /** One inference server as it is configured. Times in milliseconds. */
-export interface BackendConfig {
+export interface BackendConfig extends TimeLimits {
   name: string
   /** Base URL; a trailing slash or `/v1` is no part of it. */
   url: string
   weight: number
-  /** The models it serves, `*` as a wildcard; what it lists itself if left out. */
-  models: string[] | undefined
+  /** Those with a lower one are asked first. */
+  priority: number
+  /** Most requests at once; 0: no limit. */
+  maxConcurrent: number
+  /** The models it serves; those it lists itself if left out. The first entry that fits holds. */
+  models: ModelEntry[] | undefined
+  /** It is asked which models it has. */
+  listsModels: boolean
   /** Sent with every request, over the client's own. */
   headers: Record<string, string>
-  /** Time to the first byte of the answer's body, to a connection, and between two chunks. */
-  timeout: number
+  /** Time to a connection. */
   connectTimeout: number
-  idleTimeout: number
 }
 
 /** Sees one request through; a connection that is being opened for it shows up in `socket`. */
@@ -57,6 +71,12 @@ export class Backend {
     return this.live.healthy && !this.live.isDrained
   }
 
+  /** Can it take another request? */
+  get hasRoom(): boolean {
+    const { maxConcurrent } = this.config
+    return maxConcurrent === 0 || this.live.inFlight < maxConcurrent
+  }
+
   /** Sends a request, over a connection of its own if it must be `fresh`. */
   dispatch(options: Dispatcher.DispatchOptions, handler: BackendHandler, fresh = false): void {
     const limited = {
@@ -89,6 +109,8 @@ export class Live {
   models: ReadonlyMap<string, ModelCard> | undefined
   /** Whether its calls go well. */
   readonly breaker = new Breaker()
+  /** A request is over: there may be room for another one. */
+  onEnd: (() => void) | undefined
   /** Smooth weighted round robin keeps its place here. */
   currentWeight = 0
   readonly origin: string
@@ -136,6 +158,16 @@ export class Live {
     }
   }
 
+  /** A question of the gateway's own; `path` below the base path. The body must be read or dumped. */
+  ask(path: string, options: Omit<Dispatcher.RequestOptions, 'path' | 'origin'>) {
+    this.#opening = { socket: undefined }
+    try {
+      return this.#sockets.request({ ...options, path: this.basePath + path })
+    } finally {
+      this.#opening = undefined
+    }
+  }
+
   begin(): void {
     this.inFlight++
     if (this.inFlight > this.#peak) this.#peak = this.inFlight
@@ -143,6 +175,7 @@ export class Live {
 
   end(): void {
     this.inFlight--
+    this.onEnd?.()
     if (this.inFlight > 0 || this.#peak < MANY_CONNECTIONS) return
     // undici keeps what it has made for each connection, also when that is closed.
     const used = this.#sockets

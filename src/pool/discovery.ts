@@ -1,9 +1,9 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
-import { request } from 'undici'
+import { reasonOf } from '../errors.ts'
 import { VERSION } from '../version.ts'
-import type { Backend } from './backend.ts'
-import { isDiscovered, type ModelCard, toCard } from './models.ts'
+import type { Backend, Live } from './backend.ts'
+import { type ModelCard, toCard } from './models.ts'
 
 /** How backends are asked for their models. Times in milliseconds. */
 export interface ModelDiscovery {
@@ -17,6 +17,8 @@ const MAX_BYTES = 4 * 1024 * 1024
 const MAX_MODELS = 10_000
 /** How often (ms) a model that nobody lists may make all backends be asked. */
 const MISS_MS = 5_000
+/** How long (ms) a call for such a model waits for what they say. */
+const PATIENCE_MS = 1_000
 /** How soon (ms) a backend that gave no list is asked again. */
 const UNKNOWN_MS = 5_000
 
@@ -29,8 +31,10 @@ export class Discovery {
   #backends: Backend[] = []
   #settings: ModelDiscovery = { enabled: false, interval: 0, timeout: 0 }
   #stop = new AbortController()
-  #asking: Promise<unknown> | undefined
+  #asking: Promise<void>[] | undefined
   #askedAt = Number.NEGATIVE_INFINITY
+  /** Why a backend gives no list, as it was logged. */
+  readonly #complaints = new WeakMap<Live, string>()
 
   constructor(log: FastifyBaseLogger) {
     this.#log = log
@@ -41,9 +45,7 @@ export class Discovery {
     this.stop()
     this.#stop = new AbortController()
     this.#settings = settings
-    this.#backends = settings.enabled
-      ? backends.filter(({ config }) => isDiscovered(config.models))
-      : []
+    this.#backends = settings.enabled ? backends.filter(({ config }) => config.listsModels) : []
     for (const backend of backends)
       if (!this.#backends.includes(backend)) backend.live.models = undefined
     if (this.#backends.length > 0) void this.#watch(this.#stop.signal)
@@ -54,10 +56,21 @@ export class Discovery {
     this.#asking = undefined
   }
 
-  /** Asks again, because a model is wanted that nobody lists: it may have come since. */
-  async refresh(): Promise<void> {
+  /**
+   * Asks again, because a model is wanted that nobody lists: it may have come since. Resolves as soon as
+   * one `isFound`, and when nobody has it or takes too long to say so.
+   */
+  async find(isFound: () => boolean): Promise<void> {
+    const { signal } = this.#stop
     if (this.#asking === undefined && performance.now() - this.#askedAt < MISS_MS) return
-    await this.#ask(this.#stop.signal)
+    void this.#ask(signal)
+    const found = this.#asking!.map(async asked => {
+      await asked
+      if (!isFound()) throw new Error('not yet')
+    })
+    await Promise.any([...found, sleep(PATIENCE_MS, undefined, { ref: false })]).catch(() => {})
+    // Others were configured meanwhile.
+    if (signal.aborted && !this.#stop.signal.aborted && !isFound()) await this.find(isFound)
   }
 
   async #watch(signal: AbortSignal): Promise<void> {
@@ -75,10 +88,11 @@ export class Discovery {
 
   /** All of them at once; who comes while they are being asked waits for the same answers. */
   async #ask(signal: AbortSignal): Promise<void> {
-    this.#asking ??= Promise.all(this.#backends.map(each => this.#learn(each, signal)))
+    this.#asking ??= this.#backends.map(each => this.#learn(each, signal))
     const asking = this.#asking
-    await asking
-    if (this.#asking === asking) this.#asking = undefined
+    await Promise.all(asking)
+    if (this.#asking !== asking) return
+    this.#asking = undefined
     this.#askedAt = performance.now()
   }
 
@@ -89,15 +103,22 @@ export class Discovery {
       if (signal.aborted) return
       const before = backend.live.models
       backend.live.models = models
+      this.#complaints.delete(backend.live)
       const isNews = before === undefined || [...models.keys()].join() !== [...before.keys()].join()
       if (isNews)
         this.#log.info({ backend: backend.name, models: models.size }, 'backend lists models')
     } catch (error) {
-      if (signal.aborted) return
-      const { code, message } = error as { code?: unknown; message: string }
-      const reason = typeof code === 'string' ? code : message
-      this.#log.debug({ backend: backend.name, reason }, 'backend lists no models')
+      if (!signal.aborted) this.#complain(backend, error as Error)
     }
+  }
+
+  /** Says once why a backend gives no list; that it takes no calls without a key somebody has to know. */
+  #complain({ name, live }: Backend, error: Error): void {
+    const reason = reasonOf(error)
+    if (this.#complaints.get(live) === reason) return
+    this.#complaints.set(live, reason)
+    const level = /^status 40[13]/.test(reason) ? 'warn' : 'info'
+    this.#log[level]({ backend: name, reason }, 'backend lists no models')
   }
 }
 
@@ -127,7 +148,8 @@ async function getJson(
   path: string,
   signal: AbortSignal
 ): Promise<unknown> {
-  const { statusCode, body } = await request(live.origin + live.basePath + path, {
+  const { statusCode, body } = await live.ask(path, {
+    method: 'GET',
     headers: { accept: 'application/json', 'user-agent': `llmproxy/${VERSION}`, ...config.headers },
     signal
   })

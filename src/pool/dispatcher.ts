@@ -1,7 +1,7 @@
 import { Readable } from 'node:stream'
 import type { FastifyBaseLogger } from 'fastify'
 import { type Dispatcher, errors } from 'undici'
-import { GatewayError } from '../errors.ts'
+import { GatewayError, reasonOf } from '../errors.ts'
 import type { Exchange, Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
 import type { Answer } from './answer.ts'
@@ -15,8 +15,10 @@ import {
   type Progress
 } from './attempt.ts'
 import type { Backend } from './backend.ts'
-import type { FailureKind, Lineup, Pool } from './pool.ts'
+import { type Candidate, type FailureKind, isAmong, type Lineup, type Pool } from './pool.ts'
+import type { Priority, Waiter } from './queue.ts'
 import type { Refusal } from './refusal.ts'
+import { withModel } from './renamed.ts'
 
 /** The exchange a request belongs to, as a property of its headers: reply-from hands it through. */
 export const EXCHANGE = Symbol('exchange')
@@ -43,7 +45,7 @@ export function createDispatcher(pool: Pool, onAttempt: OnAttempt, log: FastifyB
 }
 
 /** One request and all its attempts. */
-class Delivery implements AttemptOwner, Work {
+class Delivery implements AttemptOwner, Waiter, Work {
   readonly #pool: Pool
   /** The configuration it began with. */
   readonly #lineup: Lineup
@@ -53,7 +55,9 @@ class Delivery implements AttemptOwner, Work {
   #call: { options: Options; done: Done } | undefined
   readonly #exchange: Exchange
   readonly deadline: number
-  #tried: Backend[] = []
+  #tried: Candidate[] = []
+  /** What it counts as for its caller's share, until that is known. */
+  #share = 0
   readonly #attempts: Attempt[] = []
   /** Times before which backends asked not to be tried again. */
   #notBefore: Map<Backend, number> | undefined
@@ -85,12 +89,18 @@ class Delivery implements AttemptOwner, Work {
     if (this.#exchange.closed) return this.#pool.leave(this.#lineup)
     this.#exchange.work = this
     this.#pool.retryBudget.earn()
+    if (this.#lineup.isBounded) this.#pool.queue.attained.enter(this.caller, performance.now())
     this.#next()
   }
 
   stop(): void {
     this.#cancel()
     for (const attempt of this.#attempts) attempt.letGo()
+    if (this.#lineup.isBounded) {
+      const { attained } = this.#pool.queue
+      attained.end(this.caller, this.#share, this.#exchange.usage, performance.now())
+      attained.leave(this.caller)
+    }
     this.#pool.leave(this.#lineup)
   }
 
@@ -124,7 +134,12 @@ class Delivery implements AttemptOwner, Work {
     )
     const wait = this.#plan(kind, true)
     if (wait === undefined) return false
-    this.#logFailure(attempt, kind, `status ${statusCode}`)
+    const isEvent = statusCode < 300
+    this.#logFailure(
+      attempt,
+      kind,
+      isEvent ? 'an error as its first event' : `status ${statusCode}`
+    )
     this.#refusal = refusal
     this.#retry(wait)
     return true
@@ -138,22 +153,22 @@ class Delivery implements AttemptOwner, Work {
     // A server may close an idle connection just as it is used again; that is nobody's fault.
     if (progress.isStale && !this.#hasRepeated && this.#canResend()) {
       this.#hasRepeated = true
-      return this.#send(attempt.backend, true)
+      return this.#send(this.#tried.at(-1)!, true)
     }
-    this.#logFailure(attempt, kind, reason(error))
+    this.#logFailure(attempt, kind, reasonOf(error))
     const wait = isOurs(error) ? undefined : this.#plan(kind, progress.isSent)
     if (wait !== undefined) return this.#retry(wait)
     this.#giveUp(toGatewayError(kind, error), kind === 'timeout' ? 'timed_out' : 'backend_failed')
   }
 
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void {
-    this.#logFailure(attempt, kind, `${reason(error.cause as Error)}, in the middle of an answer`)
+    this.#logFailure(attempt, kind, `${reasonOf(error.cause as Error)}, in the middle of an answer`)
     this.#exchange.fail(kind === 'timeout' ? 'timed_out' : 'backend_failed', error)
   }
 
-  again(attempt: Attempt): void {
+  again(): void {
     this.#isWithdrawn = true
-    this.#send(attempt.backend)
+    this.#send(this.#tried.at(-1)!)
   }
 
   count(attempt: Attempt, result: AttemptResult): void {
@@ -165,20 +180,22 @@ class Delivery implements AttemptOwner, Work {
     if (this.#exchange.closed || !this.#canResend()) return undefined
     const { enabled, retryOn, maxRetries } = this.#lineup.retry
     const candidates = this.#lineup.candidates(this.#exchange)
-    const another = candidates.some(each => !this.#tried.includes(each))
+    const others = candidates.filter(each => !isAmong(this.#tried, each))
     // A connection that was refused has cost nobody anything.
-    if (!isSent && another) return 0
-    const isAllowed = enabled && retryOn.includes(kind)
-    if (!isAllowed || this.#exchange.attempts > maxRetries) return undefined
-    const wait = another ? 0 : this.#waitFor(candidates)
+    if (!isSent && others.length > 0) return 0
+    const isRetry = enabled && this.#exchange.attempts <= maxRetries
+    // Who says where calls go when a backend fails means them to go there.
+    const isFallback = others.some(each => each.tier > this.#tried.at(-1)!.tier)
+    if (!retryOn.includes(kind) || !(isRetry || isFallback)) return undefined
+    const wait = others.length > 0 ? 0 : this.#waitFor(candidates)
     if (wait === undefined || !isSent) return wait
     return this.#pool.retryBudget.spend(performance.now()) ? wait : undefined
   }
 
   /** Time in ms until one that was tried before may be tried again, or undefined if that is too late. */
-  #waitFor(candidates: Backend[]): number | undefined {
+  #waitFor(candidates: Candidate[]): number | undefined {
     const { maxWait, initialWait, multiplier } = this.#lineup.retry
-    const soonest = Math.min(...candidates.map(each => this.#askedWait(each)))
+    const soonest = Math.min(...candidates.map(each => this.#askedWait(each.backend)))
     const wait = Math.max(Math.min(initialWait * multiplier ** this.#waits, maxWait), soonest)
     return soonest > maxWait || performance.now() + wait > this.deadline ? undefined : wait
   }
@@ -192,32 +209,70 @@ class Delivery implements AttemptOwner, Work {
     this.#exchange.isWaiting = false
     if (wait === 0) return this.#next()
     this.#waits++
-    this.#tried = [...(this.#notBefore?.keys() ?? [])].filter(each => this.#askedWait(each) > wait)
+    this.#tried = this.#tried.filter(each => this.#askedWait(each.backend) > wait)
     this.#timer = setTimeout(() => this.#next(), wait)
   }
 
   #next(): void {
-    const backend = this.#lineup.pick(this.#tried, this.#exchange)
-    if (backend !== undefined) {
+    const chosen = this.#lineup.pick(this.#tried, this.#exchange)
+    if (chosen === 'full') return this.#queue()
+    if (chosen !== undefined) {
+      if (this.#lineup.isBounded && this.#share === 0) {
+        this.#share = this.#pool.queue.attained.begin(this.caller, performance.now())
+      }
       this.#exchange.attempts++
-      return this.#send(backend)
+      return this.#send(chosen)
     }
     const error = new GatewayError('no_backend', 'No backend is available at the moment.', {
       headers: { 'retry-after': '1' }
     })
+    this.turnAway(error)
+  }
+
+  /** Nobody has room: it waits, if it may. */
+  #queue(): void {
+    const refused = this.#pool.queue.join(this, performance.now())
+    if (refused !== undefined) this.turnAway(refused)
+  }
+
+  get caller(): string {
+    const { request, clientIp = '' } = this.#exchange
+    return request.caller?.id ?? clientIp
+  }
+
+  get priority(): Priority {
+    return this.#exchange.priority
+  }
+
+  get bytes(): number {
+    return this.#exchange.request.payload?.bytes.length ?? 0
+  }
+
+  isReady(): boolean {
+    return this.#lineup.isReady(this.#tried, this.#exchange)
+  }
+
+  proceed(waited: number): void {
+    this.#exchange.queuedMs += waited
+    this.#next()
+  }
+
+  turnAway(error: GatewayError): void {
     this.#giveUp(error, this.#exchange.attempts === 0 ? 'rejected' : 'backend_failed')
   }
 
-  #send(backend: Backend, fresh = false): void {
-    this.#tried.push(backend)
+  #send(chosen: Candidate, fresh = false): void {
+    const { backend, model, upstream } = chosen
+    this.#tried.push(chosen)
+    this.#exchange.served = { model, upstream }
     this.#exchange.backend = backend.name
     this.#exchange.backendUrl = backend.live.origin + backend.live.basePath
-    const attempt = new Attempt(this, backend)
+    const attempt = new Attempt(this, backend, this.#lineup.timeLimits(chosen))
     this.#attempts.push(attempt)
-    attempt.start(this.#request(backend), fresh)
+    attempt.start(this.#request(chosen), fresh)
   }
 
-  #request(backend: Backend): Dispatcher.DispatchOptions {
+  #request({ backend, upstream }: Candidate): Dispatcher.DispatchOptions {
     const { headers: given, path, method } = this.#call!.options
     const { headers: own } = backend.config
     let { body } = this.#call!.options
@@ -226,6 +281,8 @@ class Delivery implements AttemptOwner, Work {
       question.asked = backend.live.takesUsageQuestion && !this.#isWithdrawn
       if (question.asked) body = question.bytes
     }
+    if (upstream !== this.#exchange.model && Buffer.isBuffer(body))
+      body = withModel(body, upstream!)
     const headers: (string | string[])[] = []
     for (const name in given) {
       const value = given[name]
@@ -250,6 +307,7 @@ class Delivery implements AttemptOwner, Work {
 
   #cancel(): void {
     clearTimeout(this.#timer)
+    this.#pool.queue.leave(this)
     for (const attempt of this.#attempts) attempt.cancel()
   }
 
@@ -309,8 +367,4 @@ function toGatewayError(kind: FailureKind, error: Error): GatewayError {
 
 function isInvalid(error: Error): boolean {
   return error instanceof errors.HTTPParserError || error instanceof errors.HeadersOverflowError
-}
-
-function reason(error: Error & { code?: string }): string {
-  return error.code ?? error.message
 }

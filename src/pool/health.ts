@@ -1,6 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
+import { isDeepStrictEqual } from 'node:util'
 import type { FastifyBaseLogger } from 'fastify'
-import { request } from 'undici'
+import { reasonOf } from '../errors.ts'
 import type { Backend } from './backend.ts'
 
 /** Active health checks. Times in milliseconds. */
@@ -22,24 +23,41 @@ export interface HealthCheck {
  */
 export class HealthChecker {
   readonly #log: FastifyBaseLogger
-  #stop = new AbortController()
+  readonly #watched = new Map<Backend, AbortController>()
+  #check: HealthCheck | undefined
 
   constructor(log: FastifyBaseLogger) {
     this.#log = log
   }
 
-  /** Begins anew with these backends; ones that are not checked any more count as healthy. */
+  /**
+   * Checks these backends from now on. One that is checked in this way already goes on, with what has been
+   * counted; ones that are not checked any more count as healthy.
+   */
   watch(backends: Backend[], check: HealthCheck): void {
-    this.stop()
-    this.#stop = new AbortController()
+    const isSame = isDeepStrictEqual(check, this.#check)
+    this.#check = check
+    for (const backend of this.#watched.keys()) {
+      if (!isSame || !backends.includes(backend)) this.#leave(backend)
+    }
     for (const backend of backends) {
-      if (check.enabled) void this.#watch(backend, check, this.#stop.signal)
-      else if (!backend.live.healthy) backend.live.turn(true)
+      if (!check.enabled) {
+        if (!backend.live.healthy) backend.live.turn(true)
+      } else if (!this.#watched.has(backend)) {
+        const stop = new AbortController()
+        this.#watched.set(backend, stop)
+        void this.#watch(backend, check, stop.signal)
+      }
     }
   }
 
   stop(): void {
-    this.#stop.abort()
+    for (const backend of this.#watched.keys()) this.#leave(backend)
+  }
+
+  #leave(backend: Backend): void {
+    this.#watched.get(backend)?.abort()
+    this.#watched.delete(backend)
   }
 
   async #watch(backend: Backend, check: HealthCheck, signal: AbortSignal): Promise<void> {
@@ -78,17 +96,14 @@ async function probe(
   signal: AbortSignal
 ): Promise<string | undefined> {
   try {
-    const { statusCode, body } = await request(
-      backend.live.origin + backend.live.basePath + check.path,
-      {
-        method: check.method,
-        headers: backend.config.headers,
-        signal: AbortSignal.any([signal, AbortSignal.timeout(check.timeout)])
-      }
-    )
+    const { statusCode, body } = await backend.live.ask(check.path, {
+      method: check.method,
+      headers: backend.config.headers,
+      signal: AbortSignal.any([signal, AbortSignal.timeout(check.timeout)])
+    })
     await body.dump()
     return statusCode === check.expectedStatus ? undefined : `status ${statusCode}`
   } catch (error) {
-    return (error as { code?: string }).code ?? (error as Error).message
+    return reasonOf(error as Error)
   }
 }

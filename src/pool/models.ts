@@ -1,5 +1,5 @@
-import { matchesModel } from '../keys/key.ts'
-import type { Backend } from './backend.ts'
+import { matchesModel, untagged } from '../keys/key.ts'
+import type { Backend, Live } from './backend.ts'
 
 /** A model as `GET /v1/models` shows it; whatever else the backend says of it stays. */
 export interface ModelCard {
@@ -7,24 +7,28 @@ export interface ModelCard {
   [member: string]: unknown
 }
 
+/** A model that a backend is said to serve. */
+export interface ModelEntry {
+  /** What callers call it; `*` stands for any text. */
+  name: string
+  /** What the backend calls it, if that is something else. */
+  upstream: string | undefined
+}
+
 /** The card of a model of which nothing but the name is known. */
 export function toCard(id: string): ModelCard {
   return { id, object: 'model', created: 0, owned_by: 'llmproxy' }
 }
 
-/** Must a backend with these `models` be asked what it has? */
-export function isDiscovered(configured: readonly string[] | undefined): boolean {
-  return configured === undefined || configured.some(isPattern)
-}
-
 /**
- * Does this backend serve the model? What the configuration says decides, else what the backend lists;
- * as long as neither is known it takes every model.
+ * What this backend calls the model that callers call `model`; undefined: it does not serve it. What the
+ * configuration says decides, else what the backend lists; as long as neither is known it takes every
+ * model.
  */
-export function serves({ config, live }: Backend, model: string): boolean {
-  if (config.models !== undefined) return matchesModel(config.models, model)
-  // Ollama lists `llama3:latest` and is asked for `llama3`.
-  return live.models === undefined || live.models.has(model) || live.models.has(`${model}:latest`)
+export function upstreamModel({ config, live }: Backend, model: string): string | undefined {
+  if (config.models === undefined) return lists(live, model) ? model : undefined
+  const entry = config.models.find(({ name }) => matchesModel([name], model))
+  return entry && (entry.upstream ?? model)
 }
 
 /** Is it known what this backend serves? */
@@ -40,15 +44,28 @@ export function listModels(backends: readonly Backend[]): ModelCard[] | undefine
     if (!cards.has(card.id)) cards.set(card.id, card)
   }
   for (const { config, live } of backends) {
-    hasNames ||= live.models !== undefined || config.models?.some(id => !isPattern(id)) === true
+    const named = config.models?.filter(({ name }) => !isPattern(name)) ?? []
+    const patterns = config.models
+      ?.filter(({ name, upstream }) => upstream === undefined && isPattern(name))
+      .map(({ name }) => name)
+    hasNames ||= live.models !== undefined || named.length > 0
     for (const [id, card] of live.models ?? []) {
-      if (config.models === undefined || matchesModel(config.models, id)) add(card)
+      if (patterns === undefined || matchesModel(patterns, id)) add(card)
     }
-    for (const id of config.models ?? []) if (!isPattern(id)) add(toCard(id))
+    for (const { name, upstream = name } of named) {
+      add({ ...(live.models?.get(upstream) ?? toCard(name)), id: name })
+    }
   }
   return hasNames ? [...cards.values()] : undefined
 }
 
-function isPattern(name: string): boolean {
+export function isPattern(name: string): boolean {
   return name.includes('*')
+}
+
+/** Does it list this model, as far as is known? */
+function lists({ models }: Live, model: string): boolean {
+  if (models === undefined) return true
+  const bare = untagged(model)
+  return models.has(model) || models.has(bare) || models.has(`${bare}:latest`)
 }

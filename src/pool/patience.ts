@@ -1,5 +1,6 @@
 import { type Dispatcher, errors } from 'undici'
 import { GatewayError } from '../errors.ts'
+import type { TimeLimits } from './backend.ts'
 
 /** A backend's silence is noticed at most this much (ms), and at most an eighth, later than asked for. */
 const LATEST_MS = 1_000
@@ -13,6 +14,12 @@ export function tooLate(): GatewayError {
   )
 }
 
+/** The whole of an answer has taken too long. */
+export class TotalTimeoutError extends Error {
+  static readonly CODE = 'TOTAL_TIMEOUT'
+  readonly code = TotalTimeoutError.CODE
+}
+
 /**
  * How long a backend is waited for: for the first byte of its answer, and then between two chunks.
  * undici's own timeouts have a clock that ticks twice a second; and a server that sends its head before
@@ -22,11 +29,22 @@ export class Patience {
   /** Set by every chunk: a store costs less than a look at the clock or a timer that begins anew. */
   heard = false
   isListening = false
+  readonly #limits: TimeLimits
   #timer: NodeJS.Timeout | undefined
+  #total: NodeJS.Timeout | undefined
 
-  /** Waits for the first byte: `ms` (0: for ever), and at most until `deadline` (monotonic, ms). */
-  begin(controller: Dispatcher.DispatchController, ms: number, deadline: number): void {
+  constructor(limits: TimeLimits) {
+    this.#limits = limits
+  }
+
+  /** Waits for the first byte, and at most until `deadline` (monotonic, ms). */
+  begin(controller: Dispatcher.DispatchController, deadline: number): void {
     if (this.#timer !== undefined) return
+    const { timeout: ms, totalTimeout } = this.#limits
+    if (totalTimeout > 0 && this.#total === undefined) {
+      const late = () => controller.abort(new TotalTimeoutError('the answer took too long'))
+      this.#total = setTimeout(late, totalTimeout).unref()
+    }
     const left = deadline - performance.now()
     const isClients = left < (ms || Number.POSITIVE_INFINITY)
     if (!isClients && ms === 0) return
@@ -35,10 +53,11 @@ export class Patience {
     this.#timer = setTimeout(() => controller.abort(late()), wait).unref()
   }
 
-  /** The first byte is here: from now on a silence of `ms` is too long; 0: none is. */
-  listen(controller: Dispatcher.DispatchController, ms: number): void {
-    this.end()
+  /** The first byte is here: from now on no silence may be too long. */
+  listen(controller: Dispatcher.DispatchController): void {
+    clearTimeout(this.#timer)
     this.isListening = true
+    const { idleTimeout: ms } = this.#limits
     if (ms === 0) return
     const steps = Math.max(LEAST_STEPS, Math.ceil(ms / LATEST_MS))
     let silent = 0
@@ -55,5 +74,6 @@ export class Patience {
 
   end(): void {
     clearTimeout(this.#timer)
+    clearTimeout(this.#total)
   }
 }

@@ -1,7 +1,9 @@
 import { type Static, Type } from 'typebox'
-import type { Distinct } from '../issues.ts'
-import { Duration, HeadersToSend, isHttpUrl, NotBuilt, Section } from '../options.ts'
+import type { Distinct, Issue } from '../issues.ts'
+import { Duration, HeadersToSend, isHttpUrl, NotBuilt, Section, Size } from '../options.ts'
+import type { TimeLimits } from './backend.ts'
 import type { HealthCheck } from './health.ts'
+import { isPattern, type ModelEntry } from './models.ts'
 import type { PoolConfig } from './pool.ts'
 import { strategies } from './strategies.ts'
 
@@ -12,7 +14,19 @@ export const DEMO = 'demo://'
 /** It answers to any name. */
 const DEMO_MODELS = ['demo', '*']
 
-const BackendOptions = Type.Object(
+export const MAX_PRIORITY = 100
+
+const ModelName = Type.String({ minLength: 1 })
+const ModelTimeouts = Type.Object(
+  {
+    timeout: Type.Optional(Duration(undefined, 'Time to the first byte of the answer', 0)),
+    idle_timeout: Type.Optional(Duration(undefined, 'Time between two chunks', 0)),
+    total_timeout: Type.Optional(Duration(undefined, 'Time to the end of the answer', 0))
+  },
+  { additionalProperties: false }
+)
+
+export const BackendOptions = Type.Object(
   {
     name: Type.Optional(
       Type.String({
@@ -28,13 +42,30 @@ const BackendOptions = Type.Object(
       description: 'Base URL, with or without /v1; demo:// is a backend that is built in'
     }),
     weight: Type.Integer({ minimum: 1, default: 1, description: 'Share of the calls' }),
+    priority: Type.Integer({
+      minimum: 0,
+      maximum: MAX_PRIORITY,
+      default: 0,
+      description: 'Gets calls only while no backend with a lower one can take them'
+    }),
     models: Type.Optional(
-      Type.Array(Type.String({ minLength: 1 }), {
-        minItems: 1,
-        expects: 'a list of at least one model',
-        description: 'The models it serves, * as a wildcard; those it lists itself if left out'
-      })
+      Type.Array(
+        Type.Union([ModelName, Type.Record(ModelName, ModelName, { minProperties: 1 })], {
+          expects: 'a model, or a mapping of public names to names at the backend'
+        }),
+        {
+          minItems: 1,
+          expects: 'a list of at least one model',
+          description:
+            'The models it serves: name, * as a wildcard, or {public name: name at the backend}; those it lists itself if left out'
+        }
+      )
     ),
+    max_concurrent: Type.Integer({
+      minimum: 0,
+      default: 0,
+      description: 'Most calls at once, shared out to the workers; 0: no limit'
+    }),
     api_key: Type.Optional(
       Type.String({
         pattern: '^[\\x21-\\x7e]+$',
@@ -47,6 +78,7 @@ const BackendOptions = Type.Object(
     timeout: Type.Optional(Duration(undefined, 'routing.timeout for this backend', 0)),
     connect_timeout: Type.Optional(Duration(undefined, 'routing.connect_timeout for this backend')),
     idle_timeout: Type.Optional(Duration(undefined, 'routing.idle_timeout for this backend', 0)),
+    total_timeout: Type.Optional(Duration(undefined, 'routing.total_timeout for this backend', 0)),
     max_idle_conns: Type.Optional(
       Type.Integer({ minimum: 0, description: 'No effect; idle connections are closed after 4 s' })
     )
@@ -64,6 +96,12 @@ const RoutingOptions = Section(
     timeout: Duration('10m', 'Time to the first byte of the answer, for one attempt', 0),
     connect_timeout: Duration('5s', 'Time to a connection'),
     idle_timeout: Duration('5m', 'Time between two chunks of an answer; 0: for ever', 0),
+    total_timeout: Duration('0', 'Time to the end of an answer, for one attempt; 0: for ever', 0),
+    model_timeouts: Type.Record(ModelName, ModelTimeouts, {
+      default: {},
+      expects: 'a mapping of models to time limits',
+      description: 'Time limits of some models, * as a wildcard, over those of backends'
+    }),
     retry: Section(
       {
         enabled: Type.Boolean({
@@ -117,7 +155,36 @@ const RoutingOptions = Section(
       },
       'Backends that fail get no calls for a while'
     ),
-    fallback: NotBuilt('Other backends for some models'),
+    queue: Section(
+      {
+        max_size: Type.Integer({ minimum: 0, default: 1000, description: 'Calls that may wait' }),
+        max_bytes: Size('256MB', 'Bytes of the bodies that may wait'),
+        timeout: Duration('60s', 'How long a call may wait')
+      },
+      'Where calls wait while all backends that could take them have max_concurrent'
+    ),
+    fallback: Type.Array(
+      Type.Object(
+        {
+          models: Type.Array(ModelName, {
+            default: [],
+            description: 'The models it is for, * as a wildcard; all if left out'
+          }),
+          primary: Type.String({ minLength: 1, description: 'Gets the calls; name or URL' }),
+          fallback: Type.Array(Type.String({ minLength: 1 }), {
+            default: [],
+            description: 'Get them in this order when it fails; names or URLs'
+          })
+        },
+        { additionalProperties: false }
+      ),
+      { default: [], description: 'Which backends some models go to; the first entry that fits' }
+    ),
+    model_fallbacks: Type.Record(ModelName, Type.Array(ModelName, { minItems: 1 }), {
+      default: {},
+      expects: 'a mapping of models to lists of models',
+      description: 'Models that take the place of one that no backend can serve, in this order'
+    }),
     script: NotBuilt('Script that chooses')
   },
   'How calls find a backend'
@@ -151,8 +218,8 @@ const HealthCheckOptions = Section(
 export const BackendsOptions = Section(
   {
     backends: Type.Array(BackendOptions, {
-      minItems: 1,
-      expects: 'a list of at least one backend',
+      default: [],
+      expects: 'a list of backends',
       distinct: [
         { by: backend => nameOf(backend as Partial<BackendOptions>), what: 'name' }
       ] satisfies Distinct[],
@@ -164,29 +231,54 @@ export const BackendsOptions = Section(
   'The pool of inference servers'
 )
 export type BackendsOptions = Static<typeof BackendsOptions>
-type BackendOptions = Static<typeof BackendOptions>
+export type BackendOptions = Static<typeof BackendOptions>
 
-/** The pool as it is configured; `demoUrl` is where the demo backend listens. */
+/**
+ * The pool as it is configured.
+ *
+ * @param demoUrl where the demo backend listens
+ * @param workers how many processes share what the backends can take
+ */
 export function toPool(
   { backends, routing }: BackendsOptions,
-  demoUrl: string | undefined
+  demoUrl: string | undefined,
+  workers = 1
 ): PoolConfig {
   const { retry, circuit_breaker: breaker } = routing
+  const toName = (nameOrUrl: string) => findBackend(backends, nameOrUrl)
   return {
     backends: backends.map(backend => ({
       name: nameOf(backend)!,
       url: backend.url === DEMO ? demoUrl! : backend.url,
       weight: backend.weight,
-      models: backend.models ?? (backend.url === DEMO ? DEMO_MODELS : undefined),
+      priority: backend.priority,
+      models: modelsOf(backend)?.flatMap(toEntries),
+      maxConcurrent: share(backend.max_concurrent, workers),
+      listsModels: modelsOf(backend)?.some(isOpen) ?? true,
       headers: {
         ...(backend.api_key === undefined ? {} : { authorization: `Bearer ${backend.api_key}` }),
         ...lowerCased(backend.headers)
       },
       timeout: backend.timeout ?? routing.timeout,
       connectTimeout: backend.connect_timeout ?? routing.connect_timeout,
-      idleTimeout: backend.idle_timeout ?? routing.idle_timeout
+      idleTimeout: backend.idle_timeout ?? routing.idle_timeout,
+      totalTimeout: backend.total_timeout ?? routing.total_timeout
     })),
     loadBalance: routing.load_balance,
+    fallback: routing.fallback.map(({ models, primary, fallback }) => ({
+      models,
+      order: [primary, ...fallback].map(toName).filter(name => name !== undefined)
+    })),
+    queue: {
+      maxSize: share(routing.queue.max_size, workers),
+      maxBytes: routing.queue.max_bytes / workers,
+      timeout: routing.queue.timeout
+    },
+    modelTimeouts: Object.entries(routing.model_timeouts).map(([pattern, limits]) => [
+      pattern,
+      toTimeLimits(limits)
+    ]),
+    modelFallbacks: new Map(Object.entries(routing.model_fallbacks)),
     breaker: breaker.enabled
       ? {
           consecutiveFailures: breaker.consecutive_failures,
@@ -205,6 +297,23 @@ export function toPool(
   }
 }
 
+/** What one of the workers may take; 0 stays no limit. */
+function share(most: number, workers: number): number {
+  return most === 0 ? 0 : Math.max(1, Math.floor(most / workers))
+}
+
+/** What `routing.fallback` says of backends that there are not. */
+export function fallbackIssues({ backends, routing }: BackendsOptions): Issue[] {
+  return routing.fallback.flatMap(({ primary, fallback }, at) =>
+    [primary, ...fallback].flatMap((each, place) => {
+      if (findBackend(backends, each) !== undefined) return []
+      const member = place === 0 ? ['primary'] : ['fallback', place - 1]
+      const path = ['routing', 'fallback', at, ...member]
+      return [{ path, message: 'must be the name or the URL of one of the backends' }]
+    })
+  )
+}
+
 export function toHealthCheck(check: BackendsOptions['health_check']): HealthCheck {
   return {
     enabled: check.enabled,
@@ -219,12 +328,44 @@ export function toHealthCheck(check: BackendsOptions['health_check']): HealthChe
 }
 
 /** A backend without a name goes by the host, port and path of its URL. */
-function nameOf({ name, url }: Partial<BackendOptions>): string | undefined {
+export function nameOf({ name, url }: Partial<BackendOptions>): string | undefined {
   if (name !== undefined || url === undefined) return name
   if (url === DEMO) return 'demo'
   return isHttpUrl(url)
     ? url.replace(/^https?:\/\/([^/]*@)?/, '').replace(/\/+(v1\/*)?$/, '')
     : undefined
+}
+
+/** The name of the backend that is meant. */
+function findBackend(backends: BackendOptions[], nameOrUrl: string): string | undefined {
+  const bare = (url: string) => url.replace(/\/+(v1\/*)?$/, '')
+  const found =
+    backends.find(each => nameOf(each) === nameOrUrl) ??
+    backends.find(each => bare(each.url) === bare(nameOrUrl))
+  return found && nameOf(found)
+}
+
+function toTimeLimits(limits: Static<typeof ModelTimeouts>): Partial<TimeLimits> {
+  const { timeout, idle_timeout: idleTimeout, total_timeout: totalTimeout } = limits
+  const given = Object.entries({ timeout, idleTimeout, totalTimeout })
+  return Object.fromEntries(given.filter(([, ms]) => ms !== undefined))
+}
+
+type ConfiguredModel = NonNullable<BackendOptions['models']>[number]
+
+function toEntries(model: ConfiguredModel): ModelEntry[] {
+  return typeof model === 'string'
+    ? [{ name: model, upstream: undefined }]
+    : Object.entries(model).map(([name, upstream]) => ({ name, upstream }))
+}
+
+/** What it lists shows what is meant. */
+function isOpen(model: ConfiguredModel): boolean {
+  return typeof model === 'string' && isPattern(model)
+}
+
+function modelsOf({ models, url }: BackendOptions): ConfiguredModel[] | undefined {
+  return models ?? (url === DEMO ? DEMO_MODELS : undefined)
 }
 
 function lowerCased(headers: Record<string, string>): Record<string, string> {

@@ -1,8 +1,10 @@
 import { isDeepStrictEqual } from 'node:util'
-import { Backend, type BackendConfig, type Live } from './backend.ts'
+import { matchesModel } from '../keys/key.ts'
+import { Backend, type BackendConfig, type Live, type TimeLimits } from './backend.ts'
 import type { BreakerPolicy, CircuitTurn } from './breaker.ts'
 import { RetryBudget } from './budget.ts'
-import { isKnown, serves } from './models.ts'
+import { isKnown, upstreamModel } from './models.ts'
+import { Queue, type QueuePolicy } from './queue.ts'
 import { type StrategyName, strategies } from './strategies.ts'
 
 /** When and how often another attempt is made. Times in milliseconds. */
@@ -18,10 +20,24 @@ export interface RetryPolicy {
 /** How an attempt fails before the client has had a byte of an answer. */
 export type FailureKind = 'connect_failure' | 'timeout' | '5xx' | '429'
 
+/** The backends that some models' calls go to, by name: to the first of them that can take one. */
+export interface FallbackRule {
+  /** `*` stands for any text; an empty list for all models. */
+  models: string[]
+  order: string[]
+}
+
 export interface PoolConfig {
   backends: BackendConfig[]
   loadBalance: StrategyName
   retry: RetryPolicy
+  /** The first one that is for a model holds. */
+  fallback: FallbackRule[]
+  /** Which models take the place of one that nobody can serve, in this order. */
+  modelFallbacks: Map<string, string[]>
+  queue: QueuePolicy
+  /** What calls for some models are allowed, over what backends are; the first entry that fits holds. */
+  modelTimeouts: [pattern: string, Partial<TimeLimits>][]
   /** Absent: no call is kept from a backend because others have failed. */
   breaker: BreakerPolicy | undefined
 }
@@ -31,7 +47,24 @@ export interface Wanted {
   /** Name of the backend that holds what it is about. */
   pinned: string | undefined
   model: string | undefined
+  /** May the caller use this model in its place? */
+  mayUse(model: string): boolean
 }
+
+/** A backend that can take a call. */
+export interface Candidate {
+  backend: Backend
+  /** The model as callers call it: the one that is wanted, or one in its place. */
+  model: string | undefined
+  /** What this backend calls it. */
+  upstream: string | undefined
+  /** Those of a higher one are there for when those of lower ones are not. */
+  tier: number
+}
+
+/** Tiers of one model: priorities and places in a rule are lower. */
+const TIERS = 10_000
+
 /** Hears of circuits that open and close. */
 export type OnCircuit = (backend: string, turn: CircuitTurn) => void
 
@@ -42,40 +75,107 @@ export type OnCircuit = (backend: string, turn: CircuitTurn) => void
 export class Lineup {
   readonly backends: Backend[]
   readonly retry: RetryPolicy
+  /** Some of them take only so many calls at once. */
+  readonly isBounded: boolean
   /** Requests under way with it. */
   requests = 0
+  /** See {@link PoolConfig}. */
+  readonly modelFallbacks: ReadonlyMap<string, readonly string[]>
+  readonly #fallback: readonly FallbackRule[]
+  readonly #modelTimeouts
   readonly #strategy
 
-  constructor(backends: Backend[], { retry, loadBalance }: PoolConfig) {
+  constructor(backends: Backend[], config: PoolConfig) {
     this.backends = backends
-    this.retry = retry
-    this.#strategy = strategies[loadBalance]
+    this.isBounded = backends.some(each => each.config.maxConcurrent > 0)
+    this.retry = config.retry
+    this.modelFallbacks = config.modelFallbacks
+    this.#fallback = config.fallback
+    this.#modelTimeouts = config.modelTimeouts
+    this.#strategy = strategies[config.loadBalance]
   }
 
   /**
    * The backends that may be given this call. The one it is `pinned` to (by name) is the only one that can
    * serve a call about what it holds; if it has left any other may say so.
    */
-  candidates({ pinned, model }: Wanted): Backend[] {
+  candidates(wanted: Wanted): Candidate[] {
+    const { pinned, model } = wanted
     const holder = pinned && this.backends.find(each => each.name === pinned)
-    const able = (holder ? [holder] : this.backends).filter(
-      each => each.available && (holder || model === undefined || serves(each, model))
-    )
-    // One of which nothing is known yet may not have the model: it is there for when nobody else is.
-    const known = model === undefined ? able : able.filter(isKnown)
-    return inService(known.length > 0 ? known : able)
+    if (holder) {
+      const upstream = model && (upstreamModel(holder, model) ?? model)
+      return holder.available ? [{ backend: holder, model, upstream, tier: 0 }] : []
+    }
+    const others = model === undefined ? undefined : this.modelFallbacks.get(model)
+    if (others === undefined) return inService(this.#serving(model, 0))
+    const names = [model, ...others.filter(each => wanted.mayUse(each))]
+    return inService(names.flatMap((each, at) => this.#serving(each, at * TIERS)))
   }
 
-  /** The backend for the next attempt, or undefined when none that may be used is available. */
-  pick(exclude: readonly Backend[], wanted: Wanted): Backend | undefined {
-    const candidates = this.candidates(wanted).filter(each => !exclude.includes(each))
-    return candidates.length < 2 ? candidates[0] : this.#strategy(candidates, performance.now())
+  /**
+   * The backend for the next attempt; `full` when all that may be used are, undefined when none is
+   * available.
+   */
+  pick(tried: readonly Candidate[], wanted: Wanted): Candidate | 'full' | undefined {
+    const able = this.#untried(tried, wanted)
+    const candidates = able.filter(each => each.backend.hasRoom)
+    if (candidates.length < 2) return candidates[0] ?? (able.length > 0 ? 'full' : undefined)
+    const tier = Math.min(...candidates.map(each => each.tier))
+    const first = candidates.filter(each => each.tier === tier)
+    if (first.length < 2) return first[0]
+    const chosen = this.#strategy(
+      first.map(each => each.backend),
+      performance.now()
+    )
+    return first.find(each => each.backend === chosen)
   }
+
+  /** Has one of them room for it, or is there nothing to wait for? */
+  isReady(tried: readonly Candidate[], wanted: Wanted): boolean {
+    const able = this.#untried(tried, wanted)
+    return able.length === 0 || able.some(each => each.backend.hasRoom)
+  }
+
+  /** How long this candidate is waited for. */
+  timeLimits({ backend, model = '' }: Candidate): TimeLimits {
+    const ofModel = this.#modelTimeouts.find(([pattern]) => matchesModel([pattern], model))?.[1]
+    return ofModel === undefined ? backend.config : { ...backend.config, ...ofModel }
+  }
+
+  /** Those that have this model, in tiers that begin at `base`. */
+  #serving(model: string | undefined, base: number): Candidate[] {
+    const rule = this.#ruleFor(model)
+    const able: Candidate[] = []
+    for (const backend of this.backends) {
+      if (!backend.available) continue
+      const upstream = model && upstreamModel(backend, model)
+      if (model && upstream === undefined) continue
+      const place = rule === undefined ? backend.config.priority : rule.order.indexOf(backend.name)
+      if (place !== -1) able.push({ backend, model, upstream, tier: base + place })
+    }
+    // One of which nothing is known yet may not have the model: it is there for when nobody else is.
+    const known = model === undefined ? able : able.filter(each => isKnown(each.backend))
+    return known.length > 0 ? known : able
+  }
+
+  #untried(tried: readonly Candidate[], wanted: Wanted): Candidate[] {
+    return this.candidates(wanted).filter(each => !isAmong(tried, each))
+  }
+
+  #ruleFor(model = ''): FallbackRule | undefined {
+    return this.#fallback.find(({ models }) => models.length === 0 || matchesModel(models, model))
+  }
+}
+
+export function isAmong(candidates: readonly Candidate[], one: Candidate): boolean {
+  return candidates.some(each => each.backend === one.backend && each.upstream === one.upstream)
 }
 
 /** All backends, over all changes of the configuration. */
 export class Pool {
   readonly retryBudget = new RetryBudget()
+  readonly queue: Queue
+  #isServing = false
   readonly #onCircuit: OnCircuit
   #current: Lineup
   /** Lineups that are in use; the current one is the last. */
@@ -84,6 +184,7 @@ export class Pool {
 
   constructor(config: PoolConfig, onCircuit: OnCircuit = () => {}) {
     this.#onCircuit = onCircuit
+    this.queue = new Queue(config.queue)
     this.#current = new Lineup(
       config.backends.map(each => new Backend(each)),
       config
@@ -105,6 +206,7 @@ export class Pool {
     })
     this.#current = new Lineup(backends, config)
     this.#lineups.add(this.#current)
+    this.queue.policy = config.queue
     this.#guard(config)
     this.#retire(before)
   }
@@ -143,7 +245,10 @@ export class Pool {
 
   /** Is there a backend for this model, whether or not it is available now? */
   serves(model: string): boolean {
-    return this.backends.some(backend => serves(backend, model))
+    const names = [model, ...(this.#current.modelFallbacks.get(model) ?? [])]
+    return names.some(each =>
+      this.backends.some(backend => upstreamModel(backend, each) !== undefined)
+    )
   }
 
   get available(): boolean {
@@ -160,7 +265,18 @@ export class Pool {
     const policy = this.backends.length > 1 ? breaker : undefined
     for (const { name, live } of this.backends) {
       live.breaker.guard(policy, turn => this.#onCircuit(name, turn))
+      live.onEnd = () => this.#serveQueue()
     }
+  }
+
+  /** Not at once: whoever has just ended is still being told of it. */
+  #serveQueue(): void {
+    if (this.queue.size === 0 || this.#isServing) return
+    this.#isServing = true
+    queueMicrotask(() => {
+      this.#isServing = false
+      this.queue.serve(performance.now())
+    })
   }
 
   /** Lets go of the servers that only this lineup has, when nothing is under way with it. */
@@ -179,19 +295,19 @@ export class Pool {
 }
 
 /**
- * The backends whose circuits let calls through; at most half are kept from work. If more would be,
+ * The candidates whose circuits let calls through; at most half are kept from work. If more would be,
  * those that have failed count again, and if all asked to be left alone for a while, they do too: an
  * answer of theirs is better than none.
  */
-function inService(backends: Backend[]): Backend[] {
-  if (backends.every(each => each.live.breaker.isClosed)) return backends
+function inService(candidates: Candidate[]): Candidate[] {
+  if (candidates.every(({ backend }) => backend.live.breaker.isClosed)) return candidates
   const now = performance.now()
-  const ready = backends.filter(each => each.live.breaker.admits(now))
-  if (ready.length * 2 >= backends.length) return ready
-  const awake = backends.filter(
-    ({ live: { breaker } }) => breaker.admits(now) || !breaker.isResting
-  )
-  return awake.length > 0 ? awake : backends
+  const ready = candidates.filter(({ backend }) => backend.live.breaker.admits(now))
+  if (ready.length * 2 >= candidates.length) return ready
+  const awake = candidates.filter(({ backend: { live } }) => {
+    return live.breaker.admits(now) || !live.breaker.isResting
+  })
+  return awake.length > 0 ? awake : candidates
 }
 
 /** Connections can be kept: what they were opened with has not changed. */

@@ -76,7 +76,8 @@ export function toRecord(
   const input_tokens = usage?.promptTokens ?? 0
   const output_tokens = usage?.completionTokens ?? 0
   const total_tokens = usage?.totalTokens ?? 0
-  const model = payload?.model ?? null
+  const requested_model = payload?.model ?? null
+  const model = exchange.served?.upstream ?? requested_model
   const stream = payload?.stream ?? false
   const duration_ms = Math.round(exchange.durationMs)
   return {
@@ -86,7 +87,7 @@ export function toRecord(
     user_id: caller?.userId ?? null,
     api_key_id: caller?.id ?? null,
     caller: caller?.name ?? null,
-    requested_model: model,
+    requested_model,
     model,
     prompt_tokens: input_tokens,
     completion_tokens: output_tokens,

@@ -134,8 +134,9 @@ function toReceiver(options: ReporterOptions, { storage, dataDir, log }: Surroun
 function isWanted(entry: string, { models, callers, outcomes }: Filter): boolean {
   if (models.length + callers.length + outcomes.length === 0) return true
   const record: UsageRecord = JSON.parse(recordJson(entry, false))
+  const names = [record.model, record.requested_model]
   return (
-    (models.length === 0 || matchesModel(models, record.model ?? '')) &&
+    (models.length === 0 || names.some(name => matchesModel(models, name ?? ''))) &&
     (callers.length === 0 ||
       callers.some(each => each === record.caller || each === record.api_key_id)) &&
     (outcomes.length === 0 || outcomes.some(each => each === record.outcome))

@@ -2,6 +2,7 @@ import { Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import type { Backend } from '../pool/backend.ts'
 import type { Breaker } from '../pool/breaker.ts'
+import type { ModelEntry } from '../pool/models.ts'
 import type { Administered, AdminRoute, Changed } from './admin.ts'
 
 /** The backends: how they are, and which of them get calls. */
@@ -18,10 +19,14 @@ const BackendShown = Type.Object(
   {
     name: Type.String(),
     url: Type.String(),
+    source: Type.Union([Type.String(), Type.Null()], {
+      description: 'Which source of discovery has found it; null: it is configured'
+    }),
     weight: Type.Integer(),
+    priority: Type.Integer({ description: 'Those with a lower one are asked first' }),
     models: Type.Union([Type.Array(Type.String()), Type.Null()], {
       description:
-        'What it serves: as configured, or as it lists them itself; null: not known, it takes all'
+        'What it serves: as configured, `name = its own name` where it has another, or as it lists them itself; null: not known, it takes all'
     }),
     healthy: Type.Boolean({ description: 'What health checks say' }),
     drained: Type.Boolean({ description: 'Somebody wants it to get no calls' }),
@@ -38,6 +43,7 @@ const BackendShown = Type.Object(
 const BackendName = Type.Object({ name: Type.String({ description: 'Its name' }) })
 
 export default function backendRoutes({ backends }: Administered, changed: Changed): AdminRoute[] {
+  const shown = (each: Backend) => toShown(each, backends.sourceOf(each.name) ?? null)
   const turn = (action: 'drain' | 'undrain', summary: string): AdminRoute => ({
     method: 'POST',
     url: `/backends/:name/${action}`,
@@ -50,7 +56,7 @@ export default function backendRoutes({ backends }: Administered, changed: Chang
         throw new GatewayError('not_found', 'There is no backend of this name.')
       }
       await changed(request, `${action} backend`, { backend: name })
-      return toShown(backends.pool.backends.find(each => each.name === name)!)
+      return shown(backends.pool.backends.find(each => each.name === name)!)
     }
   })
   return [
@@ -64,20 +70,22 @@ export default function backendRoutes({ backends }: Administered, changed: Chang
           { description: 'The backends that are in use' }
         )
       },
-      handler: async () => ({ backends: backends.pool.backends.map(toShown) })
+      handler: async () => ({ backends: backends.pool.backends.map(shown) })
     },
     turn('drain', 'Gives a backend no more calls; it ends those it has'),
     turn('undrain', 'Gives a backend calls again')
   ]
 }
 
-function toShown({ name, config, live }: Backend) {
+function toShown({ name, config, live }: Backend, source: string | null) {
   const { lastError, models } = live
   return {
     name,
     url: live.origin + live.basePath,
+    source,
     weight: config.weight,
-    models: config.models ?? (models === undefined ? null : [...models.keys()]),
+    priority: config.priority,
+    models: config.models?.map(toName) ?? (models === undefined ? null : [...models.keys()]),
     healthy: live.healthy,
     drained: live.isDrained,
     circuit: toCircuit(live.breaker),
@@ -86,6 +94,10 @@ function toShown({ name, config, live }: Backend) {
     last_error:
       lastError === undefined ? null : { at: toIso(lastError.at), reason: lastError.reason }
   }
+}
+
+function toName({ name, upstream }: ModelEntry): string {
+  return upstream === undefined ? name : `${name} = ${upstream}`
 }
 
 function toCircuit(breaker: Breaker) {

@@ -2,7 +2,7 @@ import type { FastifyPluginAsync, FastifyRequest } from 'fastify'
 import { openai } from '../dialects/openai.ts'
 import { modelNotFound } from '../errors.ts'
 import type { Endpoint } from '../exchange.ts'
-import { matchesModel } from '../keys/key.ts'
+import { matchesModel, untagged } from '../keys/key.ts'
 import { toCard } from '../pool/models.ts'
 import { forwarded } from './forwarded.ts'
 
@@ -34,7 +34,7 @@ const modelRoutes: FastifyPluginAsync = fastify => {
     const wanted = (request.params as { '*'?: string })['*']
     const data = models.filter(({ id }) => mayUse(request, id))
     if (wanted === undefined) return reply.send({ object: 'list', data })
-    const card = data.find(({ id }) => id === wanted)
+    const card = data.find(({ id }) => untagged(id) === untagged(wanted))
     if (card === undefined) throw modelNotFound(wanted)
     return reply.send(card)
   })
