@@ -40,11 +40,9 @@ type Mapping = Record<string, unknown>
  *
  * @example
  * const schema = { properties: { port: { restart: true }, token: { secret: true } } }
- * compare(schema, { port: 1, token: 'a' }, { port: 2, token: 'b' })
- * // {
- * //   changed: [{ path: 'token', before: '***', after: '***' }],
- * //   restart_needed: [{ path: 'port', before: 1, after: 2 }]
- * // }
+ * const changes = compare(schema, { port: 1, token: 'a' }, { port: 2, token: 'b' })
+ * changes.changed // [{ path: 'token', before: '***', after: '***' }]
+ * changes.restart_needed // [{ path: 'port', before: 1, after: 2 }]
  */
 export function compare(schema: object, before: unknown, after: unknown): Changes {
   const changes: Changes = { changed: [], restart_needed: [] }

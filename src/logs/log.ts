@@ -36,9 +36,11 @@ interface Outlet {
  * A logger whose lines can be sent elsewhere while it is in use.
  *
  * @example
- * const log = new Log(checkOptions(LogOptions, { level: 'warn' }), 'data')
- * log.logger.warn('hello')
- * await log.flush()
+ * const file = { path: 'a.log', rotate: 'size', max_size: 1024, max_files: 3, max_age: 0, compress: true }
+ * const options = { level: 'warn', format: 'json', output: 'stderr', file }
+ * const log = new Log(options, 'data')
+ * await log.update({ ...options, level: 'info' })
+ * log.logger.level // 'info'
  */
 export class Log {
   readonly logger: Logger
