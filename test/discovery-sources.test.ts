@@ -400,12 +400,7 @@ test('etcd: keys under a prefix, changes, compaction, and a server that comes ba
     etcd: { endpoints: [dead, new URL(etcd.url).host], prefix: '/llm/' }
   }
   const gateway = await gatewayWith(t, source)
-  const brief = (await shown(gateway)).map(({ name, url, weight, priority }) => [
-    name,
-    url,
-    weight,
-    priority
-  ])
+  const brief = (await shown(gateway)).map(({ name, url, weight }) => [name, url, weight])
   assert.deepEqual(brief, [
     ['a', 'http://127.0.0.2:1', 4],
     ['b', 'http://127.0.0.2:2', 1]

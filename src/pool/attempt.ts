@@ -60,6 +60,12 @@ const FAILURE_LATENCY = 10_000
 /** A refusal to serve a request counts as at least this slow: it must not attract others. */
 const REFUSAL_LATENCY = 1_000
 
+/**
+ * A stream whose first event does not come is held back for this time (ms) after its first byte: who keeps
+ * the connection alive with comments is at work, and has found nothing wrong yet.
+ */
+const HOLD_MS = 1_000
+
 /** No era: what comes later does not count a second time. */
 const JUDGED = -1
 
@@ -92,6 +98,7 @@ export class Attempt implements BackendHandler {
   #answer: Answer | undefined
   /** What a stream begins with, until that is seen. */
   #first: FirstEvent | undefined
+  #holding: NodeJS.Timeout | undefined
   /** It began with an error, and is the client's all the same. */
   #failure: FailureKind | undefined
   readonly #patience: Patience
@@ -234,7 +241,10 @@ export class Attempt implements BackendHandler {
 
   #begin(controller: Dispatcher.DispatchController, chunk: Buffer): void {
     const beginning = this.#first?.see(chunk) ?? 'answer'
-    if (beginning === 'incomplete') return
+    if (beginning === 'incomplete') {
+      this.#holding ??= setTimeout(() => this.#deliverOnce(), HOLD_MS).unref()
+      return
+    }
     if (beginning !== 'answer') {
       const refusal = new Refusal(this.#head!, controller)
       for (const each of this.#first!.chunks) refusal.data(each)
@@ -352,6 +362,7 @@ export class Attempt implements BackendHandler {
     if (this.#isOver) return
     this.#isOver = true
     this.#patience.end()
+    clearTimeout(this.#holding)
     this.backend.live.end()
     this.backend.live.breaker.leave(this.#era)
   }

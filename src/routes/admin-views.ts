@@ -19,9 +19,10 @@ const Day = (description: string) =>
 const UsageQuery = Type.Object(
   {
     group_by: Type.String({
-      pattern: '^(key|user|model|backend|day|tag:.+)$',
-      expects: 'key, user, model, backend, day, or such as tag:team',
-      description: 'key (its id), user, model, backend, day, or tag: and the name of a tag'
+      pattern: '^(key|user|model|backend|day|tag|tag:.+)$',
+      expects: 'key, user, model, backend, tag, day, or such as tag:team',
+      description:
+        'key (its id), user, model, backend, day, tag (NAME=VALUE of all tags), or tag: and the name of one'
     }),
     since: Day('The first day, in UTC'),
     until: Day('The last day, in UTC')
