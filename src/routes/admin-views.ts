@@ -5,7 +5,7 @@ import { parseTime } from '../keys/key.ts'
 import type { Dimension } from '../reporters/usage-store.ts'
 import type { Administered, AdminRoute } from './admin.ts'
 
-/** What the admin API shows: usage, the configuration, and a description of itself. */
+/** What the admin API shows: usage, and a description of itself. */
 
 const Day = (description: string) =>
   Type.Optional(
@@ -42,10 +42,7 @@ const SumShown = Type.Object({
   cost: Type.Number()
 })
 
-export default function viewRoutes(
-  { usage, config }: Administered,
-  scope: FastifyInstance
-): AdminRoute[] {
+export default function viewRoutes({ usage }: Administered, scope: FastifyInstance): AdminRoute[] {
   return [
     {
       method: 'GET',
@@ -69,13 +66,6 @@ export default function viewRoutes(
         }
         return { group_by, ...days, sums }
       }
-    },
-    {
-      method: 'GET',
-      url: '/config',
-      summary: 'The running configuration; secrets are ***',
-      response: { 200: Type.Object({}, { description: 'Its sections' }) },
-      handler: async () => config()
     },
     {
       method: 'GET',
