@@ -7,7 +7,8 @@
  *   several turns, 5.75 on average, as ShareGPT's have (https://arxiv.org/abs/2403.19708).
  * - agent: a coding agent that reads 131 tokens for each that it writes, grows by some hundred to some
  *   thousand tokens a step, and has about 80,000 at step 30, as Codex on SWE-bench Pro
- *   (https://vllm.ai/blog/2026-05-06-mooncake-store).
+ *   (https://vllm.ai/blog/2026-05-06-mooncake-store); a step adds some 900 tokens and writes some 250 at
+ *   the median (https://tracelab.cs.washington.edu/exp/llm_generation/token_length_distribution/).
  * - no_reuse: prompts that have nothing in common, half of them like those of Azure's conversation
  *   service (median 1,020 tokens, answers 129) and half like those of its coding service (1,500 and 13),
  *   https://arxiv.org/abs/2311.18677.
