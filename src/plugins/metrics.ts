@@ -133,6 +133,12 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     labelNames: ['outcome'],
     registers
   })
+  const affinity = new Counter({
+    name: 'llmproxy_prefix_affinity_total',
+    help: 'Calls with a prompt: hit went where its beginning is in the cache, left went elsewhere because of the wait there, miss found it nowhere',
+    labelNames: ['result'],
+    registers
+  })
   const exchanges = withExchanges(fastify)
   new Gauge({
     name: 'llmproxy_requests_in_flight',
@@ -151,6 +157,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     requests.inc({ path, stream, backend, status: exchange.statusCode })
     latency.observe({ path, stream, backend }, exchange.durationMs)
     outcomes.inc({ outcome: exchange.outcome })
+    if (exchange.affinity !== undefined) affinity.inc({ result: exchange.affinity })
     const { usage, ttftMs } = exchange
     if (usage !== undefined) {
       tokens.inc({ type: 'prompt' }, usage.promptTokens)

@@ -64,6 +64,8 @@ class Delivery implements AttemptOwner, Waiter, Work {
   since = 0
   #queuedAt = 0
   readonly #attempts: Attempt[] = []
+  /** The one whose answer is the client's. */
+  #delivered: Attempt | undefined
   /** Times before which backends asked not to be tried again. */
   #notBefore: Map<Backend, number> | undefined
   #waits = 0
@@ -103,6 +105,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
 
   stop(): void {
     this.#cancel()
+    this.#learn()
     for (const attempt of this.#attempts) attempt.letGo()
     if (this.#isCounted) {
       const { attained } = this.#pool.queue
@@ -129,6 +132,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
   }
 
   deliver(attempt: Attempt, head: Head, answer: Answer): void {
+    this.#delivered = attempt
     for (const other of this.#attempts) if (other !== attempt) other.cancel()
     this.#answer = answer
     this.#handOver(head, answer)
@@ -291,7 +295,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.#exchange.backendUrl = backend.live.origin + backend.live.basePath
     const attempt = new Attempt(this, backend, this.#lineup.timeLimits(chosen))
     this.#attempts.push(attempt)
-    attempt.start(this.#request(chosen), fresh)
+    attempt.start(this.#request(chosen), this.#lineup.demand(chosen, this.#exchange), fresh)
   }
 
   #request({ backend, upstream }: Candidate): Dispatcher.DispatchOptions {
@@ -325,6 +329,20 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.#exchange.isWaiting = false
     this.#exchange.forgetBody()
     done(null, { ...head, body: answer })
+  }
+
+  /** What was spent is known by now: the backend's speed shows in it. */
+  #learn(): void {
+    const { outcome, usage, firstTokenAt, lastTokenAt } = this.#exchange
+    if (outcome !== 'ok' || usage === undefined) return
+    const { promptTokens, completionTokens, cachedTokens } = usage
+    this.#delivered?.learn({
+      promptTokens,
+      completionTokens,
+      cachedTokens,
+      firstTokenAt,
+      lastTokenAt
+    })
   }
 
   #cancel(): void {

@@ -94,6 +94,10 @@ const RoutingOptions = Section(
       default: 'round_robin',
       description: 'How a backend is chosen; round_robin honours weights'
     }),
+    prefix_affinity: Type.Boolean({
+      default: true,
+      description: 'least_wait counts which backend has the beginning of a prompt in its cache'
+    }),
     timeout: Duration('10m', 'Time to the first byte of the answer, for one attempt', 0),
     connect_timeout: Duration('5s', 'Time to a connection'),
     idle_timeout: Duration('5m', 'Time between two chunks of an answer; 0: for ever', 0),
@@ -266,6 +270,7 @@ export function toPool(
       totalTimeout: backend.total_timeout ?? routing.total_timeout
     })),
     loadBalance: routing.load_balance,
+    prefixAffinity: routing.prefix_affinity,
     fallback: routing.fallback.map(({ models, primary, fallback }) => ({
       models,
       order: [primary, ...fallback].map(toName).filter(name => name !== undefined)

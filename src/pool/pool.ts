@@ -1,11 +1,18 @@
 import { isDeepStrictEqual } from 'node:util'
 import { matchesModel, untagged } from '../keys/key.ts'
-import { Backend, type BackendConfig, type Live, type TimeLimits } from './backend.ts'
-import type { BreakerPolicy, CircuitTurn } from './breaker.ts'
+import { Backend, type BackendConfig, Live, type TimeLimits } from './backend.ts'
+import type { BreakerPolicy, CircuitTurn, OpenReason } from './breaker.ts'
 import { RetryBudget } from './budget.ts'
+import { type Demand, Speeds } from './load.ts'
 import { isKnown, upstreamModel } from './models.ts'
 import { Queue, type QueuePolicy } from './queue.ts'
-import { type StrategyName, strategies } from './strategies.ts'
+import {
+  type Call,
+  cachedTokens,
+  REMEMBER_PREFIXES,
+  type StrategyName,
+  strategies
+} from './strategies.ts'
 
 /** When and how often another attempt is made. Times in milliseconds. */
 export interface RetryPolicy {
@@ -32,6 +39,8 @@ export interface FallbackRule {
 export interface PoolConfig {
   backends: BackendConfig[]
   loadBalance: StrategyName
+  /** Strategies that can do so count what backends have in their caches. */
+  prefixAffinity: boolean
   retry: RetryPolicy
   /** The first one that is for a model holds. */
   fallback: FallbackRule[]
@@ -45,10 +54,10 @@ export interface PoolConfig {
 }
 
 /** What a call needs of its backend. */
-export interface Wanted {
+export interface Wanted extends Call {
   /** Name of the backend that holds what it is about. */
   pinned: string | undefined
-  model: string | undefined
+  isStream: boolean
   /** May the caller use this model in its place? */
   mayUse(model: string): boolean
 }
@@ -85,6 +94,8 @@ export class Lineup {
   readonly #fallback: readonly FallbackRule[]
   readonly #modelTimeouts
   readonly #strategy
+  /** It is written down which backend was sent which prompts. */
+  readonly #remembers: boolean
 
   constructor(backends: Backend[], config: PoolConfig) {
     this.backends = backends
@@ -94,6 +105,8 @@ export class Lineup {
     this.#fallback = config.fallback
     this.#modelTimeouts = config.modelTimeouts
     this.#strategy = strategies[config.loadBalance]
+    this.#remembers =
+      config.prefixAffinity && backends.length > 1 && REMEMBER_PREFIXES.includes(config.loadBalance)
   }
 
   /**
@@ -122,7 +135,11 @@ export class Lineup {
    * The backend for the next attempt; `full` when all that may be used are, undefined when none is
    * available.
    */
-  pick(tried: readonly Candidate[], wanted: Wanted): Candidate | 'full' | undefined {
+  pick(
+    tried: readonly Candidate[],
+    wanted: Wanted,
+    now = performance.now()
+  ): Candidate | 'full' | undefined {
     const able = this.#untried(tried, wanted)
     const candidates = able.filter(each => each.backend.hasRoom)
     if (candidates.length < 2) return candidates[0] ?? (able.length > 0 ? 'full' : undefined)
@@ -131,9 +148,21 @@ export class Lineup {
     if (first.length < 2) return first[0]
     const chosen = this.#strategy(
       first.map(each => each.backend),
-      performance.now()
+      this.#remembers ? wanted : blind(wanted),
+      now
     )
     return first.find(each => each.backend === chosen)
+  }
+
+  /** What a call asks of the backend that it is sent to, which from now on has its prompt. */
+  demand({ backend }: Candidate, wanted: Wanted): Demand {
+    const { model = '', promptTokens: tokens, isStream } = wanted
+    const seen = this.#remembers ? wanted : blind(wanted)
+    const cached = cachedTokens(backend, seen)
+    if (seen.prefixes !== undefined) {
+      backend.live.prefixes.add(seen.prefixes, tokens - cached.kept)
+    }
+    return { model, tokens, cached, isStream }
   }
 
   /** Has one of them room for it, or is there nothing to wait for? */
@@ -187,6 +216,8 @@ export class Pool {
   readonly queue: Queue
   #isServing = false
   readonly #onCircuit: OnCircuit
+  /** Of all backends. */
+  readonly #speeds = new Speeds()
   #current: Lineup
   /** Lineups that are in use; the current one is the last. */
   readonly #lineups = new Set<Lineup>()
@@ -196,7 +227,7 @@ export class Pool {
     this.#onCircuit = onCircuit
     this.queue = new Queue(config.queue)
     this.#current = new Lineup(
-      config.backends.map(each => new Backend(each)),
+      config.backends.map(each => this.#create(each)),
       config
     )
     this.#lineups.add(this.#current)
@@ -214,6 +245,7 @@ export class Pool {
       if (same === undefined) return this.#renewed(each)
       return isDeepStrictEqual(same.config, each) ? same : new Backend(each, same.live)
     })
+    welcome(backends, before.backends)
     this.#current = new Lineup(backends, config)
     this.#lineups.add(this.#current)
     this.queue.policy = config.queue
@@ -222,9 +254,13 @@ export class Pool {
     this.#serveQueue()
   }
 
+  #create(config: BackendConfig): Backend {
+    return new Backend(config, new Live(config, this.#speeds))
+  }
+
   /** Connections are made anew, but what somebody wants of the server at this URL holds. */
   #renewed(config: BackendConfig): Backend {
-    const backend = new Backend(config)
+    const backend = this.#create(config)
     const { name, url } = config
     const before = this.backends.find(each => each.name === name && each.config.url === url)
     if (before?.live.isDrained) backend.live.isDrained = true
@@ -287,7 +323,13 @@ export class Pool {
   #guard({ breaker }: PoolConfig): void {
     const policy = this.backends.length > 1 ? breaker : undefined
     for (const { name, live } of this.backends) {
-      live.breaker.guard(policy, turn => this.#onCircuit(name, turn))
+      let reason: OpenReason | undefined = policy && live.breaker.opened?.reason
+      live.breaker.guard(policy, turn => {
+        if (turn.state === 'open') reason = turn.reason
+        // Who only asked for a rest is as warm as before.
+        else if (reason && reason !== 'retry_after') live.comeBack(performance.now())
+        this.#onCircuit(name, turn)
+      })
       live.onEnd = () => this.#serveQueue()
     }
   }
@@ -333,6 +375,18 @@ function inService(candidates: Candidate[]): Candidate[] {
   }
   const awake = candidates.filter(each => admits(each) || !each.backend.live.breaker.isResting)
   return awake.length > 0 ? awake : candidates
+}
+
+/** New servers warm up beside those that stay. */
+function welcome(backends: readonly Backend[], before: readonly Backend[]): void {
+  const isOld = ({ config }: Backend) => before.some(each => each.config.url === config.url)
+  if (!backends.some(isOld)) return
+  for (const each of backends) if (!isOld(each)) each.live.comeBack(performance.now())
+}
+
+/** The call without its prompt. */
+function blind({ model, promptTokens }: Call): Call {
+  return { model, promptTokens, prefixes: undefined, affinity: undefined }
 }
 
 /** Connections can be kept: what they were opened with has not changed. */
