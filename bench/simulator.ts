@@ -176,7 +176,8 @@ function toPool(fleet: EngineRates[], loadBalance: StrategyName): PoolConfig {
       initialWait: 0,
       maxWait: 0,
       multiplier: 1,
-      retryOn: []
+      retryOn: [],
+      fallsBack: false
     }
   }
 }

@@ -371,7 +371,8 @@ function poolOf(t: TestContext, ...names: string[]) {
       initialWait: 0,
       maxWait: 0,
       multiplier: 1,
-      retryOn: []
+      retryOn: [],
+      fallsBack: false
     }
   })
   const pool = new Pool(toConfig(...names))
