@@ -29,6 +29,7 @@ interface Schema {
   pattern?: string
   unit?: 'ms' | 'bytes'
   notBuilt?: true
+  restart?: true
   shorthand?: string
 }
 
@@ -110,8 +111,9 @@ function placeholder(schema: Schema): string {
   return '...'
 }
 
-function describe(schema: Schema): string {
-  return schema.description ?? expected(schema as never)
+function describe(schema: Schema, isPartOfRestart = false): string {
+  const text = schema.description ?? expected(schema as never)
+  return schema.restart || isPartOfRestart ? `${text} (needs a restart)` : text
 }
 
 /** JSON Schema as editors know it: no keywords of ours, and nothing required that has a default. */
@@ -197,10 +199,10 @@ function reference(): string {
     '  stands for `${`.',
     '- Durations have a unit: `500ms`, `30s`, `1m30s`, `1h`. Sizes too: `512KB`, `64MB` (1 KB = 1024).',
     '- An unknown name, a wrong type or a missing value stops the start, with file, line and column.',
-    '- `SIGHUP`, or a change of the file, reloads it. Running calls keep what they began with. A broken',
-    '  file is refused and the last good one stays. Changes of `server`, `log` (but for `log.level`),',
-    '  `metrics`, `auth.db_path` and `admin` (but for `admin.token`) need a restart, and the log says so;',
-    '  TLS files are read again when they change.',
+    '- `SIGHUP`, `POST /admin/reload`, or a change of the file, reloads it. Running calls keep what they began',
+    '  with. A broken file is refused and the last good one stays. What “needs a restart” here stays as it is',
+    '  until then, and the log and the answer name it; TLS files are read again when they change.',
+    '  `llmproxy diff OLD NEW` says beforehand what differs ([deployment](deployment.md#stop-and-reload)).',
     '- An editor that knows YAML Language Server checks the file as you type with',
     '  `# yaml-language-server: $schema=llmproxy.schema.json` in its first line.',
     '',
@@ -215,7 +217,7 @@ function reference(): string {
     }
     lines.push('', `## ${name}`, '', `${describe(schema)}.`, '')
     lines.push('| option | type | default | meaning |', '|---|---|---|---|')
-    rows(name, schema, lines, later)
+    rows(name, schema, lines, later, false)
   }
   lines.push('', '## Not supported yet', '')
   lines.push('These belong to the dialect. They are refused when they are switched on.', '')
@@ -223,7 +225,14 @@ function reference(): string {
   return `${lines.join('\n')}\n`
 }
 
-function rows(path: string, schema: Schema, lines: string[], later: string[]): void {
+function rows(
+  path: string,
+  schema: Schema,
+  lines: string[],
+  later: string[],
+  isPartOfRestart: boolean
+): void {
+  const needsRestart = isPartOfRestart || schema.restart === true
   const inner = schema.items?.properties ?? schema.properties
   const prefix = schema.items?.properties === undefined ? path : `${path}[]`
   for (const [name, option] of Object.entries(inner ?? {})) {
@@ -233,7 +242,7 @@ function rows(path: string, schema: Schema, lines: string[], later: string[]): v
       continue
     }
     if ((option.properties ?? option.items?.properties) !== undefined) {
-      rows(full, option, lines, later)
+      rows(full, option, lines, later, needsRestart)
       continue
     }
     const isOptional = schema.items?.required ?? schema.required ?? []
@@ -244,7 +253,8 @@ function rows(path: string, schema: Schema, lines: string[], later: string[]): v
           ? '**required**'
           : ''
     const type = expected(option as never).replaceAll('|', '\\|')
-    lines.push(`| \`${full}\` | ${type} | ${fallback} | ${describe(option)} |`)
+    const meaning = describe(option, needsRestart)
+    lines.push(`| \`${full}\` | ${type} | ${fallback} | ${meaning} |`)
   }
 }
 

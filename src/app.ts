@@ -1,4 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises'
+import { isDeepStrictEqual } from 'node:util'
 import type { Registry } from '@prometheus-io/client'
 import type {
   FastifyInstance,
@@ -8,6 +9,7 @@ import type {
   RegisterOptions
 } from 'fastify'
 import { type Static, Type } from 'typebox'
+import { allOrNothing, type Changes, takeOver } from './changes.ts'
 import { anthropic } from './dialects/anthropic.ts'
 import type { Dialect } from './dialects/dialect.ts'
 import { ollama } from './dialects/ollama.ts'
@@ -70,7 +72,10 @@ export type GatewayOptions = Static<typeof GatewayOptions>
 
 /** What can be done to a running gateway. */
 export interface Gateway {
-  /** Takes over other options; running exchanges keep the ones they began with. */
+  /**
+   * Takes over other options, but for what needs a restart; running exchanges keep the ones they began with. What
+   * fails changes nothing.
+   */
   reload(options: GatewayOptions): Promise<void>
   /** Base URL of the demo backend, when it is in use. */
   readonly demoUrl: string | undefined
@@ -90,6 +95,8 @@ export type GivenOptions = Given<Omit<GatewayOptions, 'auth'>> & {
   peers?: Peers
   /** What the admin API shows in front of the gateway's own options. */
   settings?: () => object
+  /** Reads the configuration again for the admin API, if there is something to read. */
+  reload?: () => Promise<Changes> | undefined
   /** Where usage records are kept until they are delivered; without it, in memory. */
   dataDir?: string
 }
@@ -128,6 +135,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     ownsNotFound,
     peers,
     settings = () => ({}),
+    reload = () => undefined,
     dataDir,
     prefix,
     logLevel,
@@ -171,11 +179,8 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   // What is asked? The body stays the bytes that came.
   await fastify.register(payload)
   // Does anybody have that model?
-  await fastify.register(backends, {
-    backends: options.backends,
-    routing: options.routing,
-    health_check: options.health_check
-  })
+  let pool = poolOf(options)
+  await fastify.register(backends, pool)
   await fastify.register(discovery, { ...options.discovery, storage: options.storage })
   // May it be asked now? The last question, so that a refused call has cost nothing.
   await fastify.register(limits, {
@@ -216,6 +221,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
         shared,
         backends: fastify.backends,
         usage: fastify.usage,
+        reload,
         config() {
           const { proxy: _, drain_delay: __, drain_timeout: ___, ...sections } = options
           return { ...settings(), ...(masked(GatewayOptions, sections) as object) }
@@ -251,18 +257,30 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     get demoUrl() {
       return fastify.backends.demoUrl
     },
-    async reload(changed) {
-      await fastify.keys.update(changed.auth, changed.storage)
-      await fastify.logging.update(changed.logging, changed.storage)
-      const { backends, routing, health_check } = changed
-      const found = await fastify.discovery.update(changed.discovery, changed.storage)
-      await fastify.backends.update({ backends, routing, health_check }, found)
-      await fastify.limits.update(changed.rate_limit, changed.storage.caches)
-      await fastify.usage.update(changed.usage, changed.storage)
-      fastify.admin.update(changed.admin)
+    async reload(wanted) {
+      const changed = takeOver(GatewayOptions, options, wanted)
+      await allOrNothing(take, options, changed)
       options = changed
     }
   })
+
+  async function take(changed: GatewayOptions): Promise<void> {
+    await fastify.keys.update(changed.auth, changed.storage)
+    await fastify.logging.update(changed.logging, changed.storage)
+    const found = await fastify.discovery.update(changed.discovery, changed.storage)
+    // Health checks begin anew only where something is another way.
+    if (isDeepStrictEqual(poolOf(changed), pool)) fastify.backends.find(found)
+    else await fastify.backends.update(poolOf(changed), found)
+    pool = poolOf(changed)
+    await fastify.limits.update(changed.rate_limit, changed.storage.caches)
+    await fastify.usage.update(changed.usage, changed.storage)
+    fastify.proxy.update(changed.proxy ?? {})
+    fastify.admin.update(changed.admin)
+  }
+}
+
+function poolOf({ backends, routing, health_check }: GatewayOptions): BackendsOptions {
+  return { backends, routing, health_check }
 }
 
 /**

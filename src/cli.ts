@@ -5,16 +5,18 @@ import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import closeWithGrace from 'close-with-grace'
 import { CommandError } from './commands/command.ts'
-import { loadConfig } from './config.ts'
-import { followFile, type Server, startServer } from './server.ts'
+import { loadConfig, workerCount } from './config.ts'
+import { followFile, isPlain } from './follow.ts'
+import { type Server, startServer } from './server.ts'
 import { VERSION } from './version.ts'
-import { runWorker, startWorkers, workerCount } from './workers.ts'
+import { runWorker, startWorkers } from './workers.ts'
 
 const HELP = `LLMProxy ${VERSION}: a reverse proxy for LLM inference servers
 
 Usage
   llmproxy [serve] [--config FILE]   serve until SIGTERM or Ctrl-C; SIGHUP reloads the file
   llmproxy check [FILE]              check a configuration file and exit
+  llmproxy diff OLD NEW [--json]     what differs, and what of it needs a restart; exits with 0 if nothing, else 1
   llmproxy keys ...                  make, list, change and revoke API keys; see llmproxy keys --help
   llmproxy usage ...                 export usage records, report them again; see llmproxy usage --help
   llmproxy --version
@@ -33,8 +35,6 @@ Whatever the gateway writes goes below LLMPROXY_DATA_DIR (default: ./data).
 const PARENT_INTERVAL = 500
 /** Interrupts so close together (ms) are one press of Ctrl-C. */
 const SAME_KEY = 300
-/** Errors that say all there is to say, and where. */
-const PLAIN = new Set(['ConfigError', 'OptionsError', 'KeyFileError'])
 const DATA_DIR = process.env.LLMPROXY_DATA_DIR ?? './data'
 const CONTAINER_CONFIG = '/home/llmproxy/config.yaml'
 const DEFAULT_CONFIG = fileURLToPath(new URL('../config/llmproxy.yaml', import.meta.url))
@@ -57,6 +57,10 @@ async function run(args: string[]): Promise<number | undefined> {
   if (args[0] === 'usage') {
     const { runUsage } = await import('./commands/usage.ts')
     return runUsage(args.slice(1), DATA_DIR, defaultConfig())
+  }
+  if (args[0] === 'diff') {
+    const { runDiff } = await import('./commands/diff.ts')
+    return runDiff(args.slice(1))
   }
   const { values, positionals } = parseArgs({
     // The original's only option was written with one dash.
@@ -90,7 +94,8 @@ async function serve(file: string): Promise<void> {
   const following = starting.then(server => followFile(file, config, server))
   closeOnSignals(starting, async () => (await following).stop())
   const followed = await following
-  process.on('SIGHUP', () => void followed.reload())
+  // What went wrong is in the log.
+  process.on('SIGHUP', () => void followed.reload().catch(() => {}))
   stopWithNpm()
 }
 
@@ -165,7 +170,7 @@ function misused(complaint: string): number {
 
 /** An error of the operating system in a line; anything else with its stack, for a report. */
 function explain(error: NodeJS.ErrnoException): string {
-  if (PLAIN.has(error.name)) return error.message
+  if (isPlain(error)) return error.message
   if (isMisuse(error)) return `llmproxy: ${error.message.split('. ')[0]}; see llmproxy --help`
   if (error instanceof CommandError) return `llmproxy: ${error.message}`
   return `llmproxy: ${error.code?.startsWith('E') ? error.message : error.stack}`

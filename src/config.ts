@@ -1,6 +1,7 @@
 import { createPrivateKey, X509Certificate } from 'node:crypto'
 import { existsSync, readFileSync } from 'node:fs'
 import { readFile } from 'node:fs/promises'
+import { availableParallelism } from 'node:os'
 import { basename } from 'node:path'
 import { type Static, Type } from 'typebox'
 import { backendIssues, GatewayOptions, optionIssues } from './app.ts'
@@ -8,8 +9,8 @@ import { formatPath, type Issue } from './issues.ts'
 import { isNetwork } from './keys/key.ts'
 import { DEFAULT_STORE } from './keys/key-store.ts'
 import { ADDRESS } from './listen.ts'
-import { fileOptions } from './logs/rotating-file.ts'
-import { Duration, findIssues, NotBuilt, Section, Size } from './options.ts'
+import { LogOptions } from './logs/log.ts'
+import { AtStart, Duration, findIssues, NotBuilt, Section, Size } from './options.ts'
 import { AdminOptions, adminIssues } from './plugins/admin.ts'
 import { readYaml } from './yaml.ts'
 
@@ -40,6 +41,7 @@ const ServerOptions = Section(
     listen: Type.String({
       ...ADDRESS,
       default: ':8000',
+      restart: true,
       description: 'Address and port; without an address all of them'
     }),
     workers: Type.Unsafe<number | 'auto'>({
@@ -49,6 +51,7 @@ const ServerOptions = Section(
         (Number.isInteger(workers) && Number(workers) >= 1 && Number(workers) <= MAX_WORKERS),
       expects: `a number of processes from 1 to ${MAX_WORKERS}, or auto`,
       default: 1,
+      restart: true,
       description: 'Processes that serve; auto: one for each core'
     }),
     header_timeout: Duration('10s', 'How long a client may take for its headers'),
@@ -60,12 +63,13 @@ const ServerOptions = Section(
       0
     ),
     idle_timeout: Duration('120s', 'How long an idle connection is kept'),
-    max_header_bytes: Size('64KB', 'Size of all headers'),
-    max_body_size: Size('64MB', 'Size of a request body'),
+    max_header_bytes: AtStart(Size('64KB', 'Size of all headers')),
+    max_body_size: AtStart(Size('64MB', 'Size of a request body')),
     trust_proxy: Type.Unsafe<boolean | string[]>({
       anyOf: [{ type: 'boolean' }, { type: 'array', items: { type: 'string', check: isNetwork } }],
       expects: 'true, false, or a list of addresses and networks such as [10.0.0.0/8]',
       default: false,
+      restart: true,
       description:
         'Whose X-Forwarded-For counts: nobody, everybody, or these addresses and networks'
     }),
@@ -75,53 +79,44 @@ const ServerOptions = Section(
       0
     ),
     drain_timeout: Duration('30s', 'How long running answers may take after that', 0),
-    cors: Section(
-      {
-        enabled: Type.Boolean({ default: false, description: 'Answers browsers of other origins' }),
-        allowed_origins: texts('Origins, or * for all'),
-        allowed_methods: texts('Methods', ['GET', 'POST', 'PUT', 'DELETE', 'OPTIONS']),
-        allowed_headers: texts('Request headers', ['Authorization', 'Content-Type', 'X-API-Key']),
-        expose_headers: texts('Response headers that scripts may read'),
-        allow_credentials: Type.Boolean({ default: false, description: 'Cookies and the like' }),
-        max_age: Type.Integer({
-          minimum: 0,
-          default: 0,
-          description: 'Seconds a browser may remember the answer; 0: its own default'
-        })
-      },
-      'Cross-origin requests'
+    cors: AtStart(
+      Section(
+        {
+          enabled: Type.Boolean({
+            default: false,
+            description: 'Answers browsers of other origins'
+          }),
+          allowed_origins: texts('Origins, or * for all'),
+          allowed_methods: texts('Methods', ['GET', 'POST', 'PUT', 'DELETE', 'OPTIONS']),
+          allowed_headers: texts('Request headers', ['Authorization', 'Content-Type', 'X-API-Key']),
+          expose_headers: texts('Response headers that scripts may read'),
+          allow_credentials: Type.Boolean({ default: false, description: 'Cookies and the like' }),
+          max_age: Type.Integer({
+            minimum: 0,
+            default: 0,
+            description: 'Seconds a browser may remember the answer; 0: its own default'
+          })
+        },
+        'Cross-origin requests'
+      )
     ),
-    tls: Section(
-      {
-        enabled: Type.Boolean({ default: false, description: 'HTTPS instead of HTTP' }),
-        cert_file: text('Certificate chain, PEM; read again when it changes'),
-        key_file: text('Private key, PEM'),
-        client_ca_file: text('Authority of client certificates, PEM'),
-        client_auth: Type.Enum(['none', 'request', 'require'], {
-          default: 'none',
-          description: 'Whether clients show a certificate'
-        })
-      },
-      'HTTPS'
+    tls: AtStart(
+      Section(
+        {
+          enabled: Type.Boolean({ default: false, description: 'HTTPS instead of HTTP' }),
+          cert_file: text('Certificate chain, PEM; read again when it changes'),
+          key_file: text('Private key, PEM'),
+          client_ca_file: text('Authority of client certificates, PEM'),
+          client_auth: Type.Enum(['none', 'request', 'require'], {
+            default: 'none',
+            description: 'Whether clients show a certificate'
+          })
+        },
+        'HTTPS'
+      )
     )
   },
   'The listening side'
-)
-
-const LogOptions = Section(
-  {
-    level: Type.Enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent'], {
-      default: 'info',
-      description: 'Least level that is written'
-    }),
-    format: Type.Enum(['auto', 'json', 'text'], {
-      default: 'auto',
-      description: 'auto: text on a terminal, json elsewhere'
-    }),
-    output: Type.Enum(['stdout', 'stderr', 'file'], { default: 'stdout', description: 'Where to' }),
-    file: Section(fileOptions('llmproxy.log', 10), 'For output: file')
-  },
-  'The log'
 )
 
 const {
@@ -138,7 +133,7 @@ export const ConfigSchema = Type.Object(
     log: LogOptions,
     ...gatewaySections,
     admin: Section(
-      { ...AdminOptions.properties, db_path: text('Original name of auth.db_path') },
+      { ...AdminOptions.properties, db_path: AtStart(text('Original name of auth.db_path')) },
       'The admin API'
     ),
     hooks: NotBuilt('Scripts')
@@ -190,11 +185,27 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
   issues.push(...findIssues(ConfigSchema, root).filter(({ path }) => !known.has(formatPath(path))))
   const isWrong = issues.some(({ path }) => COMPARED.includes(String(path[0])))
   if (!isWrong) issues.push(...optionIssues(root as Config))
+  if (issues.length === 0) issues.push(...shareIssues(root as Config))
   const isUnclear = issues.some(({ path }) => path[0] === 'backends' || path[0] === 'discovery')
   if (!isUnclear) issues.push(...backendIssues(root as Config))
   issues.push(...incomplete(root as Config), ...takeOverStore(root as Config))
   if (issues.length > 0) throw new ConfigError(file.complaints().join('\n'))
   return freeze(root) as Config
+}
+
+/** How many processes the configuration asks for. */
+export function workerCount({ server }: Config): number {
+  return server.workers === 'auto' ? availableParallelism() : server.workers
+}
+
+/** Every worker must have a share of what a backend can take. */
+function shareIssues(config: Config): Issue[] {
+  const workers = workerCount(config)
+  return config.backends.flatMap(({ max_concurrent }, at) => {
+    if (max_concurrent === 0 || max_concurrent >= workers) return []
+    const message = `must be at least as many as server.workers, which share it (got ${max_concurrent} for ${workers})`
+    return [{ path: ['backends', at, 'max_concurrent'], message }]
+  })
 }
 
 /** The original names the file of the store beside the API that changes it. */

@@ -25,6 +25,7 @@ const STATUS = {
   body_too_large: 413,
   unsupported_encoding: 415,
   unknown_expectation: 417,
+  invalid_config: 422,
   rate_limit_exceeded: 429,
   insufficient_quota: 429,
   headers_too_large: 431,

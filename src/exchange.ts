@@ -8,7 +8,9 @@ import type { OwnLimits } from './limits/limits.ts'
 import type { Lease, LimitStore } from './limits/store.ts'
 import type { Meter } from './metering/meter.ts'
 import type { PromptText } from './metering/text.ts'
+import { type Prefixes, prefixesOf } from './pool/prefixes.ts'
 import type { Priority } from './pool/queue.ts'
+import type { Affinity } from './pool/strategies.ts'
 
 /**
  * A request and its answer. It begins in `onRequest` and ends exactly once, when the response
@@ -107,6 +109,8 @@ export interface Work {
 }
 
 const NOTHING = Buffer.alloc(0)
+/** Of a prompt whose tokens nobody has estimated. */
+const BYTES_PER_TOKEN = 4
 
 export class Exchange {
   readonly id = newRequestId()
@@ -136,6 +140,8 @@ export class Exchange {
   question: UsageQuestion | undefined
   /** The backend this exchange must go to (name), because it holds the state the call is about. */
   pinned: string | undefined
+  /** The model of that state, where the call does not name one. */
+  heldModel: string | undefined
   /** Wants to know the `id` that the backend gives its answer, as soon as it is seen. */
   onAnswerId: ((id: string) => void) | undefined
   /** What the plugins hold for it until it ends. */
@@ -149,6 +155,10 @@ export class Exchange {
   hadHeartbeat = false
   /** The text of the request, where its tokens may have to be estimated. */
   prompt: PromptText | undefined
+  /** Tokens of the prompt, estimated; 0: not known. */
+  promptEstimate = 0
+  /** See {@link Call.affinity}. */
+  affinity: Affinity | undefined
   /** What it has spent is known, and given to the reporters. */
   concluded = false
   /** Resolves when that is safe, where the end of the answer must wait for it. */
@@ -160,6 +170,7 @@ export class Exchange {
   work: Work | undefined
 
   readonly #exchanges: Exchanges
+  #prefixes: Prefixes | undefined
 
   constructor(request: FastifyRequest, reply: FastifyReply, exchanges: Exchanges) {
     this.#exchanges = exchanges
@@ -171,7 +182,24 @@ export class Exchange {
 
   /** The model that is asked for, as the client names it. */
   get model(): string | undefined {
-    return this.request.payload?.model
+    return this.request.payload?.model ?? this.heldModel
+  }
+
+  get isStream(): boolean {
+    return this.request.payload?.stream ?? false
+  }
+
+  /** Tokens of the prompt, about. */
+  get promptTokens(): number {
+    return this.promptEstimate || (this.request.payload?.bytes.length ?? 0) / BYTES_PER_TOKEN
+  }
+
+  /** Where an answer is written; what one caller has asked says nothing to another. */
+  get prefixes(): Prefixes | undefined {
+    const { payload, caller } = this.request
+    if (payload === undefined || this.endpoint?.spends !== 'input and output') return undefined
+    this.#prefixes ??= prefixesOf(payload.bytes, `${payload.model}\0${caller?.id ?? ''}`)
+    return this.#prefixes
   }
 
   /** Does its client expect a stream in which comments can stand? */
@@ -255,6 +283,7 @@ export class Exchange {
     if (this.keepsBody || payload === undefined) return
     this.request.body = undefined
     payload.bytes = NOTHING
+    this.#prefixes = undefined
     if (this.question !== undefined) this.question.bytes = NOTHING
   }
 

@@ -203,7 +203,7 @@ function suggestion(schema: Described, value: unknown): string {
 /** Says what was probably meant: the same letters, the beginning, or all but a third of the text. */
 export function didYouMean(text: string, known: string[]): string {
   if (text === '' || known.length === 0) return ''
-  const best = closest(text, known)
+  const best = known.find(each => each.startsWith(text)) ?? closest(text, known)
   const near =
     distance(text, best) <= text.length / 3 ||
     best.startsWith(text) ||

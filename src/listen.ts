@@ -1,3 +1,4 @@
+import type { Server } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import type { FastifyInstance } from 'fastify'
 
@@ -34,4 +35,16 @@ export async function listen(fastify: FastifyInstance, address: string): Promise
   }
   const scheme = 'setSecureContext' in fastify.server ? 'https' : 'http'
   return `${scheme}://localhost:${(fastify.server.address() as AddressInfo).port}`
+}
+
+/**
+ * All HTTP servers of an application that listens. For each further address of `localhost` Fastify makes one of its
+ * own, which it keeps to itself.
+ */
+export function serversOf(fastify: FastifyInstance): Server[] {
+  const kept = Object.getOwnPropertySymbols(fastify).find(
+    ({ description }) => description === 'fastify.serverBindings'
+  )
+  const more = kept === undefined ? [] : (fastify as unknown as Record<symbol, Server[]>)[kept]!
+  return [fastify.server, ...more]
 }

@@ -3,6 +3,7 @@
 interface SchemaNode {
   secret?: true
   unit?: 'ms' | 'bytes'
+  anyOf?: SchemaNode[]
   items?: SchemaNode
   properties?: Record<string, SchemaNode>
   patternProperties?: Record<string, SchemaNode>
@@ -27,7 +28,10 @@ const TIMES = [
  * masked(schema, { token: 'abc', timeout: 90_000, other: 1 }) // { token: '***', timeout: '90s' }
  */
 export function masked(schema: object, value: unknown): unknown {
-  const { secret, unit, items, properties, patternProperties } = schema as SchemaNode
+  const { secret, unit, items, properties, patternProperties } = alternativeFor(
+    schema as SchemaNode,
+    value
+  )
   if (secret) return withoutLeaves(value)
   if (unit === 'ms' && typeof value === 'number') return toText(value)
   if (Array.isArray(value)) return value.map(item => masked(items ?? {}, item))
@@ -39,6 +43,18 @@ export function masked(schema: object, value: unknown): unknown {
       return inner === undefined || inner.notBuilt ? [] : [[name, masked(inner, member)]]
     })
   )
+}
+
+/** Of alternatives the one for a list, for a mapping, or for anything else. */
+export function alternativeFor<T extends object>(schema: T, value: unknown): T {
+  const { anyOf, secret } = schema as SchemaNode
+  if (anyOf === undefined || secret) return schema
+  const isMapping = typeof value === 'object' && value !== null && !Array.isArray(value)
+  const fits = ({ items, properties, patternProperties }: SchemaNode) =>
+    Array.isArray(value)
+      ? items !== undefined
+      : isMapping === ((properties ?? patternProperties) !== undefined)
+  return (anyOf.find(fits) ?? {}) as T
 }
 
 function withoutLeaves(value: unknown): unknown {

@@ -9,8 +9,9 @@ import { dropSwitchedOff, isSwitchedOn, type SchemaNode } from './not-built.ts'
  * the editor's schema and the reference manual all come from it. A few keywords of our own say what
  * JSON Schema can't: `unit` (text such as `30s` or `64MB`), `bare` (what a number without one is in a file), `notBuilt` and `later` (parts and values
  * that this version doesn't have), `shorthand` (text that stands for an object with that one member),
- * `distinct`, `partOfType`, `check` (a function) with `expects` (what it wants, in words), `hashed`, and
- * `secret` (never shown, nor anything inside).
+ * `distinct`, `partOfType`, `check` (a function) with `expects` (what it wants, in words), `hashed`,
+ * `secret` (never shown, nor anything inside), and `restart` (a running gateway cannot take over another value, nor
+ * anything inside; see `changes.ts`).
  */
 
 const UNITS = {
@@ -125,6 +126,11 @@ function areHeaders(headers: unknown): boolean {
 /** A part of the original dialect that this version doesn't have: refused when it is switched on. */
 export function NotBuilt(description: string) {
   return Type.Optional(Type.Unsafe<unknown>({ notBuilt: true, description }))
+}
+
+/** What a running gateway cannot take over: another value needs a restart. */
+export function AtStart<T extends TSchema>(schema: T): T {
+  return Object.assign(schema, { restart: true })
 }
 
 /** Options as they may be given: what has a default may be left out, a quantity may be text. */

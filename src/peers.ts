@@ -1,3 +1,4 @@
+import type { Changes } from './changes.ts'
 import type { LimitStore } from './limits/store.ts'
 import type { Sink } from './reporters/posts.ts'
 
@@ -16,6 +17,8 @@ export interface Peers {
   /** How that one fares; of what waits there one of the others tells, so that the sum is right. */
   readonly outbox: OutboxState
   onNews(listener: (news: News) => void): void
+  /** Reads the configuration again, in all processes. */
+  reload(): Promise<Changes>
 }
 
 export interface OutboxState {
@@ -33,6 +36,7 @@ export interface ResponseMade {
   kind: 'response'
   response: string
   backend: string
+  model: string | undefined
   caller: string | undefined
 }
 

@@ -2,10 +2,7 @@ import { readFileSync, unwatchFile, watchFile } from 'node:fs'
 import { STATUS_CODES } from 'node:http'
 import type { Server as TlsServer } from 'node:https'
 import type { Socket } from 'node:net'
-import { resolve } from 'node:path'
-import { isDeepStrictEqual } from 'node:util'
 import cors from '@fastify/cors'
-
 import Fastify, {
   type FastifyBaseLogger,
   type FastifyInstance,
@@ -13,16 +10,13 @@ import Fastify, {
   type FastifyRequest,
   LogController
 } from 'fastify'
-import { type Logger, pino } from 'pino'
-import { prettyFactory } from 'pino-pretty'
-
 import gateway, { answerError, type Gateway } from './app.ts'
-import { type Config, ConfigSchema, loadConfig } from './config.ts'
+import { allOrNothing, type Changes } from './changes.ts'
+import { type Config, ConfigSchema } from './config.ts'
 import { openaiError } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
-import { listen } from './listen.ts'
-import { RotatingFile } from './logs/rotating-file.ts'
-import { LogSink } from './logs/sink.ts'
+import { listen, serversOf } from './listen.ts'
+import { Log } from './logs/log.ts'
 import { masked } from './masked.ts'
 import { giveMemoryBack, keepYoung } from './memory.ts'
 import type { Peers } from './peers.ts'
@@ -32,8 +26,13 @@ import { VERSION } from './version.ts'
 export interface Server {
   readonly url: string
   readonly log: FastifyBaseLogger
-  /** Takes over another configuration; running exchanges keep the one they began with. */
+  /**
+   * Takes over another configuration; running exchanges keep the one they began with. What fails changes nothing.
+   * Members that need a restart must be as they were (see `takeOver` in `changes.ts`).
+   */
   reload(config: Config): Promise<void>
+  /** Who reads the configuration again when the admin API asks for that. */
+  onReload(read: () => Promise<Changes>): void
   /** Lets running answers finish, then stops. */
   close(): Promise<void>
 }
@@ -51,8 +50,11 @@ export async function startServer(
 ): Promise<Server & { gateway: Gateway }> {
   keepYoung()
   let config = started
-  const log = createLog(config.log, dataDir)
-  const { fastify, control: gateway } = await createApp(config, log, { dataDir, peers })
+  let read = peers?.reload
+  const out = new Log(config.log, dataDir)
+  const log = out.logger
+  const app = await createApp(config, log, { dataDir, peers, reload: () => read?.() })
+  const { fastify, control: gateway } = app
   const url = await listen(fastify, config.server.listen)
   const address = { version: VERSION, node: process.version, url }
   // Of several workers the primary says this, once.
@@ -69,11 +71,19 @@ export async function startServer(
 
   function renewTls(): void {
     try {
-      ;(fastify.server as unknown as TlsServer).setSecureContext(readTls(config.server.tls))
+      const context = readTls(config.server.tls)
+      for (const each of serversOf(fastify)) {
+        ;(each as unknown as TlsServer).setSecureContext(context)
+      }
       log.info('TLS certificate renewed')
     } catch (error) {
       log.error({ err: error }, 'the changed TLS files cannot be used; the last good ones stay')
     }
+  }
+
+  async function take(changed: Config): Promise<void> {
+    await out.update(changed.log)
+    await app.reload(changed)
   }
 
   return {
@@ -81,9 +91,11 @@ export async function startServer(
     log,
     gateway,
     async reload(changed) {
-      await gateway.reload(sections(changed))
+      await allOrNothing(take, config, changed)
       config = changed
-      log.level = changed.log.level
+    },
+    onReload(reader) {
+      read = reader
     },
     async close() {
       for (const file of files) unwatchFile(file!)
@@ -91,40 +103,27 @@ export async function startServer(
       log[level]('shutting down')
       await fastify.close()
       log[level]('stopped')
-      await flushLog(log)
+      await out.flush()
     }
   }
 }
 
-/**
- * Reads the file again when it changes, and when `reload` is called; a broken one is refused and the
- * last good one stays.
- */
-export function followFile(file: string, running: Config, server: Server) {
-  const { log } = server
-  async function reload(): Promise<void> {
-    try {
-      const changed = await loadConfig(file)
-      await server.reload(changed)
-      const names = needRestart(running, changed)
-      if (names.length > 0) log.warn({ sections: names }, 'changes that need a restart')
-      log.info({ config: file }, 'configuration reloaded')
-    } catch (error) {
-      log.error({ config: file, errors: (error as Error).message.split('\n') }, 'reload refused')
-    }
-  }
-  const onChange = () => void reload()
-  watchFile(file, { interval: WATCH_INTERVAL, persistent: false }, onChange)
-  return { reload, stop: () => unwatchFile(file, onChange) }
+/** What is around the gateway, if it is there. */
+interface Surroundings {
+  dataDir?: string | undefined
+  peers?: Peers | undefined
+  /** Reads the configuration again. */
+  reload?: () => Promise<Changes> | undefined
 }
 
 /** The gateway in a Fastify server of its own, as the configuration has it, not listening yet. */
 export async function createApp(
   config: Config,
   log: FastifyBaseLogger,
-  { dataDir, peers }: { dataDir?: string | undefined; peers?: Peers | undefined } = {}
+  { dataDir, peers, reload }: Surroundings = {}
 ) {
   const { server } = config
+  let running = config
   const http = {
     maxHeaderSize: server.max_header_bytes,
     headersTimeout: server.header_timeout,
@@ -181,22 +180,33 @@ export async function createApp(
 
   await fastify.register(gateway, {
     ...sections(config),
-    proxy: { write_timeout: server.write_timeout, heartbeat: server.heartbeat },
-    drain_delay: server.drain_delay,
-    drain_timeout: server.drain_timeout,
     settings: () => {
-      const running = { server, log: { ...config.log, level: log.level } }
-      return masked(ConfigSchema, running) as object
+      const { server, log } = running
+      return masked(ConfigSchema, { server, log }) as object
     },
     ownsNotFound: true,
     ...(peers === undefined ? {} : { peers }),
     ...(dataDir === undefined ? {} : { dataDir }),
+    ...(reload === undefined ? {} : { reload }),
     onGateway: (created: Gateway) => {
       control = created
     }
   })
   await fastify.ready()
-  return { fastify, control }
+  return {
+    fastify,
+    control,
+    async reload(changed: Config): Promise<void> {
+      await control.reload(sections(changed))
+      const { header_timeout, read_timeout, idle_timeout } = changed.server
+      for (const each of serversOf(fastify)) {
+        each.headersTimeout = header_timeout
+        each.requestTimeout = read_timeout
+        each.keepAliveTimeout = idle_timeout
+      }
+      running = changed
+    }
+  }
 }
 
 /** The gateway logs a line for each exchange itself; Fastify's own would hold URLs with their queries. */
@@ -206,34 +216,15 @@ class QuietLog extends LogController {
   override serviceUnavailable(): void {}
 }
 
-/** The sections of the file that the gateway plugin takes. */
+/** What the gateway plugin takes of a file. */
 export function sections(config: Config) {
   const { backends, routing, health_check, discovery } = config
   const { auth, rate_limit, usage, storage, logging, metrics } = config
   const { db_path: _, ...admin } = config.admin
+  const { write_timeout, heartbeat, drain_delay, drain_timeout } = config.server
   const parts = { auth, rate_limit, usage, storage, logging, metrics, admin }
-  return { backends, routing, health_check, discovery, ...parts }
-}
-
-/** Names of the settings that differ but can't be changed while running. */
-function needRestart(before: Config, after: Config): string[] {
-  const names = (['server', 'log'] as const).flatMap(section =>
-    Object.keys(after[section])
-      .filter(name => `${section}.${name}` !== 'log.level')
-      .filter(
-        name => !isDeepStrictEqual(member(before[section], name), member(after[section], name))
-      )
-      .map(name => `${section}.${name}`)
-  )
-  if (before.auth.db_path !== after.auth.db_path) names.push('auth.db_path')
-  for (const name of ['enabled', 'listen'] as const) {
-    if (before.admin[name] !== after.admin[name]) names.push(`admin.${name}`)
-  }
-  return isDeepStrictEqual(before.metrics, after.metrics) ? names : [...names, 'metrics']
-}
-
-function member(section: object, name: string): unknown {
-  return (section as Record<string, unknown>)[name]
+  const serving = { proxy: { write_timeout, heartbeat }, drain_delay, drain_timeout }
+  return { backends, routing, health_check, discovery, ...parts, ...serving }
 }
 
 function readTls(tls: Config['server']['tls']) {
@@ -259,34 +250,6 @@ function corsOptions(options: Config['server']['cors']) {
     credentials: options.allow_credentials,
     ...(options.max_age > 0 ? { maxAge: options.max_age } : {})
   }
-}
-
-export function createLog(options: Config['log'], dataDir: string): Logger {
-  const settings = { level: options.level, base: null }
-  if (options.output === 'file') {
-    const file = new RotatingFile({ ...options.file, path: resolve(dataDir, options.file.path) })
-    file.touch()
-    return pino(settings, new LogSink(file, 'log'))
-  }
-  const { isTTY } = options.output === 'stdout' ? process.stdout : process.stderr
-  const sink = new LogSink(options.output === 'stdout' ? 1 : 2, 'log')
-  const isText = options.format === 'text' || (options.format === 'auto' && isTTY)
-  if (!isText) return pino(settings, sink)
-  const format = prettyFactory({
-    colorize: isTTY,
-    singleLine: true,
-    translateTime: 'SYS:HH:MM:ss.l'
-  })
-  const lines = {
-    write: (line: string) => sink.write(format(line)),
-    flush: (done: () => void) => sink.flush(done)
-  }
-  return pino(settings, lines)
-}
-
-/** Resolves when the last lines are written, or when nobody takes them. */
-export function flushLog(log: Logger): Promise<void> {
-  return new Promise(resolve => log.flush(() => resolve()))
 }
 
 function sayDemo(log: FastifyBaseLogger, { demoUrl }: Gateway, url: string): void {

@@ -1,14 +1,16 @@
 import cluster, { type Worker } from 'node:cluster'
 import { once } from 'node:events'
-import { availableParallelism } from 'node:os'
 import { isDeepStrictEqual } from 'node:util'
 import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
 import type { Gateway } from './app.ts'
-import type { Config } from './config.ts'
+import { allOrNothing, type Changes } from './changes.ts'
+import { type Config, workerCount } from './config.ts'
+import { GatewayError } from './errors.ts'
 import { openMemoryStore } from './limits/memory.ts'
 import { Periods } from './limits/period.ts'
 import { type LimitAnswer, type LimitQuestion, RemoteLeases, RemoteStore } from './limits/remote.ts'
+import { Log } from './logs/log.ts'
 import { collectGarbage } from './memory.ts'
 import type { News, OutboxState, Peers } from './peers.ts'
 import { toKeeping, usageFile } from './plugins/usage.ts'
@@ -16,7 +18,7 @@ import type { Delivery } from './reporters/courier.ts'
 import { Outbox } from './reporters/outbox.ts'
 import { Posts } from './reporters/posts.ts'
 import { toReporters } from './reporters/reporters.ts'
-import { createLog, flushLog, LISTENING, type Server, startServer } from './server.ts'
+import { LISTENING, type Server, startServer } from './server.ts'
 import { VERSION } from './version.ts'
 
 /**
@@ -29,7 +31,7 @@ import { VERSION } from './version.ts'
 type Order =
   | { kind: 'serve' | 'reload'; config: Config }
   | { kind: 'close' }
-  | { kind: 'metrics'; id: number; text?: string; error?: string }
+  | { kind: 'answer'; id: number; value?: string | Changes; error?: Failure }
   | { kind: 'news'; news: News }
   | { kind: 'recorded' }
   | { kind: 'limited'; answer: LimitAnswer }
@@ -41,10 +43,17 @@ type Message =
   | { kind: 'records'; entries: string[] }
   | { kind: 'limit'; question: LimitQuestion }
   | { kind: 'serves'; url: string }
-  | { kind: 'failed'; message: string; name: string; code: string | undefined }
-  | { kind: 'reloaded'; error?: string }
-  | { kind: 'scraped'; id: number }
+  | { kind: 'failed'; error: Failure }
+  | { kind: 'reloaded'; error?: Failure }
+  | { kind: 'question'; id: number; what: 'metrics' | 'reload' }
   | { kind: 'news'; news: News }
+
+/** An error on its way to another process. */
+interface Failure {
+  message: string
+  name: string
+  code: string | undefined
+}
 
 /** A worker that crashes as soon as it has begun is replaced after growing waits (ms). */
 const FIRST_WAIT = 100
@@ -57,17 +66,14 @@ const TELL_INTERVAL = 1_000
 /** The primary has little to do once its workers serve (ms). */
 const TIDY_AFTER = 2_000
 
-/** How many processes the configuration asks for. */
-export function workerCount({ server }: Config): number {
-  return server.workers === 'auto' ? availableParallelism() : server.workers
-}
-
 /** Starts the workers; this process is their primary from now on. */
 export async function startWorkers(started: Config, dataDir: string): Promise<Server> {
   let config = started
   let isClosing = false
   let wait = FIRST_WAIT
-  const log = createLog(config.log, dataDir)
+  const out = new Log(config.log, dataDir)
+  const log = out.logger
+  let read: (() => Promise<Changes>) | undefined
   const all = new AggregatorRegistry()
   const reporters = ({ usage, storage }: Config) => toReporters(usage, { storage, dataDir, log })
   const outbox = new Outbox(
@@ -101,10 +107,9 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
       worker.on('message', (message: Message) => {
         if (message.kind === 'serves') resolve(message.url)
         else if (message.kind === 'failed') {
-          const { name, code } = message
-          reject(Object.assign(new Error(message.message), { name, code }))
+          reject(toError(message.error))
         } else if (message.kind === 'news') tellOthers(worker, message.news)
-        else if (message.kind === 'scraped') void answerScrape(worker, message.id)
+        else if (message.kind === 'question') void answer(worker, message)
         else if (message.kind === 'limit') void leases.hear(message.question)
         else if (message.kind === 'records') void record(worker, message.entries)
       })
@@ -153,33 +158,51 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     }
   }
 
-  async function answerScrape(worker: Worker, id: number): Promise<void> {
+  async function answer(worker: Worker, { id, what }: Message & { kind: 'question' }) {
     try {
-      tellOutbox()
-      send(worker, { kind: 'metrics', id, text: await all.clusterMetrics() })
+      const value = await (what === 'metrics' ? scrape() : reread())
+      send(worker, { kind: 'answer', id, value })
     } catch (error) {
-      send(worker, { kind: 'metrics', id, error: (error as Error).message })
+      send(worker, { kind: 'answer', id, error: toFailure(error) })
     }
+  }
+
+  async function scrape(): Promise<string> {
+    tellOutbox()
+    return all.clusterMetrics()
+  }
+
+  async function reread(): Promise<Changes> {
+    if (read === undefined) throw new Error('nobody follows the configuration yet')
+    return read()
+  }
+
+  /** A worker that is being started takes over what it finds in `config`. */
+  async function take(changed: Config): Promise<void> {
+    const { usage, storage } = config
+    config = changed
+    await out.update(changed.log)
+    limits.update({ periods: new Periods(changed.rate_limit.time_zone) })
+    if (!isDeepStrictEqual([changed.usage, changed.storage], [usage, storage])) {
+      await outbox.update(reporters(changed), toKeeping(changed.usage))
+    }
+    const errors = await Promise.all(
+      workers().map(worker => {
+        const answer = reloaded(worker)
+        send(worker, { kind: 'reload', config: changed })
+        return answer
+      })
+    )
+    const error = errors.find(each => each !== undefined)
+    if (error !== undefined) throw toError(error)
   }
 
   return {
     url,
     log,
-    async reload(changed) {
-      const { usage, storage } = config
-      config = changed
-      log.level = changed.log.level
-      limits.update({ periods: new Periods(changed.rate_limit.time_zone) })
-      if (!isDeepStrictEqual([changed.usage, changed.storage], [usage, storage])) {
-        await outbox.update(reporters(config), toKeeping(config.usage))
-      }
-      await Promise.all(
-        workers().map(async worker => {
-          send(worker, { kind: 'reload', config })
-          const error = await reloaded(worker)
-          if (error !== undefined) throw new Error(`worker ${worker.process.pid}: ${error}`)
-        })
-      )
+    reload: changed => allOrNothing(take, config, changed),
+    onReload(reader) {
+      read = reader
     },
     async close() {
       isClosing = true
@@ -193,7 +216,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
       await limits.close()
       await outbox.close(AbortSignal.timeout(FLUSH_TIMEOUT))
       log.info('stopped')
-      await flushLog(log)
+      await out.flush()
     }
   }
 }
@@ -207,15 +230,26 @@ function send(worker: Worker, order: Order): void {
   if (worker.isConnected()) worker.send(order, () => {})
 }
 
+function toFailure(error: unknown): Failure {
+  const { message, name, code } = error as NodeJS.ErrnoException
+  return { message, name, code }
+}
+
+function toError({ message, name, code }: Failure): Error {
+  if (name === 'GatewayError') return new GatewayError(code as GatewayError['code'], message)
+  return Object.assign(new Error(message), { name, code })
+}
+
 /** Resolves when a worker has taken over a configuration, or with what went wrong. */
-function reloaded(worker: Worker): Promise<string | undefined> {
+function reloaded(worker: Worker): Promise<Failure | undefined> {
   return new Promise(resolve => {
-    const timer = setTimeout(() => done('does not answer'), RELOAD_TIMEOUT)
+    const silent = { message: `worker ${worker.process.pid} does not answer`, name: 'Error' }
+    const timer = setTimeout(() => done({ ...silent, code: undefined }), RELOAD_TIMEOUT)
     const listen = (message: Message) => {
       if (message.kind === 'reloaded') done(message.error)
     }
     const stopped = () => done(undefined)
-    const done = (error: string | undefined) => {
+    const done = (error: Failure | undefined) => {
       clearTimeout(timer)
       worker.off('message', listen)
       worker.off('exit', stopped)
@@ -228,41 +262,45 @@ function reloaded(worker: Worker): Promise<string | undefined> {
 
 /** The life of a worker: it does as the primary says. */
 export function runWorker(dataDir: string): void {
-  const scrapes = new Map<number, (order: Order & { kind: 'metrics' }) => void>()
+  const asked = new Map<number, (answer: Order & { kind: 'answer' }) => void>()
   const newsListeners: ((news: News) => void)[] = []
   const usage = new Posts(entries => tell({ kind: 'records', entries }))
   const limits = new RemoteStore(question => tell({ kind: 'limit', question }))
-  let lastScrape = 0
+  let lastId = 0
+  let serving: Promise<void> | undefined
   let server: (Server & { gateway: Gateway }) | undefined
   const peers = {
     count: 1,
-    async metrics() {
-      const id = ++lastScrape
-      tell({ kind: 'scraped', id })
-      const { text, error } = await new Promise<Order & { kind: 'metrics' }>(resolve => {
-        scrapes.set(id, resolve)
-      })
-      if (text === undefined) throw new Error(error)
-      return text
-    },
+    metrics: () => ask<string>('metrics'),
     tell: news => tell({ kind: 'news', news }),
     usage,
     limits,
     outbox: { pending: 0, trouble: undefined },
-    onNews: listener => newsListeners.push(listener)
+    onNews: listener => newsListeners.push(listener),
+    reload: () => ask<Changes>('reload')
   } satisfies Peers
 
+  async function ask<T extends string | Changes>(what: 'metrics' | 'reload'): Promise<T> {
+    const id = ++lastId
+    tell({ kind: 'question', id, what })
+    const { value, error } = await new Promise<Order & { kind: 'answer' }>(resolve => {
+      asked.set(id, resolve)
+    })
+    if (error !== undefined) throw toError(error)
+    return value as T
+  }
+
   process.on('message', async (order: Order) => {
-    if (order.kind === 'serve') await serve(order.config)
+    if (order.kind === 'serve') serving = serve(order.config)
     else if (order.kind === 'reload') await reload(order.config)
     else if (order.kind === 'recorded') usage.settle()
     else if (order.kind === 'limited') limits.hear(order.answer)
     else if (order.kind === 'outbox') Object.assign(peers.outbox, order.state)
     else if (order.kind === 'delivered') server?.gateway.countDelivery(order.result, order.records)
     else if (order.kind === 'news') for (const listener of newsListeners) listener(order.news)
-    else if (order.kind === 'metrics') {
-      scrapes.get(order.id)?.(order)
-      scrapes.delete(order.id)
+    else if (order.kind === 'answer') {
+      asked.get(order.id)?.(order)
+      asked.delete(order.id)
     } else if (order.kind === 'close') {
       await server?.close()
       process.exit()
@@ -284,18 +322,18 @@ export function runWorker(dataDir: string): void {
       for (const signal of SIGNALS) process.on(signal, () => {})
       tell({ kind: 'serves', url: started.url })
     } catch (error) {
-      const { message, name, code } = error as NodeJS.ErrnoException
-      const failed: Message = { kind: 'failed', message, name, code }
+      const failed: Message = { kind: 'failed', error: toFailure(error) }
       process.send!(failed, () => process.exit(1))
     }
   }
 
   async function reload(config: Config): Promise<void> {
     try {
+      await serving
       await server?.reload(config)
       tell({ kind: 'reloaded' })
     } catch (error) {
-      tell({ kind: 'reloaded', error: (error as Error).message })
+      tell({ kind: 'reloaded', error: toFailure(error) })
     }
   }
 }

@@ -345,6 +345,7 @@ test('what was spent, by whom and when', async t => {
     ['model', 'm'],
     ['backend', 'gpu'],
     ['tag:team', 'red'],
+    ['tag', 'team=red'],
     ['day', new Date().toISOString().slice(0, 10)]
   ]) {
     const [sum] = await sums(`group_by=${by}&since=2026-01-01&until=2999-12-31`)

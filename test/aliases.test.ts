@@ -1,9 +1,11 @@
 import assert from 'node:assert/strict'
+import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { gzipSync } from 'node:zlib'
 import { parseConfig } from '../src/config.ts'
 import { Renamed } from '../src/pool/renamed.ts'
 import { type Answerer, closedPort, fakeBackend, post, startGateway } from './helper.ts'
+import { folder } from './process.ts'
 import {
   cuts,
   llamacppChat,
@@ -78,13 +80,31 @@ test('only the name of the answer itself is changed, wherever the chunks are cut
         `data:{"model":"${model}"}`
       )
     ].join('')
-  const old = stream('m')
+  const cr = (model: string) =>
+    `event: x\rdata: {"model":"${model}","x":\rdata:  {"model":"m"},\rdata: "y":"{"}\r\rdata:{"model":"${model}"}\r\r`
+  const old = stream('m') + cr('m')
   for (let cut = 0; cut < old.length; cut++) {
     const renamed = new Renamed(undefined, 'sse', 'new')
     const parts = [old.slice(0, cut), old.slice(cut)].map(part => renamed.pass(Buffer.from(part)))
-    const expected = stream('new').replace('"model" :\t"m\n', '"model" :\t"new"\n')
+    const expected = (stream('new') + cr('new')).replace('"model" :\t"m\n', '"model" :\t"new"\n')
     assert.equal(parts.join(''), expected, `cut at ${cut}`)
   }
+})
+
+test('a stored response has the name that it was asked for by, whenever it is read', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.setHeader('content-type', 'application/json')
+    response.end(
+      JSON.stringify({ id: 'resp_1', object: 'response', model: 'm', status: 'completed' })
+    )
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url, models: [{ fast: 'm' }] }]
+  })
+  const made = await post(`${gateway.url}/v1/responses`, { model: 'fast', input: 'x' })
+  assert.equal((await made.json()).model, 'fast')
+  const read = await fetch(`${gateway.url}/v1/responses/resp_1`)
+  assert.equal((await read.json()).model, 'fast')
 })
 
 test('an answer that is compressed all the same has the name, too', async t => {
@@ -104,7 +124,9 @@ test('an alias is listed with what the backend says of its model, and nothing of
     t,
     (_request, response) => {
       response.setHeader('content-type', 'application/json')
-      response.end(JSON.stringify({ data: [{ id: 'm', max_model_len: 4096 }] }))
+      response.end(
+        JSON.stringify({ data: [{ id: 'm', root: '/models/m', created: 7, max_model_len: 4096 }] })
+      )
     },
     { listsModels: true }
   )
@@ -114,7 +136,7 @@ test('an alias is listed with what the backend says of its model, and nothing of
   await gateway.logged({ msg: 'backend lists models' })
   const { data } = (await (await fetch(`${gateway.url}/v1/models`)).json()) as { data: object[] }
   assert.deepEqual(data, [
-    { id: 'fast', object: 'model', created: 0, owned_by: 'llmproxy', max_model_len: 4096 }
+    { id: 'fast', object: 'model', created: 7, owned_by: 'llmproxy', max_model_len: 4096 }
   ])
   const { status } = await post(`${gateway.url}/v1/chat/completions`, { model: 'm' })
   assert.equal(status, 404)
@@ -141,6 +163,39 @@ test('the bill names both models, and has the price of the backend’s', async t
   const { requested_model, model, cost, prompt_tokens, completion_tokens } = record
   assert.deepEqual([requested_model, model], ['fast', 'm'])
   assert.equal(cost, (prompt_tokens + 2 * completion_tokens) / 1e6)
+})
+
+test('a quota in money counts what the backend’s model costs, whatever it is called', async t => {
+  const backend = await fakeBackend(t, speaks(vllmChat))
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url, models: ['m', { fast: 'm' }] }],
+    auth: {
+      enabled: true,
+      keys: [{ key: 'sk-1', total_quota: 0.00004, quota_unit: 'cost' }]
+    },
+    rate_limit: { enabled: true },
+    routing: { model_fallbacks: { old: ['m'] } },
+    usage: {
+      enabled: true,
+      prices: [
+        { model: 'fast-*', input: 9, output: 9 },
+        { model: 'm', input: 1, output: 1 },
+        { model: '*', input: 0, output: 0 }
+      ],
+      reporters: [{ name: 'f', type: 'file', file: { path: join(folder(t), 'u.jsonl') } }]
+    }
+  })
+  const statuses: number[] = []
+  for (const model of ['fast', 'old', 'fast']) {
+    const response = await post(
+      `${gateway.url}/v1/chat/completions`,
+      { model, messages: [], max_tokens: 1 },
+      { authorization: 'Bearer sk-1' }
+    )
+    statuses.push(response.status)
+    await response.text()
+  }
+  assert.deepEqual(statuses, [200, 200, 429])
 })
 
 /** A backend that says its name, or the status it is told. */
@@ -204,7 +259,8 @@ test('another model takes the place of one that nobody can serve, under its own 
       keys: [
         { key: 'sk-all' },
         { key: 'sk-some', models: ['large', 'small'] },
-        { key: 'sk-one', models: ['large'] }
+        { key: 'sk-one', models: ['large'] },
+        { key: 'sk-none', models: ['retired'] }
       ]
     }
   })
@@ -221,6 +277,7 @@ test('another model takes the place of one that nobody can serve, under its own 
   // Who may not use them gets none of them.
   assert.equal((await ask(gateway.url, 'large', 'sk-some')).model, 'small')
   assert.equal((await ask(gateway.url, 'large', 'sk-one')).status, 500)
+  assert.equal((await ask(gateway.url, 'retired', 'sk-none')).status, 404)
 
   // The backend has failed with one model, and not with another.
   b.state.status = 500
@@ -244,6 +301,39 @@ test('backends with a higher priority number get calls when those with a lower o
   assert.equal(await gateway.metric('llmproxy_backend_ejections_total', { backend: 'dead' }), 1)
   a.state.status = 502
   for (let i = 0; i < 5; i++) assert.equal((await ask(gateway.url, 'm')).by, 'b')
+})
+
+test('a tier that fails costs no retry: every call gets its answer from the next one', async t => {
+  const [a, b, c] = [await named(t, 'a'), await named(t, 'b'), await named(t, 'c')]
+  const gateway = await startGateway(t, {
+    backends: [
+      { name: 'a', url: a.url },
+      { name: 'b', url: b.url },
+      { name: 'c', url: c.url, priority: 1 }
+    ]
+  })
+  for (const status of [429, 500]) {
+    a.state.status = b.state.status = status
+    const answers = await Promise.all(Array.from({ length: 60 }, () => ask(gateway.url, 'm')))
+    assert.ok(answers.every(({ by }) => by === 'c'))
+  }
+  // Both of the first tier are broken, and are left alone.
+  const { length } = a.requests
+  for (let i = 0; i < 5; i++) assert.equal((await ask(gateway.url, 'm')).by, 'c')
+  assert.equal(a.requests.length, length)
+})
+
+test('whoever a rule names is asked, whether it lists its models or not', async t => {
+  const a = await named(t, 'a')
+  const c = await named(t, 'c')
+  const gateway = await startGateway(t, {
+    backends: [
+      { name: 'c', url: c.url, models: ['m'] },
+      { name: 'a', url: a.url }
+    ],
+    routing: { fallback: [{ primary: 'a', fallback: ['c'] }] }
+  })
+  for (let i = 0; i < 3; i++) assert.equal((await ask(gateway.url, 'm')).by, 'a')
 })
 
 test('what is wrong with models and rules is said', () => {

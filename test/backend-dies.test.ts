@@ -242,17 +242,24 @@ test('a large head of an answer passes', async t => {
   assert.ok(client.received.includes(large))
 })
 
+const START = 'event: message_start\ndata: {"type":"message_start"}\n\n'
+const LINE = '{"message":{"content":"he"}}\n'
 const HALVES = [
   {
     path: '/v1/chat/completions',
     asked: true,
-    sent: 'data: {"choices":[{"delta":{"con',
+    sent: `${chunk('Hi')}data: {"choices":[{"delta":{"con`,
     before: 'con\n\n'
   },
   { path: '/v1/chat/completions', asked: false, sent: `${chunk('Hi')}data: {"cho`, before: '\n\n' },
-  { path: '/v1/messages', asked: false, sent: 'event: content_bl', before: 'content_bl\n\n' },
-  { path: '/v1/messages', asked: false, sent: 'event: ping\n', before: 'ping\n\n' },
-  { path: '/api/chat', asked: false, sent: '{"message":{"content":"he', before: 'he\n' }
+  {
+    path: '/v1/messages',
+    asked: false,
+    sent: `${START}event: content_bl`,
+    before: 'content_bl\n\n'
+  },
+  { path: '/v1/messages', asked: false, sent: `${START}event: ping\n`, before: 'ping\n\n' },
+  { path: '/api/chat', asked: false, sent: `${LINE}${LINE.slice(0, 25)}`, before: 'he\n' }
 ]
 
 for (const { path, asked, sent, before } of HALVES) {

@@ -1,8 +1,6 @@
 import assert from 'node:assert/strict'
-import { type TestContext, test } from 'node:test'
+import { test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { Backend } from '../src/pool/backend.ts'
-import { strategies } from '../src/pool/strategies.ts'
 import {
   answerChat,
   CHAT,
@@ -14,77 +12,6 @@ import {
   rawPost,
   startGateway
 } from './helper.ts'
-
-function backends(t: TestContext, ...weights: number[]): Backend[] {
-  return weights.map((weight, index) => {
-    const backend = new Backend({
-      name: 'ABCDEF'[index]!,
-      url: 'http://127.0.0.1:1',
-      weight,
-      priority: 0,
-      maxConcurrent: 0,
-      models: undefined,
-      listsModels: false,
-      headers: {},
-      timeout: 0,
-      connectTimeout: 0,
-      idleTimeout: 0,
-      totalTimeout: 0
-    })
-    t.after(() => backend.live.destroy())
-    return backend
-  })
-}
-
-function picks(strategy: keyof typeof strategies, candidates: Backend[], count: number): string {
-  return Array.from({ length: count }, () => strategies[strategy](candidates, 0).name).join('')
-}
-
-test('round_robin honours weights, smoothly', t => {
-  assert.equal(picks('round_robin', backends(t, 1, 1, 1), 6), 'ABCABC')
-  assert.equal(picks('round_robin', backends(t, 5, 1), 12), 'AAABAAAAABAA')
-  assert.equal(picks('weighted', backends(t, 3, 2, 1), 6), 'ABACBA')
-})
-
-test('round_robin never loses a backend that was away', t => {
-  const [a, b] = backends(t, 10, 1) as [Backend, Backend]
-  picks('round_robin', [a, b], 5)
-  for (let count = 0; count < 50; count++) assert.equal(strategies.round_robin([b], 0), b)
-  assert.match(picks('round_robin', [a, b], 22), /A.*B|B.*A/)
-})
-
-test('least_connections counts what is in flight, for each weight', t => {
-  const [a, b] = backends(t, 2, 1) as [Backend, Backend]
-  const order = Array.from({ length: 6 }, () => {
-    const chosen = strategies.least_connections([a, b], 0)
-    chosen.live.inFlight++
-    return chosen.name
-  })
-  assert.deepEqual([a.live.inFlight, b.live.inFlight], [4, 2], order.join(''))
-})
-
-test('latency_based prefers the fast, shuns the failing, and tries the idle again', t => {
-  const [a, b] = backends(t, 1, 1) as [Backend, Backend]
-  a.live.observeLatency(100, 0)
-  b.live.observeLatency(1000, 0)
-  assert.equal(strategies.latency_based([a, b], 0), a)
-  a.live.observeLatency(10_000, 1)
-  assert.equal(strategies.latency_based([a, b], 1), b, 'a failure counts as a long latency')
-  b.live.observeLatency(1000, 60_000)
-  assert.equal(strategies.latency_based([a, b], 60_000), a, 'after a minute it gets another try')
-})
-
-test('latency_based gives an unknown backend its first call', t => {
-  const [a, b] = backends(t, 1, 1) as [Backend, Backend]
-  a.live.observeLatency(1, 0)
-  assert.equal(strategies.latency_based([a, b], 0), b)
-})
-
-test('random honours weights', t => {
-  const chosen = picks('random', backends(t, 9, 1), 2000)
-  const share = chosen.replaceAll('B', '').length / chosen.length
-  assert.ok(share > 0.85 && share < 0.95, String(share))
-})
 
 test('weights hold over real calls', async t => {
   const a = await fakeBackend(t, (_request, response) => response.end('{}'))

@@ -79,6 +79,10 @@ test('the records of calls are kept and summed up, in a file that nobody else re
     cost: one.cost * requests
   })
   assert.deepEqual(await readSums(db, { by: 'tag:team' }), [times('ads', 1), times('search', 2)])
+  assert.deepEqual(await readSums(db, { by: 'tag' }), [
+    times('team=ads', 1),
+    times('team=search', 2)
+  ])
   assert.deepEqual(await readSums(db, { by: 'key' }), [times('laptop', 3)])
   assert.deepEqual(await readSums(db, { by: 'user' }), [times('alice', 3)])
   assert.deepEqual(await readSums(db, { by: 'model' }), [times('m', 3)])

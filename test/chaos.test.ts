@@ -247,7 +247,7 @@ for (const heartbeat of ['15s', '10ms']) {
         })
       )
     }
-    assert.ok(counts.get('complete')! > CALLS / 2, JSON.stringify([...counts]))
+    assert.ok(counts.get('complete')! > CALLS / 4, JSON.stringify([...counts]))
     const heard = await gateway.metric('llmproxy_heartbeat_streams_total')
     assert.equal(heard > 0, heartbeat === '10ms')
     await assertNothingLeft(gateway, Object.keys(backends))

@@ -103,7 +103,7 @@ nonsense: 1
     'config.yaml:16:10 auth.keys[0]: must be text or a mapping',
     'config.yaml:18:7 auth.pipeline[0].webhook: is missing',
     'config.yaml:20:13 rate_limit.per_key.requests_per_minute: must be an integer of 0 or more (got -1)',
-    'config.yaml:22:3 routing.load_balance: must be one of round_robin, weighted, least_connections, latency_based, random (got "fastest")',
+    'config.yaml:22:3 routing.load_balance: must be one of round_robin, weighted, least_connections, latency_based, random, prefix_affinity, least_wait (got "fastest")',
     'config.yaml:23:22 routing.retry.retry_on[0]: must be one of connect_failure, timeout, 5xx, 429 (got "6xx"); did you mean "5xx"?',
     'config.yaml:24:1 nonsense: is not known'
   ])

@@ -435,7 +435,7 @@ const FIRST_EVENTS: [string, string, 'passes' | 'fails over'][] = [
   ],
   [
     'sse',
-    'error: {"code":503,"message":"Loading model","type":"unavailable_error","error":{}}\n\n',
+    'error: {"code":503,"message":"Loading model","type":"unavailable_error"}\n\n',
     'fails over'
   ],
   [
@@ -451,7 +451,17 @@ const FIRST_EVENTS: [string, string, 'passes' | 'fails over'][] = [
   ],
   ['sse', 'data: {"error":{"type":"invalid_request_error"}}\n\n', 'passes'],
   ['sse', 'data: {"choices":[{"delta":{"content":"\\"error\\""}}],"error":null}\n\n', 'passes'],
-  ['sse', `data: {"choices":[]}\n\ndata: {"error":{"code":500}}\n\n`, 'passes']
+  ['sse', `data: {"choices":[]}\n\ndata: {"error":{"code":500}}\n\n`, 'passes'],
+  [
+    'sse',
+    'data: {"type":"response.failed","response":{"error":{"code":"server_error"}}}\n\n',
+    'fails over'
+  ],
+  ['sse', 'data: {"error":{"code":"context_length_exceeded","type":null}}\n\n', 'passes'],
+  ['sse', 'data: {"error":"","x":1}\n\n', 'passes'],
+  ['sse', 'data: {"error":{},"x":1}\n\n', 'passes'],
+  ['sse', 'data: {"choices":[],"x":1,"error":{"code":500}}\n\n', 'passes'],
+  ['ndjson', '{"error":"m does not support tools"}\n', 'passes']
 ]
 
 for (const [framing, beginning, what] of FIRST_EVENTS) {

@@ -86,7 +86,7 @@ test('of a first attempt that lost it is known that it took longer', () => {
   }
   assert.ok(within(hedges.lateAfter(slow, 'm'), 500))
   assert.equal(hedges.lateAfter(fast, 'm'), undefined)
-  assert.ok(slow.latency(performance.now())! > 400)
+  assert.ok(slow.reputation.latency(performance.now())! > 400)
   assert.deepEqual(hedges.results, { won: 2, lost: 0 })
 })
 

@@ -462,7 +462,7 @@ test('file: read again when it changes; a broken one keeps the last good keys', 
 })
 
 const KNOWN =
-  'key, name, user_id, status, starts_at, expires_at, allowed_ips, denied_ips, models, limits, total_quota, quota_unit, quota_reset_period, used_quota, last_reset_at, tags, created_at, updated_at'
+  'key, name, user_id, status, starts_at, expires_at, allowed_ips, denied_ips, models, limits, total_quota, quota_unit, quota_reset_period, used_quota, last_reset_at, priority, tags, created_at, updated_at'
 
 test('what a source names must be there, and is said with its place', async t => {
   const complaint = (source: object) => {

@@ -119,13 +119,18 @@ test('SIGHUP and a changed file reload; a broken file is refused; streams go on'
 
   writeConfig(file, {
     ...LISTEN,
-    server: { ...LISTEN.server, idle_timeout: '5s' },
+    server: { ...LISTEN.server, max_body_size: '5MB' },
     backends: [{ url: next.url }],
     ...auth(['b'])
   })
   gateway.child.kill('SIGHUP')
-  const { sections } = await gateway.logged('changes that need a restart')
-  assert.deepEqual(sections, ['server.idle_timeout'])
+  const { changed, restart_needed } = await gateway.logged('configuration reloaded')
+  assert.deepEqual(restart_needed, ['server.max_body_size'])
+  assert.deepEqual(changed, [
+    `backends[127.0.0.1:${old.port}]`,
+    `backends[127.0.0.1:${next.port}]`,
+    'auth.keys[0].key'
+  ])
   const status = async (key: string) =>
     (await post(`${gateway.url}/v1/chat/completions`, CHAT, { 'x-api-key': key })).status
   assert.equal(await status('a'), 401)

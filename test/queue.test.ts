@@ -1,9 +1,10 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { parseConfig } from '../src/config.ts'
 import type { GatewayError } from '../src/errors.ts'
 import { Attained } from '../src/pool/attained.ts'
-import { type Priority, Queue, type Waiter } from '../src/pool/queue.ts'
+import { type Priority, Queue, type QueuePolicy, type Waiter } from '../src/pool/queue.ts'
 import { chunk, DONE, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
 
 /** More calls than the backends can take: who waits, for how long, and who is turned away. */
@@ -114,6 +115,34 @@ test('a backend of a higher tier takes what the first has no room for', async t 
   await Promise.all(answers)
 })
 
+test('calls that wait go to a backend that a reload has brought', async t => {
+  const other = await held(t)
+  const { backend, gateway } = await full(t)
+  const answers = [ask(gateway, 'a1')]
+  await backend.request(0)
+  answers.push(ask(gateway, 'a2'))
+  await waiting(gateway, 1)
+  const backends = `[{name: gpu, url: "${backend.url}", max_concurrent: 1}, {url: "${other.url}"}]`
+  const auth = '{enabled: true, keys: [sk-a]}'
+  await gateway.control.reload(parseConfig(`backends: ${backends}\nauth: ${auth}\n`, 'x.yaml', {}))
+  assert.equal(await other.next(), 'a2')
+  assert.equal(await backend.next(), 'a1')
+  await Promise.all(answers)
+})
+
+test('another model does not take the place of one that is only waited for', async t => {
+  const other = await held(t)
+  const { backend, gateway } = await full(t, { routing: { model_fallbacks: { m: ['n'] } } }, [
+    { url: other.url, models: ['n'] }
+  ])
+  const answers = [ask(gateway, 'a1')]
+  await backend.request(0)
+  answers.push(ask(gateway, 'a2'))
+  await waiting(gateway, 1)
+  assert.deepEqual([await backend.next(), await backend.next()], ['a1', 'a2'])
+  await Promise.all(answers)
+})
+
 test('who leaves the queue costs nothing, and holds nobody up', async t => {
   const { backend, gateway } = await full(t)
   const first = ask(gateway, 'a1')
@@ -178,7 +207,9 @@ function waiter(caller: string, room: { left: number }, served: string[], more: 
   return {
     caller,
     priority: 'interactive',
+    lane: 'm',
     bytes: 1,
+    since: 0,
     deadline: Number.POSITIVE_INFINITY,
     isReady: () => room.left > 0,
     proceed() {
@@ -190,45 +221,143 @@ function waiter(caller: string, room: { left: number }, served: string[], more: 
   } satisfies Waiter as Waiter
 }
 
+test('every worker must have a share of a backend', () => {
+  const config = (workers: number) =>
+    `server: {workers: ${workers}}\nbackends: [{url: "http://a", max_concurrent: 3}]\n`
+  parseConfig(config(3), 'x.yaml', {})
+  assert.throws(
+    () => parseConfig(config(4), 'x.yaml', {}),
+    /x\.yaml:2:\d+ backends\[0\]\.max_concurrent: must be at least as many as server\.workers.*3 for 4/
+  )
+})
+
+function queueOf(t: TestContext, policy: Partial<QueuePolicy> = {}) {
+  const queue = new Queue({ maxSize: 100, maxBytes: 1000, timeout: 600_000, ...policy })
+  const joined: Waiter[] = []
+  t.after(() => joined.forEach(each => void queue.leave(each)))
+  const join = (each: Waiter, now: number) => {
+    joined.push(each)
+    return queue.join(each, now)
+  }
+  return { queue, join }
+}
+
 test('a call that cannot make it in time is refused at once, with the time that it would take', t => {
-  const queue = new Queue({ maxSize: 100, maxBytes: 1000, timeout: 60_000 })
+  const { queue, join } = queueOf(t)
   const room = { left: 0 }
   const served: string[] = []
-  const all = Array.from({ length: 20 }, (_, at) => waiter(`c${at}`, room, served))
-  t.after(() => all.forEach(each => void queue.leave(each)))
-  for (const each of all) assert.equal(queue.join(each, 0), undefined)
+  for (let at = 0; at < 20; at++) assert.equal(join(waiter(`c${at}`, room, served), 0), undefined)
   // A place every two seconds.
   for (const now of [2000, 4000, 6000, 8000]) {
     room.left = 1
     queue.serve(now)
   }
   assert.equal(served.length, 4)
-  const hasty = waiter('late', room, served, { deadline: 8000 + 5000 })
-  const error = queue.join(hasty, 8000)!
+  const hasty = waiter('late', room, served, { since: 8000, deadline: 8000 + 5000 })
+  const error = join(hasty, 8000)!
   assert.equal(error.code, 'overloaded')
   assert.equal(error.headers['retry-after'], '34')
   assert.equal(queue.turnedAway.deadline, 1)
-  const patient = waiter('late', room, served, { deadline: 8000 + 40_000 })
-  assert.equal(queue.join(patient, 8000), undefined)
-  queue.leave(patient)
+  const patient = waiter('late', room, served, { since: 8000, deadline: 8000 + 40_000 })
+  assert.equal(join(patient, 8000), undefined)
+  assert.equal(queue.position(patient, 8000), 16)
 })
 
-test('a batch is not put off for ever', t => {
-  const queue = new Queue({ maxSize: 100, maxBytes: 1000, timeout: 600_000 })
+test('who floods waits behind his own: others are not told that they would wait for too long', t => {
+  const { queue, join } = queueOf(t)
   const room = { left: 0 }
   const served: string[] = []
-  const batch = waiter('batch', room, served, { priority: 'batch' })
-  t.after(() => queue.leave(batch))
-  queue.join(batch, 0)
-  let now = 0
-  while (!served.includes('batch')) {
-    now += 1000
-    assert.ok(now <= 35_000, `not served after ${now} ms`)
-    const call = waiter('others', room, served)
-    queue.join(call, now)
+  queue.attained.add('flood', 500, 0)
+  for (let at = 0; at < 50; at++) join(waiter('flood', room, served), 0)
+  for (const now of [1000, 2000, 3000]) {
     room.left = 1
     queue.serve(now)
-    queue.attained.add('others', 10, now)
+  }
+  const normal = waiter('normal', room, served, { since: 3000, deadline: 3000 + 4000 })
+  assert.equal(join(normal, 3000), undefined)
+  assert.equal(queue.position(normal, 3000), 0)
+  assert.ok(join(waiter('flood', room, served, { since: 3000, deadline: 20_000 }), 3000))
+  room.left = 1
+  queue.serve(4000)
+  assert.equal(served.at(-1), 'normal')
+})
+
+test('after quiet times the queue takes calls as before', t => {
+  const { queue, join } = queueOf(t, { timeout: 60_000 })
+  const room = { left: 0 }
+  const served: string[] = []
+  for (const start of [0, 120_000, 10_000_000]) {
+    for (const name of ['a', 'b', 'c']) {
+      assert.equal(join(waiter(name, room, served, { since: start }), start), undefined)
+    }
+    room.left = 3
+    queue.serve(start + 100)
+  }
+  assert.equal(served.length, 9)
+})
+
+test('in a full queue the longest line loses its latest call, batches first', t => {
+  const { join } = queueOf(t, { maxSize: 4 })
+  const room = { left: 0 }
+  const lost: string[] = []
+  const from = (caller: string, since: number, more: object = {}) =>
+    join(
+      waiter(caller, room, [], { since, turnAway: () => lost.push(`${caller}${since}`), ...more }),
+      since
+    )
+  for (const since of [1, 2, 3, 4]) assert.equal(from('flood', since), undefined)
+  assert.equal(from('flood', 5)!.code, 'overloaded')
+  assert.equal(from('normal', 6), undefined)
+  assert.deepEqual(lost, ['flood4'])
+  assert.ok(from('batch', 7, { priority: 'batch' }))
+  assert.equal(from('normal', 8), undefined)
+  assert.deepEqual(lost, ['flood4', 'flood3'])
+  assert.ok(from('normal', 9))
+})
+
+test('calls for other backends do not wait behind those that must', t => {
+  const { queue, join } = queueOf(t)
+  const served: string[] = []
+  const [none, some] = [{ left: 0 }, { left: 1 }]
+  join(waiter('a', none, served, { lane: 'slow' }), 0)
+  join(waiter('b', some, served, { lane: 'fast' }), 0)
+  queue.serve(1)
+  assert.deepEqual(served, ['b'])
+})
+
+test('one that fails as it goes on is told so, and holds nobody up', t => {
+  const { queue, join } = queueOf(t)
+  const served: string[] = []
+  const codes: string[] = []
+  const room = { left: 2 }
+  const broken = {
+    proceed() {
+      room.left--
+      throw new Error('broken')
+    },
+    turnAway: (error: GatewayError) => codes.push(error.code)
+  }
+  join(waiter('a', room, served, broken), 0)
+  join(waiter('b', room, served), 0)
+  queue.serve(1)
+  assert.deepEqual([codes, served], [['internal_error'], ['b']])
+})
+
+test('nobody is put off for ever: a batch, or whoever has had much', t => {
+  for (const more of [{ priority: 'batch' }, {}]) {
+    const { queue, join } = queueOf(t)
+    const room = { left: 0 }
+    const served: string[] = []
+    queue.attained.add('heavy', 1_000_000, 0)
+    join(waiter('heavy', room, served, more), 0)
+    let now = 0
+    while (!served.includes('heavy')) {
+      now += 1000
+      assert.ok(now <= 35_000, `not served after ${now} ms`)
+      join(waiter('others', room, served, { since: now }), now)
+      room.left = 1
+      queue.serve(now)
+    }
   }
 })
 
@@ -247,10 +376,14 @@ test('what callers have had is forgotten by half each minute, and of some only',
   for (const each of ['carol', 'dave', 'erin']) attained.leave(each)
   // A call counts before it is known what it takes.
   const begun = attained.begin('bob', 0)
-  assert.equal(attained.of('bob', 0), begun)
+  assert.equal(attained.of('bob', 0), begun.tokens)
   const usage = { promptTokens: 30, cachedTokens: 10, completionTokens: 5, totalTokens: 35 }
   attained.end('bob', begun, { ...usage, exactness: 'exact' }, 0)
   assert.equal(attained.of('bob', 0), 30)
+  // What is taken back of it is what is left of it, however long it took.
+  const long = attained.begin('fred', 0)
+  attained.end('fred', long, { ...usage, exactness: 'exact' }, 300_000)
+  assert.equal(Math.round(attained.of('fred', 300_000)), 30)
 })
 
 const LASTS = process.env.LONG ? 30_000 : 2_000

@@ -40,7 +40,7 @@ for (const body of [STREAM, ASKED]) {
   })
 }
 
-test('a keep-alive comment passes at once', async t => {
+test('a keep-alive comment passes, before the first event too', async t => {
   const backend = await fakeBackend(t, (_request, response) => {
     response.writeHead(200, { 'content-type': 'text/event-stream' })
     response.write(':\n\n')

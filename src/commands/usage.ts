@@ -31,7 +31,7 @@ export const USAGE_HELP = `Usage
   llmproxy usage dead-letters drop ID... | --all [--reporter NAME]
       deletes what was given up
 
-WHAT is day, key, user, model, backend, or tag: and a tag's name.
+WHAT is day, key, user, model, backend, tag, or tag: and a tag's name.
 TIME is a date (2026-01-31), a time (2026-01-31T12:00:00Z), or how long ago (24h, 7d).
 Records are below LLMPROXY_DATA_DIR (default: ./data).
 `
@@ -162,8 +162,8 @@ async function sums(args: string[], dataDir: string): Promise<number> {
     json: { type: 'boolean', default: false }
   })
   const { by = '', since, until } = values
-  if (!/^(day|key|user|model|backend|tag:.+)$/.test(by)) {
-    throw new CommandError('--by must be day, key, user, model, backend, or such as tag:team')
+  if (!/^(day|key|user|model|backend|tag|tag:.+)$/.test(by)) {
+    throw new CommandError('--by must be day, key, user, model, backend, tag, or such as tag:team')
   }
   const file = builtinFile(dataDir)
   if (!existsSync(file)) {

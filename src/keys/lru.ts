@@ -39,6 +39,11 @@ export class Lru<K, V> {
     this.#entries.clear()
   }
 
+  /** Those that were not asked for longest come first. */
+  entries(): IterableIterator<[K, V]> {
+    return this.#entries.entries()
+  }
+
   get size(): number {
     return this.#entries.size
   }

@@ -27,7 +27,7 @@ import type {} from '../peers.ts'
 
 export const AdminOptions = Section(
   {
-    enabled: Type.Boolean({ default: false, description: 'Serves /admin' }),
+    enabled: Type.Boolean({ default: false, restart: true, description: 'Serves /admin' }),
     token: Type.String({
       pattern: '^[\\x21-\\x7e]*$',
       expects: 'text without spaces and line ends',
@@ -38,6 +38,7 @@ export const AdminOptions = Section(
     listen: Type.String({
       ...ADDRESS_OR_NONE,
       default: '',
+      restart: true,
       description: 'Address and port of its own, plain HTTP; else it is on server.listen'
     })
   },

@@ -57,6 +57,7 @@ export const AuthOptions = Section(
     db_path: Type.String({
       minLength: 1,
       default: DEFAULT_STORE,
+      restart: true,
       description:
         'File of the embedded store (where neither keys nor pipeline are given, and type: builtin), below the data directory if relative'
     }),

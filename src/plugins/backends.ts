@@ -139,10 +139,15 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     // Who holds the response that is gone on with says itself what it has.
     const isHeld = request.payload?.previousResponseId !== undefined
     // Where there are no backends at all that is what the caller is told.
-    if (model === undefined || isHeld || pool.backends.length === 0 || pool.serves(model)) {
+    if (
+      model === undefined ||
+      isHeld ||
+      pool.backends.length === 0 ||
+      pool.serves(model, request.exchange)
+    ) {
       return done()
     }
-    const isFound = () => pool.serves(model)
+    const isFound = () => pool.serves(model, request.exchange)
     discovery.find(isFound).then(() => done(isFound() ? undefined : modelNotFound(model)), done)
   })
 

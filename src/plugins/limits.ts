@@ -184,14 +184,15 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       exchange.endpoint.spends === 'input'
         ? 0
         : typical.expect(subject(exchange.request), model, payload?.maxTokens)
-    return { hold: amount(model, { input, output, cached: 0 }), least: input }
+    return { hold: amount(exchange, { input, output, cached: 0 }), least: input }
   }
 
   function amount(
-    model: string,
+    exchange: Exchange,
     tokens: { input: number; output: number; cached: number }
   ): Amount {
-    return { tokens: tokens.input + tokens.output, cost: fastify.usage?.cost(model, tokens) ?? 0 }
+    const cost = fastify.usage?.cost(exchange, tokens) ?? 0
+    return { tokens: tokens.input + tokens.output, cost }
   }
 
   function watch(exchange: Exchange): void {
@@ -208,18 +209,17 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   /** Books what a stream has spent so far, and reserves more for it before that is needed. */
   async function lookAt(exchange: Exchange): Promise<void> {
     const { store: from, lease } = exchange.reservation!
-    const model = exchange.request.payload?.model ?? ''
     const output = fastify.tokens?.output(exchange) ?? 0
     if (output === 0) return
     const input = fastify.tokens.input(exchange)
-    const spent = amount(model, { input, output, cached: 0 })
+    const spent = amount(exchange, { input, output, cached: 0 })
     const left = lease.held.tokens - (spent.tokens - lease.spent.tokens)
     if (left > AHEAD) return
     watched.delete(exchange)
     const isStopping = options.on_exhausted === 'stop' && options.mode === 'enforce'
     let hasRoom = false
     for (const output of STEPS) {
-      const more = amount(model, { input: 0, output, cached: 0 })
+      const more = amount(exchange, { input: 0, output, cached: 0 })
       hasRoom = await from.extend(lease, spent, more, !isStopping)
       if (exchange.closed) return
       if (hasRoom) break
@@ -237,12 +237,11 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       clearInterval(looking)
       looking = undefined
     }
-    const model = request.payload?.model ?? ''
     if (usage === undefined) return reservation.store.settle(reservation.lease, NOTHING)
     const { promptTokens: input, completionTokens: output, cachedTokens: cached = 0 } = usage
-    const spent = amount(model, { input, output, cached })
+    const spent = amount(exchange, { input, output, cached })
     reservation.store.settle(reservation.lease, { ...spent, tokens: usage.totalTokens })
-    if (exchange.outcome === 'ok') typical.learn(subject(request), model, output)
+    if (exchange.outcome === 'ok') typical.learn(subject(request), exchange.model ?? '', output)
   })
 
   fastify.addHook('onClose', async () => {

@@ -63,7 +63,10 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
 
   fastify.addHook('preHandler', ({ exchange, payload }, _reply, done) => {
     const { endpoint } = exchange
-    if (endpoint?.spends && payload) exchange.prompt ??= promptText(payload.bytes)
+    if (endpoint?.spends && payload) {
+      exchange.prompt ??= promptText(payload.bytes)
+      exchange.promptEstimate = estimates.input(payload.model ?? '', exchange.prompt.counts)
+    }
     if (endpoint?.asksForUsage && payload?.stream && !payload.includeUsage) {
       exchange.question = { bytes: askForUsage(payload.bytes), asked: false }
     }

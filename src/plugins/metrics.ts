@@ -6,7 +6,7 @@ import { type Static, Type } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
 import { forgetDeparted } from '../metrics/departed.ts'
 import { discoveryMetrics } from '../metrics/discovery.ts'
-import { checkOptions, type Given, NotBuilt, Section } from '../options.ts'
+import { AtStart, checkOptions, type Given, NotBuilt, Section } from '../options.ts'
 import { PRIORITIES } from '../pool/queue.ts'
 
 /**
@@ -27,26 +27,28 @@ const ODD = /\/\.{1,2}(\/|$)|\/\//
 const isAscending = (bounds: unknown) =>
   Array.isArray(bounds) && bounds.every((bound, at) => at === 0 || bound > bounds[at - 1])
 
-export const MetricsOptions = Section(
-  {
-    enabled: Type.Boolean({ default: true, description: 'Serves metrics' }),
-    path: Type.String({
-      pattern: '^/[\\w./-]+$',
-      check: (path: unknown) => !TAKEN.test(String(path)) && !ODD.test(String(path)),
-      default: '/metrics',
-      expects: 'a path such as /metrics that no other route has',
-      description: 'Where'
-    }),
-    latency_buckets: Type.Array(Type.Number({ exclusiveMinimum: 0 }), {
-      minItems: 1,
-      check: isAscending,
-      expects: 'a list of growing numbers',
-      default: [0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600],
-      description: 'Upper bounds of the latency histogram, in seconds'
-    }),
-    custom_labels: NotBuilt('More labels')
-  },
-  'Prometheus metrics'
+export const MetricsOptions = AtStart(
+  Section(
+    {
+      enabled: Type.Boolean({ default: true, description: 'Serves metrics' }),
+      path: Type.String({
+        pattern: '^/[\\w./-]+$',
+        check: (path: unknown) => !TAKEN.test(String(path)) && !ODD.test(String(path)),
+        default: '/metrics',
+        expects: 'a path such as /metrics that no other route has',
+        description: 'Where'
+      }),
+      latency_buckets: Type.Array(Type.Number({ exclusiveMinimum: 0 }), {
+        minItems: 1,
+        check: isAscending,
+        expects: 'a list of growing numbers',
+        default: [0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600],
+        description: 'Upper bounds of the latency histogram, in seconds'
+      }),
+      custom_labels: NotBuilt('More labels')
+    },
+    'Prometheus metrics'
+  )
 )
 export type MetricsOptions = Static<typeof MetricsOptions>
 
@@ -137,6 +139,12 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     labelNames: ['path'],
     registers
   })
+  const affinity = new Counter({
+    name: 'llmproxy_prefix_affinity_total',
+    help: 'Calls with a prompt: hit went where its beginning is in the cache, left went elsewhere because of the wait there, miss found it nowhere',
+    labelNames: ['result'],
+    registers
+  })
   const exchanges = withExchanges(fastify)
   new Gauge({
     name: 'llmproxy_requests_in_flight',
@@ -156,6 +164,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     latency.observe({ path, stream, backend }, exchange.durationMs)
     outcomes.inc({ outcome: exchange.outcome })
     if (exchange.hadHeartbeat) heartbeats.inc({ path })
+    if (exchange.affinity !== undefined) affinity.inc({ result: exchange.affinity })
     const { usage, ttftMs } = exchange
     if (usage !== undefined) {
       tokens.inc({ type: 'prompt' }, usage.promptTokens)

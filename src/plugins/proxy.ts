@@ -44,6 +44,10 @@ export type AnswerHook = (exchange: Exchange, answer: Answer) => NodeJS.Readable
 declare module 'fastify' {
   interface FastifyInstance {
     answerHooks: AnswerHook[]
+    proxy: {
+      /** Holds for answers that begin after it. */
+      update(options: Given<ProxyOptions>): void
+    }
   }
   interface FastifyReply {
     /** Sends the request to a backend and its answer to the client. */
@@ -52,7 +56,7 @@ declare module 'fastify' {
 }
 
 const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function proxy(fastify, given) {
-  const options = checkOptions(ProxyOptions, given)
+  let options = checkOptions(ProxyOptions, given)
   const { pool, onAttempt } = fastify.backends
   withExchanges(fastify)
 
@@ -76,6 +80,11 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
   })
 
   fastify.decorate('answerHooks', hooks)
+  fastify.decorate('proxy', {
+    update(changed) {
+      options = checkOptions(ProxyOptions, changed)
+    }
+  })
   const credentials = () => fastify.keys?.credentialHeaders() ?? []
 
   const rewriteRequestHeaders = (request: FastifyRequest, headers: Headers) =>

@@ -3,7 +3,7 @@ import { isDeepStrictEqual } from 'node:util'
 import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
-import { withExchanges } from '../exchange.ts'
+import { type Exchange, withExchanges } from '../exchange.ts'
 import type { Distinct } from '../issues.ts'
 import { isTagName } from '../keys/fields.ts'
 import { matchesModel } from '../keys/key.ts'
@@ -90,8 +90,8 @@ declare module 'fastify' {
 export interface UsageReports extends Readonly<OutboxState> {
   readonly onDelivery: OnDelivery[]
   update(options: UsageOptions, storage: StorageOptions): Promise<void>
-  /** What so many tokens of a model cost; 0 where no price is configured. */
-  cost(model: string | undefined, tokens: { input: number; output: number; cached: number }): number
+  /** What so many tokens cost in this exchange; 0 where no price is configured. */
+  cost(exchange: Exchange, tokens: { input: number; output: number; cached: number }): number
   /** What was spent; undefined where no reporter of type builtin keeps it in a file. */
   sums(query: SumQuery): Promise<Sum[] | undefined>
   /** Delivers what is pending until the signal fires. */
@@ -149,8 +149,8 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     },
     onDelivery,
     update,
-    cost(model, { input, output, cached }) {
-      const price = rules.price(model)
+    cost(exchange, { input, output, cached }) {
+      const price = priceOf(exchange)
       return price === undefined ? 0 : cost(price, input, output, cached)
     },
     async sums(query) {
@@ -170,11 +170,17 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     exchange.keepsBody = rules.wantsBody
     done()
   })
+  /** Before a backend is chosen it is the one that likely will be. */
+  function priceOf(exchange: Exchange): Price | undefined {
+    if (!rules.hasPrices) return undefined
+    const { model, upstream } = exchange.served ?? fastify.backends?.pool.expect(exchange) ?? {}
+    return rules.price(upstream, model, exchange.served ? undefined : exchange.model)
+  }
+
   exchanges.onEnd('record', exchange => {
     const sink: Sink | undefined = fastify.peers?.usage ?? outbox
     if (sink === undefined || !rules.isOn || exchange.attempts === 0) return
-    const { model, upstream } = exchange.served ?? {}
-    const price = rules.price(upstream) ?? rules.price(model)
+    const price = priceOf(exchange)
     const json = JSON.stringify(toRecord(exchange, fastify.prefix, rules.tags, price))
     // One that began under another configuration may have let its body go.
     const body = rules.wantsBody && exchange.keepsBody ? exchange.request.payload?.bytes : undefined
@@ -201,13 +207,14 @@ function toRules({ enabled, reporters, tags, prices }: UsageOptions) {
   const isOn = reporters.filter(each => enabled && each.enabled)
   return {
     isOn: isOn.length > 0,
+    hasPrices: prices.length > 0,
     isSummed: isOn.some(each => each.type === 'builtin'),
     wantsBody: isOn.some(each => each.webhook?.include_request_body),
     tags: new Map(Object.entries(tags).map(([tag, header]) => [tag, header.toLowerCase()])),
-    price(model: string | undefined): Price | undefined {
-      return model === undefined
-        ? undefined
-        : prices.find(each => matchesModel([each.model], model))
+    /** The first that fits one of the names that a model has, with callers and at its backend. */
+    price(...names: (string | undefined)[]): Price | undefined {
+      const known = names.filter(name => name !== undefined)
+      return prices.find(each => known.some(name => matchesModel([each.model], name)))
     }
   }
 }

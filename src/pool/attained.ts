@@ -9,6 +9,12 @@ const OUTPUT_WEIGHT = 2
 /** Of more callers than these the ones that were served longest ago are forgotten. */
 const MAX_CALLERS = 10_000
 
+/** Tokens that were had at some time (monotonic, ms). */
+export interface Share {
+  tokens: number
+  at: number
+}
+
 /**
  * What callers have had of the backends lately, in tokens: whoever has had least comes first (least
  * attained service), and what was had is forgotten by half each minute. Whoever comes back after a while does
@@ -21,14 +27,14 @@ const MAX_CALLERS = 10_000
  * attained.of('alice', 60_000) // 50
  */
 export class Attained {
-  readonly #callers = new Map<string, { tokens: number; at: number }>()
+  readonly #callers = new Map<string, Share>()
   /** How many calls of each wait or are under way. */
   readonly #active = new Map<string, number>()
   #typical = 1
 
   of(caller: string, now: number): number {
     const had = this.#callers.get(caller)
-    return had === undefined ? 0 : had.tokens * 2 ** ((had.at - now) / HALF_LIFE)
+    return had === undefined ? 0 : leftOf(had, now)
   }
 
   /** A call comes; it must {@link leave} in the end. */
@@ -48,17 +54,17 @@ export class Attained {
   }
 
   /** A call is given to a backend: it counts as a typical one until it is over. Returns what it counts as. */
-  begin(caller: string, now: number): number {
+  begin(caller: string, now: number): Share {
     this.add(caller, this.#typical, now)
-    return this.#typical
+    return { tokens: this.#typical, at: now }
   }
 
   /** It is over, and has had what it has had. */
-  end(caller: string, begun: number, usage: Usage | undefined, now: number): void {
+  end(caller: string, begun: Share, usage: Usage | undefined, now: number): void {
     const { promptTokens = 0, cachedTokens = 0, completionTokens = 0 } = usage ?? {}
     const tokens = promptTokens - cachedTokens + completionTokens * OUTPUT_WEIGHT
     if (tokens > 0) this.#typical += (tokens - this.#typical) * ALPHA
-    this.add(caller, tokens - begun, now)
+    this.add(caller, tokens - leftOf(begun, now), now)
   }
 
   /** Adds tokens, or takes back what was too much. */
@@ -70,4 +76,8 @@ export class Attained {
       this.#callers.delete(this.#callers.keys().next().value!)
     }
   }
+}
+
+function leftOf({ tokens, at }: Share, now: number): number {
+  return tokens * 2 ** ((at - now) / HALF_LIFE)
 }

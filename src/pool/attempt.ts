@@ -6,6 +6,7 @@ import { framingOf, isStream, mediaType, parseRetryAfter } from '../http.ts'
 import { Answer } from './answer.ts'
 import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
 import { FirstEvent } from './first-event.ts'
+import type { Demand, Facts, Job } from './load.ts'
 import { Patience, TotalTimeoutError } from './patience.ts'
 import type { Candidate, FailureKind } from './pool.ts'
 import { Refusal } from './refusal.ts'
@@ -58,6 +59,12 @@ const FAILURE_LATENCY = 10_000
 /** A refusal to serve a request counts as at least this slow: it must not attract others. */
 const REFUSAL_LATENCY = 1_000
 
+/**
+ * A stream whose first event does not come is held back for this time (ms) after its first byte: who keeps
+ * the connection alive with comments is at work, and has found nothing wrong yet.
+ */
+const HOLD_MS = 1_000
+
 /** No era: what comes later does not count a second time. */
 const JUDGED = -1
 
@@ -92,6 +99,7 @@ export class Attempt implements BackendHandler {
   #answer: Answer | undefined
   /** What a stream begins with, until that is seen. */
   #first: FirstEvent | undefined
+  #holding: NodeJS.Timeout | undefined
   /** It began with an error, and is the client's all the same. */
   #failure: FailureKind | undefined
   readonly #patience: Patience
@@ -99,6 +107,7 @@ export class Attempt implements BackendHandler {
   #isOver = false
   /** The breaker's era in which it began; {@link JUDGED} when the breaker has had its verdict. */
   #era = JUDGED
+  #job: Job | undefined
   #isCancelled = false
   /** The error answer, while it is not certain that it is the client's. */
   #refusal: Refusal | undefined
@@ -112,9 +121,10 @@ export class Attempt implements BackendHandler {
     this.#patience = new Patience(limits)
   }
 
-  start(options: Dispatcher.DispatchOptions, fresh: boolean): void {
+  start(options: Dispatcher.DispatchOptions, demand: Demand, fresh: boolean): void {
     this.#isStreamed = options.body instanceof Readable
     this.backend.live.begin()
+    this.#job = this.backend.live.load.begin(demand, this.#startedAt)
     this.#era = this.backend.live.breaker.begin(this.#startedAt)
     this.backend.dispatch(options, this, fresh)
   }
@@ -140,6 +150,11 @@ export class Attempt implements BackendHandler {
     else this.socket?.destroy(reason)
   }
 
+  /** What the answer was like that it has given. */
+  learn(facts: Facts): void {
+    if (this.#job !== undefined) this.backend.live.learn(this.#job, facts)
+  }
+
   /**
    * The exchange is over. V8 promotes what is in flight to its old generation, where the dead keep
    * each other alive until a full collection: whatever is let go of here dies young.
@@ -148,6 +163,7 @@ export class Attempt implements BackendHandler {
     this.#owner = NOBODY
     this.#controller = undefined
     this.#head = undefined
+    this.#job = undefined
   }
 
   onRequestStart(controller: Dispatcher.DispatchController): void {
@@ -245,7 +261,11 @@ export class Attempt implements BackendHandler {
 
   #begin(controller: Dispatcher.DispatchController, chunk: Buffer): void {
     const beginning = this.#first?.see(chunk) ?? 'answer'
-    if (beginning === 'incomplete') return
+    if (beginning === 'incomplete') {
+      const hold = Math.min(HOLD_MS, this.#owner.deadline - performance.now())
+      this.#holding ??= setTimeout(() => this.#deliverOnce(), hold).unref()
+      return
+    }
     if (beginning !== 'answer') {
       const refusal = new Refusal(this.#head!, controller)
       for (const each of this.#first!.chunks) refusal.data(each)
@@ -295,11 +315,15 @@ export class Attempt implements BackendHandler {
     if (statusCode === 401 || statusCode === 403) return this.#penalise()
     const now = performance.now()
     const ms = now - this.#startedAt
+    if (statusCode < 400) this.backend.live.reputation.observeSuccess(now)
     // A whole answer comes when it is complete: beside streams its first byte says nothing of the queue.
-    if (isStream(mediaType(this.#head!.headers['content-type']))) this.backend.live.streamedAt = now
-    else if (now - this.backend.live.streamedAt < STREAMS_MS) return
-    const least = statusCode < 400 ? 0 : (this.backend.live.latency(now) ?? REFUSAL_LATENCY)
-    this.backend.live.observeLatency(Math.max(ms, least), now)
+    if (isStream(mediaType(this.#head!.headers['content-type']))) {
+      this.backend.live.streamedAt = now
+      this.#job?.begun(now)
+    } else if (now - this.backend.live.streamedAt < STREAMS_MS) return
+    const least =
+      statusCode < 400 ? 0 : (this.backend.live.reputation.latency(now) ?? REFUSAL_LATENCY)
+    this.backend.live.reputation.observeLatency(Math.max(ms, least), now)
   }
 
   /** An error answer is too long to be kept. If it is the only one, it goes on as it comes. */
@@ -327,8 +351,11 @@ export class Attempt implements BackendHandler {
       brokenOff(error, kind),
       { cause: error }
     )
-    this.#penalise()
-    this.#fail()
+    // It was busy, and longer than is allowed.
+    if (!(error instanceof TotalTimeoutError)) {
+      this.#penalise()
+      this.#fail()
+    }
     this.#owner.broke(this, kind, gatewayError)
     return gatewayError
   }
@@ -356,14 +383,19 @@ export class Attempt implements BackendHandler {
 
   #penalise(): void {
     const now = performance.now()
-    this.backend.live.observeLatency(Math.max(FAILURE_LATENCY, now - this.#startedAt), now)
+    this.backend.live.reputation.observeFailure(
+      Math.max(FAILURE_LATENCY, now - this.#startedAt),
+      now
+    )
   }
 
   #end(): void {
     if (this.#isOver) return
     this.#isOver = true
     this.#patience.end()
+    clearTimeout(this.#holding)
     this.backend.live.end()
+    this.#job?.end()
     this.backend.live.breaker.leave(this.#era)
   }
 }

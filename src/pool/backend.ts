@@ -2,7 +2,10 @@ import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { buildConnector, Client, type Dispatcher, Pool as Sockets } from 'undici'
 import { Breaker } from './breaker.ts'
+import { type Facts, type Job, Load, Speeds } from './load.ts'
 import type { ModelCard, ModelEntry } from './models.ts'
+import { PrefixIndex } from './prefix-index.ts'
+import { Reputation } from './reputation.ts'
 
 /** How long a backend is waited for, in milliseconds; 0: for ever. */
 export interface TimeLimits {
@@ -39,9 +42,9 @@ export interface BackendHandler extends Dispatcher.DispatchHandler {
   socket: Socket | undefined
 }
 
-/** How fast old latencies are forgotten, and how much a new one counts. */
-const FORGET_MS = 15_000
-const ALPHA = 0.3
+/** One that is new or back gets its share of the calls over this time (ms), beginning with a tenth. */
+const RAMP_MS = 30_000
+const RAMP_FROM = 0.1
 /** A server that refused a field is asked again after a while: it may have been upgraded. */
 const REMEMBER_REFUSAL_MS = 10 * 60_000
 
@@ -101,14 +104,18 @@ export class Live {
   lastError: { at: number; reason: string } | undefined
   /** When it last began to stream an answer (monotonic, ms). */
   streamedAt = Number.NEGATIVE_INFINITY
-  /** Somebody wants it to get no more calls; those under way go on. */
-  isDrained = false
   /** An active check has been made. */
   isProbed = false
   /** What it lists itself, by id; undefined as long as that is not known. */
   models: ReadonlyMap<string, ModelCard> | undefined
   /** Whether its calls go well. */
   readonly breaker = new Breaker()
+  /** What its calls were like. */
+  readonly reputation = new Reputation()
+  /** The work it has under way, and how fast it is. */
+  readonly load: Load
+  /** The prompts whose beginnings it should have in its cache. */
+  readonly prefixes = new PrefixIndex()
   /** A request is over: there may be room for another one. */
   onEnd: (() => void) | undefined
   /** Smooth weighted round robin keeps its place here. */
@@ -123,10 +130,15 @@ export class Live {
   /** Handlers of streamed bodies: undici opens their connections in a microtask. */
   readonly #openingLater: BackendHandler[] = []
   #questionRefusedAt = Number.NEGATIVE_INFINITY
-  #latency = 0
-  #latencyAt: number | undefined
+  #isDrained = false
+  #backAt = Number.NEGATIVE_INFINITY
 
-  constructor({ url, connectTimeout }: Pick<BackendConfig, 'url' | 'connectTimeout'>) {
+  /** @param fleet what is known of the speed of all backends */
+  constructor(
+    { url, connectTimeout }: Pick<BackendConfig, 'url' | 'connectTimeout'>,
+    fleet = new Speeds()
+  ) {
+    this.load = new Load(fleet)
     const { origin, pathname } = new URL(url)
     this.origin = origin
     this.basePath = pathname.replace(/\/+$/, '').replace(/\/v1$/, '')
@@ -198,24 +210,38 @@ export class Live {
   }
 
   turn(healthy: boolean): void {
+    if (healthy && !this.healthy) this.comeBack(performance.now())
     this.healthy = healthy
     this.changedAt = Date.now()
   }
 
-  /** A time to first byte in ms; a failure counts as a long one, so that failing fast attracts nothing. */
-  observeLatency(ms: number, now: number): void {
-    const before = this.latency(now)
-    this.#latency = before === undefined ? ms : before * (1 - ALPHA) + ms * ALPHA
-    this.#latencyAt = now
+  /** Somebody wants it to get no more calls; those under way go on. */
+  get isDrained(): boolean {
+    return this.#isDrained
   }
 
-  /**
-   * Expected latency (ms), forgotten while nothing is observed, so that a slow one is tried again;
-   * undefined before the first observation.
-   */
-  latency(now: number): number | undefined {
-    if (this.#latencyAt === undefined) return undefined
-    return this.#latency * Math.exp(-(now - this.#latencyAt) / FORGET_MS)
+  set isDrained(isDrained: boolean) {
+    if (this.#isDrained && !isDrained) this.comeBack(performance.now())
+    this.#isDrained = isDrained
+  }
+
+  /** It is there (again), and cold: it may have been restarted, and its cache be empty. */
+  comeBack(now: number): void {
+    this.#backAt = now
+    this.prefixes.clear()
+  }
+
+  /** The part of its share of the calls that it gets while it warms up; 1 when it has. */
+  rampUp(now: number): number {
+    const age = (now - this.#backAt) / RAMP_MS
+    return age >= 1 ? 1 : Math.max(RAMP_FROM, age)
+  }
+
+  /** A call was answered properly: how fast it was, and what was in the cache. */
+  learn(job: Job, facts: Facts): void {
+    const hadIt = job.learn(facts)
+    if (hadIt !== undefined) this.prefixes.learn(job.age, hadIt)
+    this.prefixes.wrote(facts.completionTokens)
   }
 
   /** Closes idle connections at once and busy ones when their answers have ended. */

@@ -5,6 +5,7 @@ import { GatewayError, reasonOf } from '../errors.ts'
 import type { Exchange, Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
 import type { Answer } from './answer.ts'
+import type { Share } from './attained.ts'
 import {
   Attempt,
   type AttemptOwner,
@@ -58,7 +59,7 @@ export function createDispatcher(pool: Pool, log: FastifyBaseLogger, front: Fron
 class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   readonly #pool: Pool
   /** The configuration it began with. */
-  readonly #lineup: Lineup
+  #lineup: Lineup
   readonly #log: FastifyBaseLogger
   readonly #front: Front
   /** What is to be sent, and who gets the answer; until it is theirs. */
@@ -66,9 +67,15 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   readonly #exchange: Exchange
   readonly deadline: number
   #tried: Candidate[] = []
-  /** What it counts as for its caller's share, until that is known. */
-  #share = 0
+  /** It counts among its caller's calls, and since it was given to a backend as this much. */
+  #isCounted = false
+  #share: Share | undefined
+  /** Since when it waits, for the first time and now. */
+  since = 0
+  #queuedAt = 0
   readonly #race: Race
+  /** The one whose answer is the client's. */
+  #delivered: Attempt | undefined
   /** Times before which backends asked not to be tried again. */
   #notBefore: Map<Backend, number> | undefined
   #waits = 0
@@ -96,7 +103,10 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     if (this.#exchange.closed) return this.#pool.leave(this.#lineup)
     this.#exchange.work = this
     this.#pool.retryBudget.earn()
-    if (this.#lineup.isBounded) this.#pool.queue.attained.enter(this.caller, performance.now())
+    if (this.#lineup.isBounded) {
+      this.#isCounted = true
+      this.#pool.queue.attained.enter(this.caller, performance.now())
+    }
     const interval = this.#front.heartbeat()
     if (interval > 0 && this.#exchange.takesComments)
       this.#heartbeat = new Heartbeat(this, interval)
@@ -105,10 +115,12 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
 
   stop(): void {
     this.#cancel()
+    this.#learn()
     this.#race.end()
-    if (this.#lineup.isBounded) {
+    if (this.#isCounted) {
       const { attained } = this.#pool.queue
-      attained.end(this.caller, this.#share, this.#exchange.usage, performance.now())
+      const now = performance.now()
+      if (this.#share) attained.end(this.caller, this.#share, this.#exchange.usage, now)
       attained.leave(this.caller)
     }
     this.#pool.leave(this.#lineup)
@@ -120,7 +132,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   }
 
   get position(): number | undefined {
-    return this.#pool.queue.position(this, performance.now())
+    const { queue } = this.#pool
+    return queue.has(this) ? queue.position(this, performance.now()) : undefined
   }
 
   open(head: Head, answer: Answer): void {
@@ -134,6 +147,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   }
 
   deliver(attempt: Attempt, head: Head, answer: Answer): Answer {
+    this.#delivered = attempt
     this.#race.win(attempt, head.statusCode < 300)
     this.#attribute(attempt)
     return this.#handOver(head, answer)
@@ -205,18 +219,22 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   /** Time in ms until another attempt may be made, or undefined if there is to be none. */
   #plan(kind: FailureKind, isSent: boolean): number | undefined {
     if (this.#exchange.closed || !this.#canResend()) return undefined
-    const { enabled, retryOn, maxRetries } = this.#lineup.retry
+    const { enabled, retryOn, maxRetries, fallsBack } = this.#lineup.retry
     const candidates = this.#lineup.candidates(this.#exchange)
     const others = candidates.filter(each => !isAmong(this.#tried, each))
     // A connection that was refused has cost nobody anything.
     if (!isSent && others.length > 0) return 0
-    const isRetry = enabled && this.#exchange.attempts - this.#race.hedged <= maxRetries
-    // Who says where calls go when a backend fails means them to go there.
-    const isFallback = others.some(each => each.tier > this.#tried.at(-1)!.tier)
-    if (!retryOn.includes(kind) || !(isRetry || isFallback)) return undefined
-    const wait = others.length > 0 ? 0 : this.#waitFor(candidates)
-    if (wait === undefined || !isSent) return wait
-    return this.#pool.retryBudget.spend(performance.now()) ? wait : undefined
+    if (!retryOn.includes(kind)) return undefined
+    if (enabled && this.#exchange.attempts - this.#race.hedged <= maxRetries) {
+      const wait = others.length > 0 ? 0 : this.#waitFor(candidates)
+      const isFree = wait === undefined || !isSent
+      if (isFree || this.#pool.retryBudget.spend(performance.now())) return wait
+    }
+    // Who says where calls go when a backend fails means them to go there: each tier is asked once.
+    const { tier } = this.#tried.at(-1)!
+    if (!fallsBack || !others.some(each => each.tier !== tier)) return undefined
+    this.#tried.push(...others.filter(each => each.tier === tier))
+    return 0
   }
 
   /** Time in ms until one that was tried before may be tried again, or undefined if that is too late. */
@@ -244,8 +262,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     const chosen = this.#lineup.pick(this.#tried, this.#exchange)
     if (chosen === 'full') return this.#queue()
     if (chosen !== undefined) {
-      if (this.#lineup.isBounded && this.#share === 0) {
-        this.#share = this.#pool.queue.attained.begin(this.caller, performance.now())
+      if (this.#isCounted) {
+        this.#share ??= this.#pool.queue.attained.begin(this.caller, performance.now())
       }
       this.#exchange.attempts++
       return void this.#send(chosen)
@@ -258,7 +276,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
 
   /** Nobody has room: it waits, if it may. */
   #queue(): void {
-    const refused = this.#pool.queue.join(this, performance.now())
+    this.#queuedAt = performance.now()
+    this.since ||= this.#queuedAt
+    const refused = this.#pool.queue.join(this, this.#queuedAt)
     if (refused !== undefined) this.turnAway(refused)
   }
 
@@ -271,16 +291,23 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     return this.#exchange.priority
   }
 
+  get lane(): string {
+    const { id, pinned = '', model = '' } = this.#exchange
+    return this.#tried.length === 0 ? `${pinned} ${model}` : id
+  }
+
   get bytes(): number {
-    return this.#exchange.request.payload?.bytes.length ?? 0
+    const { request, question } = this.#exchange
+    return (request.payload?.bytes.length ?? 0) + (question?.bytes.length ?? 0)
   }
 
   isReady(): boolean {
+    if (this.#exchange.attempts === 0) this.#lineup = this.#pool.renew(this.#lineup)
     return this.#lineup.isReady(this.#tried, this.#exchange)
   }
 
-  proceed(waited: number): void {
-    this.#exchange.queuedMs += waited
+  proceed(): void {
+    this.#exchange.queuedMs += performance.now() - this.#queuedAt
     this.#next()
   }
 
@@ -294,7 +321,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     const request = this.#request(attempt)
     this.#attribute(attempt)
     this.#race.begin(attempt)
-    attempt.start(request, fresh)
+    attempt.start(request, this.#lineup.demand(chosen, this.#exchange), fresh)
     return attempt
   }
 
@@ -364,6 +391,20 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     // Not by the callback: reply-from would log it a second time, with its stack.
     if (this.#answer === undefined) this.#exchange.reply.send(error)
     else this.#answer.break(error)
+  }
+
+  /** What was spent is known by now: the backend's speed shows in it. */
+  #learn(): void {
+    const { outcome, usage, firstTokenAt, lastTokenAt } = this.#exchange
+    if (outcome !== 'ok' || usage === undefined) return
+    const { promptTokens, completionTokens, cachedTokens } = usage
+    this.#delivered?.learn({
+      promptTokens,
+      completionTokens,
+      cachedTokens,
+      firstTokenAt,
+      lastTokenAt
+    })
   }
 
   #cancel(): void {

@@ -53,10 +53,18 @@ export function listModels(backends: readonly Backend[]): ModelCard[] | undefine
       if (patterns === undefined || matchesModel(patterns, id)) add(card)
     }
     for (const { name, upstream = name } of named) {
-      add({ ...(live.models?.get(upstream) ?? toCard(name)), id: name })
+      const card = live.models?.get(upstream)
+      add(
+        card === undefined || name === upstream ? { ...toCard(name), ...card } : renamed(card, name)
+      )
     }
   }
   return hasNames ? [...cards.values()] : undefined
+}
+
+/** What may be said of a model under another name; the rest may have its own in it. */
+function renamed({ created, max_model_len }: ModelCard, id: string): ModelCard {
+  return JSON.parse(JSON.stringify({ ...toCard(id), created, max_model_len }))
 }
 
 export function isPattern(name: string): boolean {

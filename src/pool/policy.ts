@@ -1,5 +1,6 @@
 import { type Static, Type } from 'typebox'
 import type { Distinct, Issue } from '../issues.ts'
+import { untagged } from '../keys/key.ts'
 import { Duration, HeadersToSend, isHttpUrl, NotBuilt, Section, Size } from '../options.ts'
 import type { TimeLimits } from './backend.ts'
 import type { HealthCheck } from './health.ts'
@@ -92,6 +93,10 @@ const RoutingOptions = Section(
     load_balance: Type.Enum(Object.keys(strategies) as (keyof typeof strategies)[], {
       default: 'round_robin',
       description: 'How a backend is chosen; round_robin honours weights'
+    }),
+    prefix_affinity: Type.Boolean({
+      default: true,
+      description: 'least_wait counts which backend has the beginning of a prompt in its cache'
     }),
     timeout: Duration('10m', 'Time to the first byte of the answer, for one attempt', 0),
     connect_timeout: Duration('5s', 'Time to a connection'),
@@ -275,6 +280,7 @@ export function toPool(
       totalTimeout: backend.total_timeout ?? routing.total_timeout
     })),
     loadBalance: routing.load_balance,
+    prefixAffinity: routing.prefix_affinity,
     fallback: routing.fallback.map(({ models, primary, fallback }) => ({
       models,
       order: [primary, ...fallback].map(toName).filter(name => name !== undefined)
@@ -288,7 +294,9 @@ export function toPool(
       pattern,
       toTimeLimits(limits)
     ]),
-    modelFallbacks: new Map(Object.entries(routing.model_fallbacks)),
+    modelFallbacks: new Map(
+      Object.entries(routing.model_fallbacks).map(([model, others]) => [untagged(model), others])
+    ),
     hedges: routing.enabled && routing.hedge.enabled,
     breaker: breaker.enabled
       ? {
@@ -303,7 +311,8 @@ export function toPool(
       initialWait: retry.initial_wait,
       maxWait: retry.max_wait,
       multiplier: retry.multiplier,
-      retryOn: retry.retry_on
+      retryOn: retry.retry_on,
+      fallsBack: routing.enabled
     }
   }
 }

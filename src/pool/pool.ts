@@ -1,12 +1,19 @@
 import { isDeepStrictEqual } from 'node:util'
-import { matchesModel } from '../keys/key.ts'
-import { Backend, type BackendConfig, type Live, type TimeLimits } from './backend.ts'
-import type { BreakerPolicy, CircuitTurn } from './breaker.ts'
+import { matchesModel, untagged } from '../keys/key.ts'
+import { Backend, type BackendConfig, Live, type TimeLimits } from './backend.ts'
+import type { BreakerPolicy, CircuitTurn, OpenReason } from './breaker.ts'
 import { RetryBudget } from './budget.ts'
 import { Hedges } from './hedge.ts'
+import { type Demand, Speeds } from './load.ts'
 import { isKnown, upstreamModel } from './models.ts'
 import { Queue, type QueuePolicy } from './queue.ts'
-import { type StrategyName, strategies } from './strategies.ts'
+import {
+  type Call,
+  cachedTokens,
+  REMEMBER_PREFIXES,
+  type StrategyName,
+  strategies
+} from './strategies.ts'
 
 /** When and how often another attempt is made. Times in milliseconds. */
 export interface RetryPolicy {
@@ -16,6 +23,8 @@ export interface RetryPolicy {
   maxWait: number
   multiplier: number
   retryOn: readonly FailureKind[]
+  /** Another tier is asked when one has failed. */
+  fallsBack: boolean
 }
 
 /** How an attempt fails before the client has had a byte of an answer. */
@@ -31,6 +40,8 @@ export interface FallbackRule {
 export interface PoolConfig {
   backends: BackendConfig[]
   loadBalance: StrategyName
+  /** Strategies that can do so count what backends have in their caches. */
+  prefixAffinity: boolean
   retry: RetryPolicy
   /** Calls whose first byte is late are made a second time. */
   hedges: boolean
@@ -46,10 +57,10 @@ export interface PoolConfig {
 }
 
 /** What a call needs of its backend. */
-export interface Wanted {
+export interface Wanted extends Call {
   /** Name of the backend that holds what it is about. */
   pinned: string | undefined
-  model: string | undefined
+  isStream: boolean
   /** May the caller use this model in its place? */
   mayUse(model: string): boolean
 }
@@ -83,21 +94,24 @@ export class Lineup {
   readonly isBounded: boolean
   /** Requests under way with it. */
   requests = 0
-  /** See {@link PoolConfig}. */
-  readonly modelFallbacks: ReadonlyMap<string, readonly string[]>
+  readonly #modelFallbacks: ReadonlyMap<string, readonly string[]>
   readonly #fallback: readonly FallbackRule[]
   readonly #modelTimeouts
   readonly #strategy
+  /** It is written down which backend was sent which prompts. */
+  readonly #remembers: boolean
 
   constructor(backends: Backend[], config: PoolConfig) {
     this.backends = backends
     this.isBounded = backends.some(each => each.config.maxConcurrent > 0)
     this.retry = config.retry
     this.hedges = config.hedges
-    this.modelFallbacks = config.modelFallbacks
+    this.#modelFallbacks = config.modelFallbacks
     this.#fallback = config.fallback
     this.#modelTimeouts = config.modelTimeouts
     this.#strategy = strategies[config.loadBalance]
+    this.#remembers =
+      config.prefixAffinity && backends.length > 1 && REMEMBER_PREFIXES.includes(config.loadBalance)
   }
 
   /**
@@ -111,17 +125,26 @@ export class Lineup {
       const upstream = model && (upstreamModel(holder, model) ?? model)
       return holder.available ? [{ backend: holder, model, upstream, tier: 0 }] : []
     }
-    const others = model === undefined ? undefined : this.modelFallbacks.get(model)
-    if (others === undefined) return inService(this.#serving(model, 0))
-    const names = [model, ...others.filter(each => wanted.mayUse(each))]
+    if (model === undefined) return inService(this.#serving(undefined, 0))
+    const names = this.names(model, wanted)
     return inService(names.flatMap((each, at) => this.#serving(each, at * TIERS)))
+  }
+
+  /** The model, and those that may take its place for this caller. */
+  names(model: string, wanted: Wanted): string[] {
+    const others = this.#modelFallbacks.get(untagged(model)) ?? []
+    return [model, ...others.filter(each => wanted.mayUse(each))]
   }
 
   /**
    * The backend for the next attempt; `full` when all that may be used are, undefined when none is
    * available.
    */
-  pick(tried: readonly Candidate[], wanted: Wanted): Candidate | 'full' | undefined {
+  pick(
+    tried: readonly Candidate[],
+    wanted: Wanted,
+    now = performance.now()
+  ): Candidate | 'full' | undefined {
     const able = this.#untried(tried, wanted)
     const candidates = able.filter(each => each.backend.hasRoom)
     if (candidates.length < 2) return candidates[0] ?? (able.length > 0 ? 'full' : undefined)
@@ -130,9 +153,21 @@ export class Lineup {
     if (first.length < 2) return first[0]
     const chosen = this.#strategy(
       first.map(each => each.backend),
-      performance.now()
+      this.#remembers ? wanted : blind(wanted),
+      now
     )
     return first.find(each => each.backend === chosen)
+  }
+
+  /** What a call asks of the backend that it is sent to, which from now on has its prompt. */
+  demand({ backend }: Candidate, wanted: Wanted): Demand {
+    const { model = '', promptTokens: tokens, isStream } = wanted
+    const seen = this.#remembers ? wanted : blind(wanted)
+    const cached = cachedTokens(backend, seen)
+    if (seen.prefixes !== undefined) {
+      backend.live.prefixes.add(seen.prefixes, tokens - cached.kept)
+    }
+    return { model, tokens, cached, isStream }
   }
 
   /** Has one of them room for it, or is there nothing to wait for? */
@@ -159,12 +194,16 @@ export class Lineup {
       if (place !== -1) able.push({ backend, model, upstream, tier: base + place })
     }
     // One of which nothing is known yet may not have the model: it is there for when nobody else is.
-    const known = model === undefined ? able : able.filter(each => isKnown(each.backend))
+    // Whoever a rule names is meant.
+    if (model === undefined || rule !== undefined) return able
+    const known = able.filter(each => isKnown(each.backend))
     return known.length > 0 ? known : able
   }
 
+  /** Another model takes the place of one that nobody can serve, not of one that must be waited for. */
   #untried(tried: readonly Candidate[], wanted: Wanted): Candidate[] {
-    return this.candidates(wanted).filter(each => !isAmong(tried, each))
+    const untried = this.candidates(wanted).filter(each => !isAmong(tried, each))
+    return untried.filter(each => each.model === untried[0]!.model)
   }
 
   #ruleFor(model = ''): FallbackRule | undefined {
@@ -183,6 +222,8 @@ export class Pool {
   readonly queue: Queue
   #isServing = false
   readonly #onCircuit: OnCircuit
+  /** Of all backends. */
+  readonly #speeds = new Speeds()
   #current: Lineup
   /** Lineups that are in use; the current one is the last. */
   readonly #lineups = new Set<Lineup>()
@@ -192,7 +233,7 @@ export class Pool {
     this.#onCircuit = onCircuit
     this.queue = new Queue(config.queue)
     this.#current = new Lineup(
-      config.backends.map(each => new Backend(each)),
+      config.backends.map(each => this.#create(each)),
       config
     )
     this.#lineups.add(this.#current)
@@ -210,16 +251,22 @@ export class Pool {
       if (same === undefined) return this.#renewed(each)
       return isDeepStrictEqual(same.config, each) ? same : new Backend(each, same.live)
     })
+    welcome(backends, before.backends)
     this.#current = new Lineup(backends, config)
     this.#lineups.add(this.#current)
     this.queue.policy = config.queue
     this.#guard(config)
     this.#retire(before)
+    this.#serveQueue()
+  }
+
+  #create(config: BackendConfig): Backend {
+    return new Backend(config, new Live(config, this.#speeds))
   }
 
   /** Connections are made anew, but what somebody wants of the server at this URL holds. */
   #renewed(config: BackendConfig): Backend {
-    const backend = new Backend(config)
+    const backend = this.#create(config)
     const { name, url } = config
     const before = this.backends.find(each => each.name === name && each.config.url === url)
     if (before?.live.isDrained) backend.live.isDrained = true
@@ -230,6 +277,14 @@ export class Pool {
   enter(): Lineup {
     this.#current.requests++
     return this.#current
+  }
+
+  /** It has not begun yet, and goes on with what is configured now. */
+  renew(lineup: Lineup): Lineup {
+    if (lineup === this.#current) return lineup
+    const renewed = this.enter()
+    this.leave(lineup)
+    return renewed
   }
 
   leave(lineup: Lineup): void {
@@ -249,12 +304,16 @@ export class Pool {
     return [...all].map(([live, name]) => ({ name, live }))
   }
 
-  /** Is there a backend for this model, whether or not it is available now? */
-  serves(model: string): boolean {
-    const names = [model, ...(this.#current.modelFallbacks.get(model) ?? [])]
-    return names.some(each =>
-      this.backends.some(backend => upstreamModel(backend, each) !== undefined)
-    )
+  /** The backend that a call would likely be given now. */
+  expect(wanted: Wanted): Candidate | undefined {
+    return this.#current.candidates(wanted)[0]
+  }
+
+  /** Is there a backend for this model, or for one that may take its place, whether or not it is available now? */
+  serves(model: string, wanted: Wanted): boolean {
+    return this.#current
+      .names(model, wanted)
+      .some(each => this.backends.some(backend => upstreamModel(backend, each) !== undefined))
   }
 
   get available(): boolean {
@@ -270,7 +329,13 @@ export class Pool {
   #guard({ breaker }: PoolConfig): void {
     const policy = this.backends.length > 1 ? breaker : undefined
     for (const { name, live } of this.backends) {
-      live.breaker.guard(policy, turn => this.#onCircuit(name, turn))
+      let reason: OpenReason | undefined = policy && live.breaker.opened?.reason
+      live.breaker.guard(policy, turn => {
+        if (turn.state === 'open') reason = turn.reason
+        // Who only asked for a rest is as warm as before.
+        else if (reason && reason !== 'retry_after') live.comeBack(performance.now())
+        this.#onCircuit(name, turn)
+      })
       live.onEnd = () => this.#serveQueue()
     }
   }
@@ -301,19 +366,33 @@ export class Pool {
 }
 
 /**
- * The candidates whose circuits let calls through; at most half are kept from work. If more would be,
- * those that have failed count again, and if all asked to be left alone for a while, they do too: an
- * answer of theirs is better than none.
+ * The candidates whose circuits let calls through; at most half of a tier are kept from work. If more would
+ * be, those that have failed count again, and if all asked to be left alone for a while, they do too: an
+ * answer of theirs is better than none. But not where another tier can take the calls.
  */
 function inService(candidates: Candidate[]): Candidate[] {
   if (candidates.every(({ backend }) => backend.live.breaker.isClosed)) return candidates
   const now = performance.now()
-  const ready = candidates.filter(({ backend }) => backend.live.breaker.admits(now))
-  if (ready.length * 2 >= candidates.length) return ready
-  const awake = candidates.filter(({ backend: { live } }) => {
-    return live.breaker.admits(now) || !live.breaker.isResting
-  })
+  const admits = ({ backend }: Candidate) => backend.live.breaker.admits(now)
+  const ready = candidates.filter(admits)
+  const isEnough = ready.length * 2 >= candidates.length
+  if (isEnough || candidates.some(each => each.tier !== candidates[0]!.tier && ready.length > 0)) {
+    return ready
+  }
+  const awake = candidates.filter(each => admits(each) || !each.backend.live.breaker.isResting)
   return awake.length > 0 ? awake : candidates
+}
+
+/** New servers warm up beside those that stay. */
+function welcome(backends: readonly Backend[], before: readonly Backend[]): void {
+  const isOld = ({ config }: Backend) => before.some(each => each.config.url === config.url)
+  if (!backends.some(isOld)) return
+  for (const each of backends) if (!isOld(each)) each.live.comeBack(performance.now())
+}
+
+/** The call without its prompt. */
+function blind({ model, promptTokens }: Call): Call {
+  return { model, promptTokens, prefixes: undefined, affinity: undefined }
 }
 
 /** Connections can be kept: what they were opened with has not changed. */

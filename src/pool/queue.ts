@@ -1,5 +1,6 @@
 import { GatewayError } from '../errors.ts'
 import { Attained } from './attained.ts'
+import { tooLate } from './patience.ts'
 
 /** What may wait while every backend that could take it is full. Times in milliseconds. */
 export interface QueuePolicy {
@@ -18,32 +19,44 @@ export interface Waiter {
   /** Whose turn it is is settled between callers. */
   readonly caller: string
   readonly priority: Priority
+  /** Those of the same lane wait for the same backends. */
+  readonly lane: string
   /** Bytes that are kept while it waits. */
   readonly bytes: number
-  /** When it has waited for long enough (monotonic, ms). */
+  /** When it began to wait for the first time, and when its client will have waited for long enough (monotonic, ms). */
+  readonly since: number
   readonly deadline: number
   /** Is there room for it, or nothing left to wait for? */
   isReady(): boolean
-  /** Goes on after having waited for `waited` ms. */
-  proceed(waited: number): void
+  /** Goes on. */
+  proceed(): void
   /** It has not been served, and will not be. */
   turnAway(error: GatewayError): void
 }
 
-interface Place {
-  waiter: Waiter
-  since: number
-  timer: NodeJS.Timeout
+/** The calls of one caller and priority that wait for the same backends, in the order in which they came. */
+interface Line {
+  readonly caller: string
+  readonly priority: Priority
+  readonly waiters: Waiter[]
+  /** When one of them was served last. */
+  servedAt: number
 }
 
-/** A batch call that has waited this long (ms) is as good as an interactive one: none starves. */
-const PROMOTED_MS = 30_000
+/** All that wait for the same backends; it is there as long as somebody does. */
+interface Lane {
+  readonly lines: Map<string, Line>
+  /** Mean time (ms) between two that are served while others wait. */
+  pace: number | undefined
+  servedAt: number | undefined
+}
+
+/** A line of which nobody was served for so long (ms) comes before all others: none starves. */
+const STARVING_MS = 30_000
 /** Places become free without anybody's saying so (a circuit's time is over): they are looked for. */
 const LOOK_MS = 250
-/** For so long (ms) who waits is told the same position. */
-const RANKED_MS = 1_000
 /** How much the latest call counts for how fast places become free. */
-const ALPHA = 0.1
+const ALPHA = 0.2
 
 /**
  * One queue before all backends. Who waits is served by priority, within a priority the caller who has
@@ -55,148 +68,220 @@ export class Queue {
   /** How many could not wait, or have waited in vain. */
   readonly turnedAway = { full: 0, deadline: 0, timeout: 0 }
   readonly attained = new Attained()
-  #policy: QueuePolicy
-  /** In the order in which they came; they leave from anywhere. */
-  readonly #places = new Map<Waiter, Place>()
+  policy: QueuePolicy
+  readonly #lanes = new Map<string, Lane>()
+  readonly #timers = new Map<Waiter, NodeJS.Timeout>()
   #bytes = 0
   #looking: NodeJS.Timeout | undefined
   #isServing = false
-  /** Mean time (ms) between two that were served while others waited. */
-  #pace: number | undefined
-  #servedAt: number | undefined
-  /** See {@link position}. */
-  #ranks = new WeakMap<Waiter, number>()
-  #rankedAt = 0
 
   constructor(policy: QueuePolicy) {
-    this.#policy = policy
-  }
-
-  set policy(policy: QueuePolicy) {
-    this.#policy = policy
+    this.policy = policy
   }
 
   get size(): number {
-    return this.#places.size
+    return this.#timers.size
   }
 
   /** How many of a priority wait. */
   count(priority: Priority): number {
     let count = 0
-    for (const { priority: its } of this.#places.keys()) if (its === priority) count++
+    for (const { lines } of this.#lanes.values())
+      for (const line of lines.values())
+        if (line.priority === priority) count += line.waiters.length
     return count
   }
 
-  /** How many are served before this one, as things stood at most a second ago; undefined: it does not wait. */
-  position(waiter: Waiter, now: number): number | undefined {
-    if (!this.#places.has(waiter)) return undefined
-    // All ask time and again, and to put them in order takes as long for one as for all.
-    if (now - this.#rankedAt > RANKED_MS || !this.#ranks.has(waiter)) {
-      this.#ranks = new WeakMap(this.#order(now).map((each, at) => [each, at]))
-      this.#rankedAt = now
+  has(waiter: Waiter): boolean {
+    return this.#timers.has(waiter)
+  }
+
+  /** How many are likely to be served before this one, which waits or is about to. */
+  position({ caller, priority, lane, since }: Waiter, now: number): number {
+    const lines = this.#lanes.get(lane)?.lines
+    if (lines === undefined) return 0
+    const own = lines.get(lineKey(caller, priority))?.waiters ?? []
+    const before = own.filter(each => each.since < since).length
+    const had = this.#had(caller, now)
+    let ahead = before
+    for (const line of lines.values()) {
+      if (line.caller === caller && line.priority === priority) continue
+      // Callers take turns: of a long line only as many go before as there are turns until this one's.
+      const turns = before + (this.#had(line.caller, now) <= had ? 1 : 0)
+      if (line.priority === priority) ahead += Math.min(line.waiters.length, turns)
+      else if (line.priority === 'interactive') ahead += line.waiters.length
     }
-    return this.#ranks.get(waiter)
+    return ahead
   }
 
   /**
-   * Lets a call wait.
+   * Lets a call wait. If there is no room, the latest call of the longest line makes some, unless this one
+   * belongs there itself.
    *
    * @returns why it can't
    */
   join(waiter: Waiter, now: number): GatewayError | undefined {
-    const { maxSize, maxBytes, timeout } = this.#policy
-    const wait = this.#expectedWait(waiter, now)
-    const patience = Math.min(timeout, waiter.deadline - now)
-    const isFull = this.size >= maxSize || this.#bytes + waiter.bytes > maxBytes
-    if (isFull) this.turnedAway.full++
-    else if (wait > patience) this.turnedAway.deadline++
-    if (isFull) return overloaded('All backends are busy, and the queue is full.', wait)
-    if (wait > patience) {
+    const until = Math.min(waiter.since + this.policy.timeout, waiter.deadline)
+    const ahead = this.position(waiter, now)
+    const wait = (this.#lanes.get(waiter.lane)?.pace ?? 0) * (ahead + 1)
+    if (ahead > 0 && now + wait > until) {
+      this.turnedAway.deadline++
       return overloaded('All backends are busy, and this call would wait for too long.', wait)
     }
-    const timer = setTimeout(() => {
-      if (!this.leave(waiter)) return
-      this.turnedAway.timeout++
-      waiter.turnAway(overloaded('All backends were busy for too long.', this.#pace ?? 0))
-    }, patience).unref()
-    this.#places.set(waiter, { waiter, since: now, timer })
-    this.#bytes += waiter.bytes
+    if (!this.#makeRoom(waiter, now)) {
+      this.turnedAway.full++
+      return overloaded('All backends are busy, and the queue is full.', wait)
+    }
+    this.#insert(waiter, until - now)
     this.#looking ??= setInterval(() => this.serve(performance.now()), LOOK_MS).unref()
     return undefined
   }
 
   /** It does not want to wait any more; false: it did not wait. */
   leave(waiter: Waiter): boolean {
-    const place = this.#places.get(waiter)
-    if (place === undefined) return false
-    clearTimeout(place.timer)
-    this.#places.delete(waiter)
+    const timer = this.#timers.get(waiter)
+    if (timer === undefined) return false
+    clearTimeout(timer)
+    this.#timers.delete(waiter)
     this.#bytes -= waiter.bytes
-    if (this.size > 0) return true
-    clearInterval(this.#looking)
-    this.#looking = undefined
-    this.#servedAt = undefined
+    const lane = this.#lanes.get(waiter.lane)!
+    const key = lineKey(waiter.caller, waiter.priority)
+    const { waiters } = lane.lines.get(key)!
+    waiters.splice(waiters.indexOf(waiter), 1)
+    if (waiters.length === 0) lane.lines.delete(key)
+    if (lane.lines.size === 0) this.#lanes.delete(waiter.lane)
+    if (this.size === 0) {
+      clearInterval(this.#looking)
+      this.#looking = undefined
+    }
     return true
   }
 
   /** There may be room: whoever's turn it is goes on. */
   serve(now: number): void {
     // One that goes on and fails at once makes room again.
-    if (this.#isServing || this.size === 0) return
+    if (this.#isServing) return
     this.#isServing = true
-    try {
-      let next: Waiter | undefined
-      do {
-        next = this.#order(now).find(waiter => waiter.isReady())
-        if (next !== undefined) this.#proceed(next, now)
-      } while (next !== undefined && this.size > 0)
-    } finally {
-      this.#isServing = false
+    for (let line = this.#next(now); line !== undefined; line = this.#next(now)) {
+      this.#proceed(line, now)
     }
+    this.#isServing = false
   }
 
-  #proceed(waiter: Waiter, now: number): void {
-    const waited = now - this.#places.get(waiter)!.since
+  /** The line whose turn it is, of those that there is room for. */
+  #next(now: number): Line | undefined {
+    let next: Line | undefined
+    for (const { lines } of this.#lanes.values()) {
+      const [some] = lines.values()
+      if (!some!.waiters[0]!.isReady()) continue
+      for (const line of lines.values()) {
+        if (next === undefined || this.#isBefore(line, next, now)) next = line
+      }
+    }
+    return next
+  }
+
+  #isBefore(line: Line, other: Line, now: number): boolean {
+    const [since, otherSince] = [waitsSince(line), waitsSince(other)]
+    const isStarving = now - since > STARVING_MS
+    if (isStarving || now - otherSince > STARVING_MS) return since < otherSince
+    if (line.priority !== other.priority) return line.priority === 'interactive'
+    const difference = this.#had(line.caller, now) - this.#had(other.caller, now)
+    return difference === 0 ? line.waiters[0]!.since < other.waiters[0]!.since : difference < 0
+  }
+
+  #proceed(line: Line, now: number): void {
+    const waiter = line.waiters[0]!
+    const lane = this.#lanes.get(waiter.lane)!
+    line.servedAt = now
+    if (lane.servedAt !== undefined) {
+      const gap = now - lane.servedAt
+      lane.pace = lane.pace === undefined ? gap : lane.pace + (gap - lane.pace) * ALPHA
+    }
+    lane.servedAt = now
     this.leave(waiter)
-    this.#keepPace(now)
-    this.onServed?.(waiter.priority, waited)
-    waiter.proceed(waited)
-  }
-
-  /** First the first calls of all callers, then their second ones, and so on. A token more or less is none. */
-  #order(now: number): Waiter[] {
-    const rounds = new Map<string, number>()
-    return [...this.#places.values()]
-      .map(({ waiter, since }) => {
-        const isBatch = waiter.priority === 'batch' && now - since < PROMOTED_MS
-        const whose = `${isBatch}${waiter.caller}`
-        const round = rounds.get(whose) ?? 0
-        rounds.set(whose, round + 1)
-        return { waiter, isBatch, round, had: Math.round(this.attained.of(waiter.caller, now)) }
-      })
-      .sort((a, b) => Number(a.isBatch) - Number(b.isBatch) || a.round - b.round || a.had - b.had)
-      .map(({ waiter }) => waiter)
-  }
-
-  /** Time (ms) until a call that comes now would be served, by how fast others are. */
-  #expectedWait(waiter: Waiter, now: number): number {
-    if (this.#pace === undefined || this.#servedAt === undefined) return 0
-    let ahead = 0
-    const own = this.attained.of(waiter.caller, now)
-    for (const other of this.#places.keys()) {
-      const isBefore = other.caller === waiter.caller || this.attained.of(other.caller, now) <= own
-      if (other.priority === waiter.priority ? isBefore : other.priority === 'interactive') ahead++
+    this.onServed?.(waiter.priority, now - waiter.since)
+    try {
+      waiter.proceed()
+    } catch (cause) {
+      const message = 'The gateway failed to handle this request.'
+      waiter.turnAway(new GatewayError('internal_error', message, { cause }))
     }
-    return (ahead + 1) * this.#pace
   }
 
-  #keepPace(now: number): void {
-    if (this.#servedAt !== undefined) {
-      const gap = now - this.#servedAt
-      this.#pace = this.#pace === undefined ? gap : this.#pace + (gap - this.#pace) * ALPHA
-    }
-    this.#servedAt = now
+  /** A token more or less is none. */
+  #had(caller: string, now: number): number {
+    return Math.round(this.attained.of(caller, now))
   }
+
+  #insert(waiter: Waiter, patience: number): void {
+    const lane = this.#lanes.get(waiter.lane) ?? {
+      lines: new Map<string, Line>(),
+      pace: undefined,
+      servedAt: undefined
+    }
+    this.#lanes.set(waiter.lane, lane)
+    const { caller, priority } = waiter
+    const key = lineKey(caller, priority)
+    const line = lane.lines.get(key) ?? { caller, priority, waiters: [], servedAt: 0 }
+    lane.lines.set(key, line)
+    line.waiters.push(waiter)
+    this.#bytes += waiter.bytes
+    this.#timers.set(waiter, setTimeout(() => this.#expire(waiter), patience).unref())
+  }
+
+  #expire(waiter: Waiter): void {
+    const now = performance.now()
+    const wait = (this.#lanes.get(waiter.lane)?.pace ?? 0) * (this.position(waiter, now) + 1)
+    if (!this.leave(waiter)) return
+    this.turnedAway.timeout++
+    const isClients = waiter.deadline <= waiter.since + this.policy.timeout
+    waiter.turnAway(
+      isClients ? tooLate() : overloaded('All backends were busy for too long.', wait)
+    )
+  }
+
+  #makeRoom(waiter: Waiter, now: number): boolean {
+    const { maxSize, maxBytes } = this.policy
+    while (this.size >= maxSize || this.#bytes + waiter.bytes > maxBytes) {
+      const longest = this.#longest()
+      if (longest === undefined) return false
+      const own = this.#lanes.get(waiter.lane)?.lines.get(lineKey(waiter.caller, waiter.priority))
+      const length = (own?.waiters.length ?? 0) + 1
+      const isWorse = longest.priority === 'batch' && waiter.priority === 'interactive'
+      const isBetter = longest.priority === 'interactive' && waiter.priority === 'batch'
+      if (isBetter || (!isWorse && longest.waiters.length <= length)) return false
+      const last = longest.waiters.at(-1)!
+      const wait = (this.#lanes.get(last.lane)!.pace ?? 0) * this.position(last, now)
+      this.leave(last)
+      this.turnedAway.full++
+      last.turnAway(overloaded('All backends are busy, and the queue is full.', wait))
+    }
+    return true
+  }
+
+  /** Of batches, if there are any. */
+  #longest(): Line | undefined {
+    let longest: Line | undefined
+    for (const { lines } of this.#lanes.values()) {
+      for (const line of lines.values()) {
+        const isBatch = line.priority === 'batch'
+        const wasBatch = longest?.priority === 'batch'
+        const isLonger = line.waiters.length > (longest?.waiters.length ?? 0)
+        if (isBatch === wasBatch ? isLonger : isBatch || longest === undefined) longest = line
+      }
+    }
+    return longest
+  }
+}
+
+function lineKey(caller: string, priority: Priority): string {
+  return `${priority} ${caller}`
+}
+
+/** Since when nobody of it was served. */
+function waitsSince({ waiters, servedAt }: Line): number {
+  return Math.max(waiters[0]!.since, servedAt)
 }
 
 function overloaded(message: string, wait: number): GatewayError {

@@ -64,7 +64,7 @@ export class Race {
       // All that will ever be known of it is that it took longer than this.
       if (isLate) {
         this.#learn(other)
-        other.backend.live.observeLatency(other.age, performance.now())
+        other.backend.live.reputation.observeLatency(other.age, performance.now())
       }
       other.cancel(this.#second === undefined ? 'cancelled' : 'hedged')
     }

@@ -7,9 +7,11 @@ import type { Tap } from './answer.ts'
 
 const QUOTE = 0x22
 const BACKSLASH = 0x5c
-const NEWLINE = 0x0a
+const LF = 0x0a
+const CR = 0x0d
 /** Objects beside the answer itself that say whose it is: Anthropic's and those of the Responses API. */
 const HEADS = new Set(['message', 'response'])
+const DATA = 'data:'
 /** No name of interest is longer. */
 const MAX_NAME = 8
 
@@ -39,6 +41,7 @@ export class Renamed implements Tap {
   #depth = 0
   /** Of a line of an event stream: how much of `data:` it began with; -1: it is another line. */
   #line = 0
+  #isAfterCr = false
   #isString = false
   #isEscaped = false
   /** The string is a member's name; it is the old name of the model. */
@@ -95,11 +98,14 @@ export class Renamed implements Tap {
     let from = 0
     for (let at = 0; at < bytes.length; at++) {
       const byte = bytes[at]!
-      if (byte === NEWLINE && !this.#isWhole) {
+      if ((byte === LF || byte === CR) && !this.#isWhole) {
         if (this.#isOld) from = at
-        this.#nextLine()
-      } else if (this.#isString) {
-        if (this.#endsString(byte) && this.#isOld) {
+        this.#endLine(byte)
+      } else if (this.#isSse && this.#line !== DATA.length) this.#beginLine(byte)
+      else if (this.#isString) {
+        const next = this.#isName || this.#isEscaped ? at : skipText(bytes, at)
+        if (next > at) at = next - 1
+        else if (this.#endsString(byte) && this.#isOld) {
           this.#isOld = false
           this.#isDone = this.#isWhole
           from = at + 1
@@ -114,21 +120,29 @@ export class Renamed implements Tap {
     return parts.length === 1 ? parts[0] : Buffer.concat(parts)
   }
 
-  /** Whatever is wrong with a line ends with it. */
-  #nextLine(): void {
-    this.#depth = this.#line = 0
+  /** LF, CR or both (https://html.spec.whatwg.org/multipage/server-sent-events.html). */
+  #endLine(byte: number): void {
+    const isSecond = byte === LF && this.#isAfterCr
+    this.#isAfterCr = byte === CR
+    if (isSecond) return
+    // JSON has no line end within a text: what is wrong ends with the line, and all else with the event.
+    const isBlank = this.#line === 0
+    this.#line = 0
+    if (this.#isSse && !isBlank && !this.#isString) return
+    this.#depth = 0
     this.#isString = this.#isEscaped = this.#isName = this.#isOld = this.#isInHead = false
   }
 
+  #beginLine(byte: number): void {
+    this.#isAfterCr = false
+    const isPrefix = this.#line !== -1 && byte === DATA.charCodeAt(this.#line)
+    this.#line = isPrefix ? this.#line + 1 : -1
+  }
+
   #outside(byte: number): void {
-    const isData = !this.#isSse || this.#line === 'data:'.length
-    if (isData && byte === 0x7b) {
-      this.#depth = 1
-      this.#isMemberNext = true
-    } else if (!isData) {
-      const isPrefix = this.#line !== -1 && byte === 'data:'.charCodeAt(this.#line)
-      this.#line = isPrefix ? this.#line + 1 : -1
-    }
+    if (byte !== 0x7b) return
+    this.#depth = 1
+    this.#isMemberNext = true
   }
 
   #beginString(): void {
@@ -177,4 +191,15 @@ export class Renamed implements Tap {
   get #isNear(): boolean {
     return this.#depth === 1 || (this.#depth === 2 && this.#isInHead)
   }
+}
+
+/** Where the next byte is, from `at` on, that may end a text or be no part of it. */
+function skipText(bytes: Buffer, at: number): number {
+  let next = at
+  while (next < bytes.length) {
+    const byte = bytes[next]
+    if (byte === QUOTE || byte === BACKSLASH || byte === LF || byte === CR) break
+    next++
+  }
+  return next
 }

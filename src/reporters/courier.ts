@@ -136,7 +136,8 @@ export class Courier {
     signal.addEventListener('abort', () => stop.resolve(), { once: true })
     if (signal.aborted) return
     this.#proceed()
-    while (!signal.aborted && (this.pending > 0 || (await this.#fill()))) {
+    const isOver = () => signal.aborted || this.#isStopped
+    while (!isOver() && (this.pending > 0 || (await this.#fill()))) {
       if (this.unsafe === 0 && this.#failures > 0) return
       await Promise.race([this.#idle(), stop.promise])
     }

@@ -60,10 +60,10 @@ const SCHEMA = `
   END;
 `
 
-/** What is summed up: `day` alone, or for each of these; `tag:` and a tag's name for each of its values. */
-export type Dimension = 'day' | 'key' | 'user' | 'model' | 'backend' | `tag:${string}`
+/** What is summed up: `day` alone, or for each of these; `tag:` and a tag's name for each of its values, `tag` for those of all tags. */
+export type Dimension = 'day' | 'key' | 'user' | 'model' | 'backend' | 'tag' | `tag:${string}`
 
-/** What was spent in one currency; `value` is a day, a key's id, a model ...; '' where there is none. */
+/** What was spent in one currency; `value` is a day, a key's id, a model, `NAME=VALUE` of all tags ...; '' where there is none. */
 export interface Sum {
   value: string
   /** null where no price is configured. */
@@ -109,15 +109,23 @@ export async function readSums(
   db: Database,
   { by, since = '', until = '9999' }: SumQuery
 ): Promise<Sum[]> {
-  return (await db.run(SUMS, [by, since, until])) as unknown as Sum[]
+  const [query, which] = by === 'tag' ? [TAG_SUMS, []] : [SUMS, [by]]
+  return (await db.run(query, [...which, since, until])) as unknown as Sum[]
 }
 
-export const SUMS = `
-  SELECT CASE dimension WHEN 'day' THEN day ELSE value END AS value, nullif(currency, '') AS currency,
+const sums = (value: string, which: string) => `
+  SELECT ${value} AS value, nullif(currency, '') AS currency,
     sum(requests) AS requests, ${SUMMED.map(each => `sum(${each}) AS ${each}`).join(', ')}
-  FROM usage_sums WHERE dimension = ? AND day BETWEEN ? AND ?
+  FROM usage_sums WHERE ${which} AND day BETWEEN ? AND ?
   GROUP BY 1, 2 ORDER BY 1, 2
 `
+
+export const SUMS = sums("CASE dimension WHEN 'day' THEN day ELSE value END", 'dimension = ?')
+/** Of every tag; ';' is what comes after ':'. */
+const TAG_SUMS = sums(
+  "substr(dimension, 5) || '=' || value",
+  "dimension >= 'tag:' AND dimension < 'tag;'"
+)
 
 /** Whole days go, records and sums alike, so that the sums are those of the records that are there. */
 export async function forgetBefore(db: Database, now: number, days: number): Promise<void> {

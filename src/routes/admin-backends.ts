@@ -2,6 +2,7 @@ import { Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import type { Backend } from '../pool/backend.ts'
 import type { Breaker } from '../pool/breaker.ts'
+import type { Speed } from '../pool/load.ts'
 import type { ModelEntry } from '../pool/models.ts'
 import type { Administered, AdminRoute, Changed } from './admin.ts'
 
@@ -15,6 +16,10 @@ const CircuitShown = Type.Object(
   },
   { description: 'closed: it gets calls; half_open: a single one; open: none until then' }
 )
+const SpeedShown = Type.Object({
+  prefill_tokens_per_second: Type.Number(),
+  time_per_output_token_ms: Type.Number()
+})
 const BackendShown = Type.Object(
   {
     name: Type.String(),
@@ -32,6 +37,22 @@ const BackendShown = Type.Object(
     drained: Type.Boolean({ description: 'Somebody wants it to get no calls' }),
     circuit: CircuitShown,
     in_flight: Type.Integer({ description: 'Attempts whose answer has not ended' }),
+    warm: Type.Number({
+      description: 'Part of its share of the calls that it gets: below 1 for 30 s after it is back'
+    }),
+    wait_ms: Type.Number({ description: 'What a call would wait before its prompt is read' }),
+    ttft_ms: Type.Union([Type.Number(), Type.Null()], {
+      description: 'Expected time to the first byte, as latency_based has it; null: not known'
+    }),
+    speed: Type.Object(SpeedShown.properties, {
+      description: 'Learned from its answers; 8000 and 30 are believed before the first'
+    }),
+    models_speed: Type.Record(Type.String(), SpeedShown, {
+      description: 'The same of the models that were asked for last, 64 at most'
+    }),
+    prefixes: Type.Integer({
+      description: 'Beginnings of prompts that it should have in its cache, 32768 at most'
+    }),
     down_since: Type.Union([Type.String({ format: 'date-time' }), Type.Null()]),
     last_error: Type.Union([
       Type.Object({ at: Type.String({ format: 'date-time' }), reason: Type.String() }),
@@ -78,7 +99,8 @@ export default function backendRoutes({ backends }: Administered, changed: Chang
 }
 
 function toShown({ name, config, live }: Backend, source: string | null) {
-  const { lastError, models } = live
+  const { lastError, models, load } = live
+  const now = performance.now()
   return {
     name,
     url: live.origin + live.basePath,
@@ -90,6 +112,14 @@ function toShown({ name, config, live }: Backend, source: string | null) {
     drained: live.isDrained,
     circuit: toCircuit(live.breaker),
     in_flight: live.inFlight,
+    warm: rounded(live.rampUp(now)),
+    wait_ms: rounded(load.wait(now)),
+    ttft_ms: rounded(live.reputation.latency(now) ?? null),
+    speed: toSpeed(load.speeds.overall),
+    models_speed: Object.fromEntries(
+      load.speeds.entries().map(([model, speed]) => [model, toSpeed(speed)])
+    ),
+    prefixes: live.prefixes.size,
     down_since: live.healthy ? null : toIso(live.changedAt),
     last_error:
       lastError === undefined ? null : { at: toIso(lastError.at), reason: lastError.reason }
@@ -108,6 +138,18 @@ function toCircuit(breaker: Breaker) {
     reason: reason ?? null,
     until: until === undefined ? null : toIso(Date.now() + until - now)
   }
+}
+
+function toSpeed({ prefillRate, tpot }: Speed) {
+  return {
+    prefill_tokens_per_second: rounded(prefillRate * 1000),
+    time_per_output_token_ms: rounded(tpot)
+  }
+}
+
+/** To hundredths. */
+function rounded<T extends number | null>(value: T): T {
+  return (value === null ? null : Math.round(value * 100) / 100) as T
 }
 
 function toIso(time: number): string {

@@ -5,7 +5,7 @@ import { parseTime } from '../keys/key.ts'
 import type { Dimension } from '../reporters/usage-store.ts'
 import type { Administered, AdminRoute } from './admin.ts'
 
-/** What the admin API shows: usage, the configuration, and a description of itself. */
+/** What the admin API shows: usage, and a description of itself. */
 
 const Day = (description: string) =>
   Type.Optional(
@@ -19,9 +19,10 @@ const Day = (description: string) =>
 const UsageQuery = Type.Object(
   {
     group_by: Type.String({
-      pattern: '^(key|user|model|backend|day|tag:.+)$',
-      expects: 'key, user, model, backend, day, or such as tag:team',
-      description: 'key (its id), user, model, backend, day, or tag: and the name of a tag'
+      pattern: '^(key|user|model|backend|day|tag|tag:.+)$',
+      expects: 'key, user, model, backend, tag, day, or such as tag:team',
+      description:
+        'key (its id), user, model, backend, day, tag (NAME=VALUE of all tags), or tag: and the name of one'
     }),
     since: Day('The first day, in UTC'),
     until: Day('The last day, in UTC')
@@ -41,10 +42,7 @@ const SumShown = Type.Object({
   cost: Type.Number()
 })
 
-export default function viewRoutes(
-  { usage, config }: Administered,
-  scope: FastifyInstance
-): AdminRoute[] {
+export default function viewRoutes({ usage }: Administered, scope: FastifyInstance): AdminRoute[] {
   return [
     {
       method: 'GET',
@@ -68,13 +66,6 @@ export default function viewRoutes(
         }
         return { group_by, ...days, sums }
       }
-    },
-    {
-      method: 'GET',
-      url: '/config',
-      summary: 'The running configuration; secrets are ***',
-      response: { 200: Type.Object({}, { description: 'Its sections' }) },
-      handler: async () => config()
     },
     {
       method: 'GET',

@@ -7,6 +7,7 @@ import type {
   FastifySchema
 } from 'fastify'
 import type { TSchema } from 'typebox'
+import type { Changes } from '../changes.ts'
 import { openaiError } from '../dialects/openai.ts'
 import { GatewayError, toGatewayError } from '../errors.ts'
 import { formatPath, type Issue } from '../issues.ts'
@@ -18,6 +19,7 @@ import type { UsageReports } from '../plugins/usage.ts'
 import { DatabaseError } from '../store/sql.ts'
 import { VERSION } from '../version.ts'
 import backendRoutes from './admin-backends.ts'
+import configRoutes from './admin-config.ts'
 import keyRoutes from './admin-keys.ts'
 import originalRoutes from './admin-original.ts'
 import viewRoutes from './admin-views.ts'
@@ -31,6 +33,8 @@ export interface Administered {
   usage: UsageReports
   /** The running configuration without its secrets. */
   config(): object
+  /** Reads the configuration again and takes it over; undefined: there is no file. */
+  reload(): Promise<Changes> | undefined
 }
 
 /** What a route of the admin API is made of. */
@@ -99,6 +103,7 @@ export default function adminRoutes(administered: Administered): FastifyPluginAs
     for (const route of [
       ...keyRoutes(administered, changed),
       ...viewRoutes(administered, scope),
+      ...configRoutes(administered, changed),
       ...backendRoutes(administered, changed),
       ...originalRoutes(administered, changed)
     ]) {

@@ -49,6 +49,7 @@ const MAX_RESPONSES = 10_000
 /** A stored response lives in the backend that made it, and belongs to who asked for it. */
 interface Made {
   backend: string
+  model: string | undefined
   caller: string | undefined
 }
 
@@ -75,15 +76,16 @@ const openaiRoutes: FastifyPluginAsync = async function openaiRoutes(fastify) {
       kind: 'response',
       response: id,
       backend: backend!,
+      model: exchange.model,
       caller: request.caller?.id
     } as const
     remember(news)
     fastify.peers?.tell(news)
   }
 
-  function remember({ response, backend, caller }: ResponseMade): void {
+  function remember({ response, backend, model, caller }: ResponseMade): void {
     if (made.size >= MAX_RESPONSES) made.delete(made.keys().next().value!)
-    made.set(response, { backend, caller })
+    made.set(response, { backend, model, caller })
   }
 
   function bind(exchange: Exchange, id: string | undefined): void {
@@ -93,6 +95,7 @@ const openaiRoutes: FastifyPluginAsync = async function openaiRoutes(fastify) {
       throw new GatewayError('not_found', 'There is no such response.')
     }
     exchange.pinned = known.backend
+    exchange.heldModel = known.model
   }
 }
 

@@ -1,0 +1,58 @@
+import { Type } from 'typebox'
+import { GatewayError } from '../errors.ts'
+import type { Administered, AdminRoute, Changed } from './admin.ts'
+
+/** The configuration: what it is, and that it is read again. */
+
+const anything = (description: string) => Type.Optional(Type.Unknown({ description }))
+const ChangesShown = (description: string) =>
+  Type.Array(
+    Type.Object({
+      path: Type.String({ description: 'Such as backends[gpu-1].weight' }),
+      before: anything('Not there: it was not there'),
+      after: anything('Not there: it is gone')
+    }),
+    { description }
+  )
+
+export default function configRoutes(
+  { config, reload }: Administered,
+  changed: Changed
+): AdminRoute[] {
+  return [
+    {
+      method: 'GET',
+      url: '/config',
+      summary: 'The running configuration; secrets are ***',
+      response: { 200: Type.Object({}, { description: 'Its sections' }) },
+      handler: async () => config()
+    },
+    {
+      method: 'POST',
+      url: '/reload',
+      summary:
+        'Reads the configuration file again and takes it over, in all workers, or changes nothing',
+      response: {
+        200: Type.Object(
+          {
+            changed: ChangesShown('What differs from before, and holds now'),
+            restart_needed: ChangesShown('What the file says, and holds when it is started again')
+          },
+          { description: 'What differs; secrets are ***' }
+        )
+      },
+      async handler(request) {
+        const reloading = reload()
+        if (reloading === undefined) {
+          throw new GatewayError(
+            'conflict',
+            'This gateway was not started from a file: there is nothing to read again.'
+          )
+        }
+        const changes = await reloading
+        await changed(request, 'reload', {})
+        return changes
+      }
+    }
+  ]
+}
