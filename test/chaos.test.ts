@@ -148,6 +148,7 @@ function gatewayBefore(
     routing: {
       timeout: '150ms',
       idle_timeout: '150ms',
+      hedge: { enabled: true },
       retry: { enabled: true, retry_on: ['connect_failure', 'timeout', '5xx', '429'] }
     }
   })

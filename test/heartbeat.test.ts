@@ -12,6 +12,7 @@ import {
   answerChat,
   CHAT,
   chunk,
+  closedPort,
   DONE,
   fakeBackend,
   post,
@@ -292,6 +293,23 @@ test('heartbeats are no beginning: another backend is tried, also after a wait',
   assert.equal((await two.logged({ msg: 'exchange' })).attempts, 2)
 })
 
+test('a stream that is only an error is the client’s when nobody does better', async t => {
+  const event = 'data: {"error":{"message":"engine died","code":500}}\n\n'
+  const bad = await lateBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' }).end(event)
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: bad.url }, { url: `http://127.0.0.1:${await closedPort()}`, priority: 1 }],
+    ...HEARTBEAT
+  })
+  const client = await ask(t, gateway.port, '/v1/chat/completions', STREAM)
+  await client.until(BEAT)
+  bad.go()
+  await client.until(/\r\n0\r\n\r\n$/)
+  assert.equal(withoutBeats(bodyOf(client)), event)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'backend_failed')
+})
+
 test('the time limits hold, of the configuration and of the client', async t => {
   const silent = await fakeBackend(t, () => {})
   const gateway = await startGateway(t, {
@@ -325,10 +343,11 @@ test('a client that leaves stops the backend at once', async t => {
 
 test('a client that has not taken what was said hears no more', async () => {
   const answer = Answer.awaited()
-  for (let beat = 0; beat < 3; beat++) answer.say(':\n\n')
-  assert.equal(String(answer.read()), ':\n\n')
-  for (let beat = 0; beat < 3; beat++) answer.say(':\n\n')
-  assert.equal(String(answer.read()), ':\n\n')
+  for (const _ of ['before anybody listens', 'while it does not read']) {
+    for (let beat = 0; beat < 3; beat++) answer.say(':\n\n')
+    assert.equal(String(answer.read()), ':\n\n')
+    assert.equal(answer.read(), null)
+  }
 })
 
 test('a client that takes nothing makes the backend wait', async t => {

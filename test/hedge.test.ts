@@ -94,7 +94,7 @@ test('of a first attempt that lost it is known that it took longer', () => {
 interface Run {
   gateway: TestGateway
   backends: Record<'a' | 'b', FakeBackend>
-  /** Resolves with the backends that get the call: first the one that is chosen, then the other one. */
+  /** Resolve with the backends that get the call, in turn. */
   reached: Promise<'a' | 'b'>[]
   /** How the first and the second of them answer it. */
   answers: Answerer[]
@@ -108,7 +108,7 @@ async function race(
   answers: Answerer[],
   { backends: more = {}, ...config }: Record<string, unknown> & { backends?: object } = {}
 ): Promise<Run> {
-  const came = [Promise.withResolvers<'a' | 'b'>(), Promise.withResolvers<'a' | 'b'>()]
+  const came = Array.from({ length: 3 }, () => Promise.withResolvers<'a' | 'b'>())
   let at = 0
   const answer =
     (name: 'a' | 'b'): Answerer =>
@@ -146,7 +146,7 @@ test('the second answers: the first is stopped at once, and costs nothing', asyn
   const run = await race(t, [never, answerChat])
   const response = await ask(run.gateway, 'late')
   assert.match(await response.text(), /\[DONE\]/)
-  const [first, second] = await Promise.all(run.reached)
+  const [first, second] = await Promise.all(run.reached.slice(0, 2))
   await seen(run, first!).closed
   const line = await lateLine(run, response)
   assert.deepEqual(
@@ -176,7 +176,7 @@ test('the first answers after all: the second is stopped', async t => {
     never
   ])
   const answered = ask(run.gateway, 'late')
-  const [first, second] = await Promise.all(run.reached)
+  const [first, second] = await Promise.all(run.reached.slice(0, 2))
   go.resolve()
   const response = await answered
   assert.match(await response.text(), /\[DONE\]/)
@@ -265,7 +265,7 @@ describe('one of the two fails', { concurrency: true }, () => {
       const [one, two] = [gate(), gate()]
       const run = await race(t, [one.after(fails), two.after(answerChat)])
       const answered = ask(run.gateway, 'late')
-      await Promise.all(run.reached)
+      await Promise.all(run.reached.slice(0, 2))
       one.open()
       await run.gateway.logged({ msg: 'attempt failed' })
       two.open()
@@ -337,6 +337,20 @@ test('each is asked for usage in its own way, and the answer is read as its back
     response.writeHead(400, { 'content-type': 'application/json' })
     response.end('{"error":{"message":"stream_options is not known"}}')
   }
+  const open = Promise.withResolvers<void>()
+  const asked: Answerer = async (...call) => {
+    await open.promise
+    await answerChat(...call)
+  }
+  const first = await race(t, [asked, noOptions, never])
+  const answered = ask(first.gateway, 'late')
+  await first.reached[2]
+  open.resolve()
+  const events = await (await answered).text()
+  assert.match(events, /"!"[\s\S]*\[DONE\]/)
+  assert.ok(!events.includes('usage'), 'what only the gateway has asked for is taken out')
+  assert.deepEqual(await results(first), { won: 0, lost: 1 })
+
   const run = await race(t, [never, noOptions, noOptions])
   const response = await ask(run.gateway, 'late')
   const text = await response.text()
@@ -350,12 +364,31 @@ test('a client that leaves stops both', async t => {
   const run = await race(t, [never, never])
   const body = JSON.stringify({ ...STREAM, user: 'late' })
   const client = await rawClient(t, run.gateway.port, rawPost('/v1/chat/completions', body))
-  await Promise.all(run.reached)
+  await Promise.all(run.reached.slice(0, 2))
   client.socket.destroy()
   await Promise.all([seen(run, 'a').closed, seen(run, 'b').closed])
   const line = await run.gateway.logged({ msg: 'exchange', outcome: 'client_gone' })
   assert.equal(line.attempts, 2)
   assert.deepEqual(await results(run), { won: 0, lost: 1 })
+})
+
+test('neither answers in time: the client is told once, and both are stopped', async t => {
+  for (const [limit, headers] of [
+    ['200ms', {}],
+    ['1m', { 'x-request-timeout': '0.2' }]
+  ] as const) {
+    const run = await race(t, [never, never], {
+      routing: { timeout: limit, hedge: { enabled: true } }
+    })
+    const body = { ...STREAM, user: 'late' }
+    const response = await post(`${run.gateway.url}/v1/chat/completions`, body, headers)
+    assert.equal(response.status, 504)
+    assert.match(await response.text(), /"backend_timeout"/)
+    await Promise.all([seen(run, 'a').closed, seen(run, 'b').closed])
+    const line = await lateLine(run, response)
+    assert.deepEqual([line.attempts, line.outcome], [2, 'timed_out'])
+    assert.deepEqual(await results(run), { won: 0, lost: 1 })
+  }
 })
 
 test('a client that hears heartbeats gets the answer of whoever answers', async t => {

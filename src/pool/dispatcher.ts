@@ -197,9 +197,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     this.#exchange.fail(kind === 'timeout' ? 'timed_out' : 'backend_failed', error)
   }
 
-  /** Not where calls wait for room: it would take that from them. */
   late({ candidate: { tier } }: Attempt): Attempt | undefined {
-    if (!this.#canResend() || this.#pool.queue.size > 0) return undefined
+    if (!this.#canResend()) return undefined
     const other = this.#lineup.pick(this.#tried, this.#exchange)
     if (other === undefined || other === 'full' || other.tier !== tier) return undefined
     if (!this.#pool.hedges.spend()) return undefined
@@ -381,6 +380,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
       return open
     }
     void complaintOf(head, answer).then(error => {
+      if (this.#exchange.closed) return
       this.#exchange.fail(error.code === 'backend_failed' ? 'backend_failed' : 'rejected', error)
       open.break(error)
     })
