@@ -143,7 +143,7 @@ function gatewayBefore(
 ) {
   return startGateway(t, {
     server: { heartbeat },
-    backends: Object.entries(backends).map(([name, { url }]) => ({ name, url })),
+    backends: Object.entries(backends).map(([name, { url }]) => ({ name, url, max_concurrent: 3 })),
     rate_limit: { enabled: true, global: { max_concurrent: most } },
     routing: {
       timeout: '150ms',
@@ -169,7 +169,7 @@ async function endOf(url: string, stream: boolean, signal?: AbortSignal): Promis
       assert.ok(!text.includes(DONE))
       return /^data: .*"error"/m.test(text) ? 'broken' : 'cut'
     }
-    text = text.replace(/^(:\n\n)+/, '')
+    text = text.replace(/^(:[^\n]*\n\n)+/, '')
     // A backend's own words pass when there is nobody else.
     if (stream && /^data: .*"error"/m.test(text) && !text.includes(DONE)) return 'broken'
     assert.equal(text, stream ? STREAM : WHOLE, 'an answer that ended as if it were complete')
@@ -249,6 +249,9 @@ for (const heartbeat of ['15s', '10ms']) {
       )
     }
     assert.ok(counts.get('complete')! > CALLS / 4, JSON.stringify([...counts]))
+    for (const priority of ['interactive', 'batch']) {
+      assert.equal(await gateway.metric('llmproxy_queue_waiting', { priority }), 0)
+    }
     const heard = await gateway.metric('llmproxy_heartbeat_streams_total')
     assert.equal(heard > 0, heartbeat === '10ms')
     await assertNothingLeft(gateway, Object.keys(backends))
