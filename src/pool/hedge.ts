@@ -22,7 +22,7 @@ const MOST_CALLS = 500
  * @example
  * const times = new FirstBytes()
  * for (let ms = 1; ms <= 100; ms++) times.observe(ms)
- * Math.round(times.late!) // 96
+ * Math.round(times.late) // 97
  */
 export class FirstBytes {
   readonly #counts = new Uint16Array(BUCKETS + 1)
