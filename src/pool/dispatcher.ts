@@ -16,6 +16,7 @@ import {
   type Progress
 } from './attempt.ts'
 import type { Backend } from './backend.ts'
+import { Choice, type Decision } from './decisions.ts'
 import { type Candidate, type FailureKind, isAmong, type Lineup, type Pool } from './pool.ts'
 import type { Priority, Waiter } from './queue.ts'
 import type { Refusal } from './refusal.ts'
@@ -64,6 +65,11 @@ class Delivery implements AttemptOwner, Waiter, Work {
   since = 0
   #queuedAt = 0
   readonly #attempts: Attempt[] = []
+  /** Why each of them is where it is. */
+  readonly #choices: Choice[] = []
+  readonly #decision: Decision
+  /** The latest one. */
+  #choice = new Choice()
   /** The one whose answer is the client's. */
   #delivered: Attempt | undefined
   /** Times before which backends asked not to be tried again. */
@@ -89,6 +95,8 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.#log = log
     this.#call = { options, done }
     this.#exchange = options.headers[EXCHANGE]!
+    const { id, model } = this.#exchange
+    this.#decision = pool.decisions.begin(id, model, this.#lineup.strategy)
     this.deadline = this.#exchange.startedAt + patienceOf(options.headers)
   }
 
@@ -166,7 +174,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
     // A server may close an idle connection just as it is used again; that is nobody's fault.
     if (progress.isStale && !this.#hasRepeated && this.#canResend()) {
       this.#hasRepeated = true
-      return this.#send(this.#tried.at(-1)!, true)
+      return this.#repeat(true)
     }
     this.#logFailure(attempt, kind, reasonOf(error))
     const wait = isOurs(error) ? undefined : this.#plan(kind, progress.isSent)
@@ -175,16 +183,19 @@ class Delivery implements AttemptOwner, Waiter, Work {
   }
 
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void {
+    this.#choiceOf(attempt).outcome = 'broke_off'
     this.#logFailure(attempt, kind, `${reasonOf(error.cause as Error)}, in the middle of an answer`)
     this.#exchange.fail(kind === 'timeout' ? 'timed_out' : 'backend_failed', error)
   }
 
   again(): void {
     this.#isWithdrawn = true
-    this.#send(this.#tried.at(-1)!)
+    this.#choice.outcome = '4xx'
+    this.#repeat()
   }
 
   count(attempt: Attempt, result: AttemptResult): void {
+    this.#choiceOf(attempt).outcome = result
     this.#onAttempt(attempt.backend.name, result)
   }
 
@@ -231,7 +242,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
   }
 
   #next(): void {
-    const chosen = this.#lineup.pick(this.#tried, this.#exchange)
+    const chosen = this.#choose()
     if (chosen === 'full') return this.#queue()
     if (chosen !== undefined) {
       if (this.#isCounted) {
@@ -246,8 +257,17 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.turnAway(error)
   }
 
+  #choose(): Candidate | 'full' | undefined {
+    this.#choice = new Choice()
+    const chosen = this.#lineup.pick(this.#tried, this.#exchange, performance.now(), this.#choice)
+    this.#decision.strategy = this.#lineup.strategy
+    this.#pool.decisions.add(this.#decision, this.#choice)
+    return chosen
+  }
+
   /** Nobody has room: it waits, if it may. */
   #queue(): void {
+    this.#choice.outcome = 'queued'
     this.#queuedAt = performance.now()
     this.since ||= this.#queuedAt
     const refused = this.#pool.queue.join(this, this.#queuedAt)
@@ -279,12 +299,31 @@ class Delivery implements AttemptOwner, Waiter, Work {
   }
 
   proceed(): void {
-    this.#exchange.queuedMs += performance.now() - this.#queuedAt
+    this.#leaveQueue()
     this.#next()
   }
 
+  #leaveQueue(): void {
+    this.#choice.queuedMs = performance.now() - this.#queuedAt
+    this.#exchange.queuedMs += this.#choice.queuedMs
+  }
+
   turnAway(error: GatewayError): void {
+    this.#choice.outcome = error.code
     this.#giveUp(error, this.#exchange.attempts === 0 ? 'rejected' : 'backend_failed')
+  }
+
+  /** The same once more: nothing is chosen. */
+  #repeat(fresh = false): void {
+    const again = this.#tried.at(-1)!
+    this.#choice = new Choice()
+    this.#choice.choose(again.backend, again.model)
+    this.#pool.decisions.add(this.#decision, this.#choice)
+    this.#send(again, fresh)
+  }
+
+  #choiceOf(attempt: Attempt): Choice {
+    return this.#choices[this.#attempts.indexOf(attempt)]!
   }
 
   #send(chosen: Candidate, fresh = false): void {
@@ -295,6 +334,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.#exchange.backendUrl = backend.live.origin + backend.live.basePath
     const attempt = new Attempt(this, backend, this.#lineup.timeLimits(chosen))
     this.#attempts.push(attempt)
+    this.#choices.push(this.#choice)
     attempt.start(this.#request(chosen), this.#lineup.demand(chosen, this.#exchange), fresh)
   }
 
@@ -328,6 +368,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.#call = undefined
     this.#exchange.isWaiting = false
     this.#exchange.forgetBody()
+    this.#showTrace()
     done(null, { ...head, body: answer })
   }
 
@@ -345,6 +386,12 @@ class Delivery implements AttemptOwner, Waiter, Work {
     })
   }
 
+  /** To whoever may know it, and asks. */
+  #showTrace(): void {
+    const { isTraced, reply } = this.#exchange
+    if (isTraced) reply.header('x-llmproxy-trace', this.#decision.toLine())
+  }
+
   #cancel(): void {
     clearTimeout(this.#timer)
     this.#pool.queue.leave(this)
@@ -356,6 +403,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
     const refusal = this.#refusal
     if (refusal === undefined) {
       this.#exchange.fail(outcome, error)
+      this.#showTrace()
       // Not by the callback: reply-from would log it a second time, with its stack.
       this.#exchange.reply.send(error)
       return
