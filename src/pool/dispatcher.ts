@@ -114,6 +114,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
   stop(): void {
     this.#cancel()
     this.#learn()
+    if (this.#choice.outcome === 'queued') this.#settleQueued(this.#exchange.outcome)
     for (const attempt of this.#attempts) attempt.letGo()
     if (this.#isCounted) {
       const { attained } = this.#pool.queue
@@ -299,17 +300,14 @@ class Delivery implements AttemptOwner, Waiter, Work {
   }
 
   proceed(): void {
-    this.#leaveQueue()
+    const now = performance.now()
+    this.#exchange.queuedMs += now - this.#queuedAt
+    this.#choice.queuedMs = now - this.#queuedAt
     this.#next()
   }
 
-  #leaveQueue(): void {
-    this.#choice.queuedMs = performance.now() - this.#queuedAt
-    this.#exchange.queuedMs += this.#choice.queuedMs
-  }
-
   turnAway(error: GatewayError): void {
-    this.#choice.outcome = error.code
+    this.#settleQueued(error.code)
     this.#giveUp(error, this.#exchange.attempts === 0 ? 'rejected' : 'backend_failed')
   }
 
@@ -320,6 +318,14 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.#choice.choose(again.backend, again.model)
     this.#pool.decisions.add(this.#decision, this.#choice)
     this.#send(again, fresh)
+  }
+
+  /** No backend was chosen, nor will be. */
+  #settleQueued(outcome: string): void {
+    if (this.#choice.outcome === 'queued') {
+      this.#choice.queuedMs = performance.now() - this.#queuedAt
+    }
+    this.#choice.outcome = outcome
   }
 
   #choiceOf(attempt: Attempt): Choice {
