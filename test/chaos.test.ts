@@ -137,7 +137,7 @@ const CHAOS: Record<string, Chaos> = {
 /** A gateway with limits on what is under way, so that what is left over shows. */
 function gatewayBefore(t: TestContext, backends: Record<string, { url: string }>, most: number) {
   return startGateway(t, {
-    backends: Object.entries(backends).map(([name, { url }]) => ({ name, url })),
+    backends: Object.entries(backends).map(([name, { url }]) => ({ name, url, max_concurrent: 3 })),
     rate_limit: { enabled: true, global: { max_concurrent: most } },
     routing: {
       timeout: '150ms',
@@ -240,5 +240,8 @@ test('all of them at once, and clients that leave', async t => {
     )
   }
   assert.ok(counts.get('complete')! > CALLS / 4, JSON.stringify([...counts]))
+  for (const priority of ['interactive', 'batch']) {
+    assert.equal(await gateway.metric('llmproxy_queue_waiting', { priority }), 0)
+  }
   await assertNothingLeft(gateway, Object.keys(backends))
 })

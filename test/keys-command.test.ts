@@ -4,6 +4,8 @@ import { once } from 'node:events'
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { test } from 'node:test'
+import { CommandError } from '../src/commands/command.ts'
+import { runKeys } from '../src/commands/keys.ts'
 import { hashKey } from '../src/keys/key.ts'
 import { CHAT, closedPort, post } from './helper.ts'
 import { joinRedis } from './limit-stores.ts'
@@ -139,6 +141,18 @@ test('what makes no sense is said, and exits with 2; what is not there with 1', 
     [['rotate', 'key_none', '--grace', 'long'], 2, /--grace must be such as 24h/],
     [['revoke'], 2, /which keys\?/],
     [['list', '--config', '/none.yaml'], 1, /none\.yaml: cannot be read/]
+  ] as const) {
+    const error = await runKeys([...args], dataDir, join(dataDir, 'config.yaml')).then(
+      () => assert.fail(args.join(' ')),
+      (thrown: Error & { exitCode?: number }) => thrown
+    )
+    assert.match(error.message, message)
+    // What is none of ours has what node:util says of it, and what a file has is said as it is.
+    if (error instanceof CommandError) assert.equal(error.exitCode, status, args.join(' '))
+  }
+  for (const [args, status, message] of [
+    [['create', '--nmae', 'x'], 2, /^llmproxy: .*--nmae/],
+    [['show', 'key_none'], 1, /^llmproxy: there is no key key_none\n$/]
   ] as const) {
     const result = await keys(dataDir, ...args)
     assert.deepEqual([result.status, result.stdout], [status, ''], args.join(' '))

@@ -16,7 +16,7 @@ import { CLI, folder, start, writeConfig } from './process.ts'
  * the backend keeps to the limits. LONG=1: a minute of it, for the documentation.
  */
 
-const LASTS = process.env.LONG ? 60_000 : 6_000
+const LASTS = process.env.LONG ? 60_000 : 4_000
 const GATEWAYS = 3
 const CALLERS = process.env.LONG ? 200 : 60
 const KEYS = Array.from({ length: 5 }, (_, at) => `key-${at}`)
