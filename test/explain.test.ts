@@ -176,8 +176,9 @@ test('each attempt is explained, with its outcome and whom the call has tried', 
 
 test('an open circuit is explained with why it is open', async t => {
   const { why, call } = await open(t, [{}, {}], {}, (request, response, raw) => {
-    if (!request.body.includes('"fail"')) return answerChat(request, response, raw)
-    response.writeHead(503, { 'retry-after': '60' }).end('{}')
+    if (request.body.includes('"fail"')) {
+      response.writeHead(503, { 'retry-after': '60' }).end('{}')
+    } else answerChat(request, response, raw)
   })
   await (await call({ user: 'fail' })).text()
   const { attempts } = await why()
