@@ -59,6 +59,8 @@ export interface Caller {
   tags?: Record<string, string> | undefined
   /** Whether its calls wait behind those of others; absent: they don't. */
   priority?: Priority | undefined
+  /** It may know which backends were there for its calls, and why one was chosen; absent: it may not. */
+  trace?: boolean | undefined
 }
 
 /** One route that is forwarded to the backends. */
@@ -225,6 +227,12 @@ export class Exchange {
     const { caller, headers } = this.request
     const isBatch = caller?.priority === 'batch' || headers['x-llmproxy-priority'] === 'batch'
     return isBatch ? 'batch' : 'interactive'
+  }
+
+  /** Its caller asks how its backend was chosen, and may know it. */
+  get isTraced(): boolean {
+    const { caller, headers } = this.request
+    return headers['x-llmproxy-trace'] === '1' && caller?.trace === true
   }
 
   /** May its caller use this model? */

@@ -1,5 +1,6 @@
 import type { Changes } from './changes.ts'
 import type { LimitStore } from './limits/store.ts'
+import type { Explanation } from './pool/decisions.ts'
 import type { Sink } from './reporters/posts.ts'
 
 /** The other processes that serve the same port (`server.workers`). */
@@ -29,7 +30,12 @@ export interface OutboxState {
 }
 
 /** Something that all workers must know. */
-export type News = ResponseMade | KeysChanged | BackendDrained
+export type News =
+  | ResponseMade
+  | KeysChanged
+  | BackendDrained
+  | ExplanationWanted
+  | ExplanationGiven
 
 /** A stored response was made: later calls about it go to the same backend. */
 export interface ResponseMade {
@@ -52,6 +58,20 @@ export interface BackendDrained {
   kind: 'backend'
   backend: string
   drained: boolean
+}
+
+/** Whoever has served this request says why as it did; the others say that they have not. */
+export interface ExplanationWanted {
+  kind: 'explain'
+  /** Of this question, for its answers. */
+  question: string
+  request: string
+}
+
+export interface ExplanationGiven {
+  kind: 'explained'
+  question: string
+  explanation: Explanation | null
 }
 
 declare module 'fastify' {

@@ -4,6 +4,7 @@ import { describe, type TestContext, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Attempt } from '../src/pool/attempt.ts'
 import { Live } from '../src/pool/backend.ts'
+import type { Explanation } from '../src/pool/decisions.ts'
 import { FirstBytes, Hedges } from '../src/pool/hedge.ts'
 import { Race } from '../src/pool/race.ts'
 import {
@@ -143,7 +144,8 @@ const seen = ({ backends }: Run, name: 'a' | 'b'): SeenRequest =>
   backends[name].requests.find(({ body }) => body.includes('late'))!
 
 test('the second answers: the first is stopped at once, and costs nothing', async t => {
-  const run = await race(t, [never, answerChat])
+  const admin = { enabled: true, token: 'token' }
+  const run = await race(t, [never, answerChat], { admin })
   const response = await ask(run.gateway, 'late')
   assert.match(await response.text(), /\[DONE\]/)
   const [first, second] = await Promise.all(run.reached.slice(0, 2))
@@ -155,6 +157,17 @@ test('the second answers: the first is stopped at once, and costs nothing', asyn
   )
   assert.deepEqual([line.promptTokens, line.completionTokens, line.exactness], [12, 3, 'exact'])
   assert.deepEqual(await results(run), { won: 1, lost: 0 })
+  const explained = await fetch(`${run.gateway.url}/admin/explain/${line.requestId}`, {
+    headers: { 'x-admin-token': 'token' }
+  })
+  const explanation = (await explained.json()) as Explanation
+  assert.deepEqual(
+    explanation.attempts.map(({ backend, outcome }) => [backend, outcome]),
+    [
+      [first, 'hedged'],
+      [second, '2xx']
+    ]
+  )
   const attempts = (backend: string, result: string) =>
     run.gateway.metric('llmproxy_attempts_total', { backend, result })
   assert.equal(await attempts(first!, 'hedged'), 1)

@@ -346,6 +346,15 @@ test('a limit that is no number refuses the key', () => {
   }
 })
 
+test('only what says so lets a key see traces; another member of that name refuses nothing', () => {
+  const traceOf = (trace: unknown) =>
+    (toAnswer({ trace }, 'a1b2', () => {}) as { trace?: boolean }).trace
+  for (const trace of [true, 'true', 1, '1']) assert.equal(traceOf(trace), true)
+  for (const trace of [undefined, null, false, 'false', 0, '', 'trace-4711', {}]) {
+    assert.equal(traceOf(trace), undefined, JSON.stringify(trace))
+  }
+})
+
 async function signer(alg: string, kid: string) {
   const { publicKey, privateKey } = await generateKeyPair(alg, { extractable: true })
   const jwk = { ...(await exportJWK(publicKey)), kid, alg }
@@ -462,7 +471,7 @@ test('file: read again when it changes; a broken one keeps the last good keys', 
 })
 
 const KNOWN =
-  'key, name, user_id, status, starts_at, expires_at, allowed_ips, denied_ips, models, limits, total_quota, quota_unit, quota_reset_period, used_quota, last_reset_at, priority, tags, created_at, updated_at'
+  'key, name, user_id, status, starts_at, expires_at, allowed_ips, denied_ips, models, limits, total_quota, quota_unit, quota_reset_period, used_quota, last_reset_at, priority, trace, tags, created_at, updated_at'
 
 test('what a source names must be there, and is said with its place', async t => {
   const complaint = (source: object) => {

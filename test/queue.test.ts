@@ -162,7 +162,7 @@ test('who leaves the queue costs nothing, and holds nobody up', async t => {
 
 test('the queue has an end, and waiting too', async t => {
   const { backend, gateway } = await full(t, {
-    routing: { queue: { max_size: 1, timeout: '50ms' } }
+    routing: { queue: { max_size: 1, timeout: '300ms' } }
   })
   const first = ask(gateway, 'a1')
   await backend.request(0)

@@ -23,6 +23,7 @@ export const FIELDS = {
   'max-concurrent': text,
   quota: text,
   priority: text,
+  trace: text,
   'quota-unit': text,
   'quota-period': text
 } as const
@@ -51,6 +52,7 @@ export function toChanges(values: Fields): KeyChanges {
     limits: Object.values(limits).some(each => each !== undefined) ? limits : undefined,
     tags: tags && Object.fromEntries(tags),
     priority: given(values.priority),
+    trace: given(values.trace, toBoolean),
     total_quota: number('quota'),
     quota_unit: given(values['quota-unit']),
     quota_reset_period: given(values['quota-period'])
@@ -74,6 +76,11 @@ function toNumber(name: string, value: string): number {
   if (Number.isNaN(Number(value)))
     throw new CommandError(`--${name} must be a number (got "${value}")`)
   return Number(value)
+}
+
+function toBoolean(value: string): boolean {
+  if (value === 'true' || value === 'false') return value === 'true'
+  throw new CommandError(`--trace must be true or false (got "${value}")`)
 }
 
 function toList(value: string): string[] {

@@ -25,7 +25,7 @@ FIELDS
   --name TEXT  --user ID  --status active|disabled  --starts TIME  --expires TIME
   --models LIST  --allowed-ips LIST  --denied-ips LIST  --tag NAME=VALUE (several)
   --rps N  --rpm N  --burst N  --tpm N  --max-concurrent N
-  --priority interactive|batch
+  --priority interactive|batch  --trace true|false
   --quota N  --quota-unit tokens|cost  --quota-period never|daily|weekly|monthly
   TIME is a date (2026-12-31), a time (2026-12-31T12:00:00Z), or how long from now (24h, 30d).
   LIST has commas.

@@ -55,6 +55,8 @@ export function toAnswer(
     models: nonEmpty(read('models', texts)),
     ...quotaOf(read),
     priority: read('priority', toPriority),
+    // It forbids nothing, and others may have a member of this name: what cannot be read does not refuse the key.
+    trace: TRUE.has(data.trace) || undefined,
     tags: read('tags', toTags)
   }
   if (wrong.length === 0) return record
@@ -65,6 +67,9 @@ export function toAnswer(
 export function refused(message: unknown): GatewayError {
   return new GatewayError('key_refused', text(message) ?? 'This API key may not be used.')
 }
+
+/** As services and databases write it. */
+const TRUE = new Set<unknown>([true, 'true', 1, '1'])
 
 function toPriority(value: unknown): Priority | undefined {
   return PRIORITIES.find(each => each === value)

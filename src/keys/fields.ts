@@ -86,6 +86,11 @@ export const keyFields = {
       description: 'batch: where calls must wait, its calls wait behind those of others'
     })
   ),
+  trace: Type.Optional(
+    Type.Boolean({
+      description: 'May ask how the backend of a call was chosen (x-llmproxy-trace)'
+    })
+  ),
   tags: Type.Optional(
     Type.Record(Type.String(), Type.String(), {
       check: areTags,
@@ -111,7 +116,7 @@ export type KeyFields = Static<typeof KeyFields>
 
 /** What a source that has checked the fields says about a key. */
 export function toKeyRecord(id: string, fields: KeyFields): KeyRecord {
-  const { name, user_id, status, starts_at, expires_at, models, priority, tags } = fields
+  const { name, user_id, status, starts_at, expires_at, models, priority, trace, tags } = fields
   return {
     id,
     name,
@@ -125,6 +130,7 @@ export function toKeyRecord(id: string, fields: KeyFields): KeyRecord {
     limits: ownLimits(fields),
     spent: toSpent(fields),
     priority,
+    trace,
     tags
   }
 }

@@ -24,6 +24,7 @@ export interface KeyRecord {
   spent?: Caller['spent']
   tags?: Caller['tags']
   priority?: Caller['priority']
+  trace?: Caller['trace']
 }
 
 export type KeyStatus = 'active' | 'disabled' | 'expired' | 'quota_exceeded'
@@ -131,8 +132,8 @@ function statusAt(record: KeyRecord, now: number): KeyStatus {
 }
 
 export function toCaller(record: KeyRecord): Caller {
-  const { id, name, userId, models, limits, spent, tags, priority } = record
-  return { id, name, userId, models, limits, spent, tags, priority }
+  const { id, name, userId, models, limits, spent, tags, priority, trace } = record
+  return { id, name, userId, models, limits, spent, tags, priority, trace }
 }
 
 /** SHA-256 of a key as lower-case hexadecimal digits: the only form in which keys are kept. */

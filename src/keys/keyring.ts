@@ -127,6 +127,7 @@ function merge(first: Caller, next: Caller): Caller {
         ]
   const { id, name = next.name, userId = next.userId } = first
   const { limits = next.limits, spent = next.spent, priority = next.priority } = first
+  const { trace = next.trace } = first
   return {
     id,
     name,
@@ -135,6 +136,7 @@ function merge(first: Caller, next: Caller): Caller {
     limits,
     spent,
     priority,
+    trace,
     tags: { ...next.tags, ...first.tags }
   }
 }

@@ -4,6 +4,7 @@ import fp from 'fastify-plugin'
 import { type DemoBackend, startDemo } from '../demo.ts'
 import { modelNotFound } from '../errors.ts'
 import type {} from '../exchange.ts'
+import { type Explain, explainer } from '../explain.ts'
 import { checkOptions, type Given } from '../options.ts'
 import type {} from '../peers.ts'
 import type { AttemptResult } from '../pool/attempt.ts'
@@ -36,6 +37,8 @@ export interface Backends {
   /** All models that are known, as their backends show them; undefined when no backend's are. */
   models(): ModelCard[] | undefined
   readonly onCircuit: OnCircuit[]
+  /** Why a request went where it did, whichever worker has served it; undefined: that is not known (any more). */
+  readonly explain: Explain
   /** Called when the backends may have changed. */
   readonly onChange: (() => void)[]
   /**
@@ -115,6 +118,7 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
       return true
     },
     onCircuit,
+    explain: explainer(pool.decisions, fastify.peers),
     onChange,
     get demoUrl() {
       return demo?.url

@@ -168,6 +168,7 @@ const NOT_TO_BACKEND = new Set([
   'authorization',
   'x-api-key',
   'api-key',
+  'x-admin-token',
   'cookie',
   'origin',
   'referer',

@@ -5,6 +5,7 @@ import { GatewayError } from '../errors.ts'
 import { framingOf, isStream, mediaType, parseRetryAfter } from '../http.ts'
 import { Answer } from './answer.ts'
 import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
+import type { Choice } from './decisions.ts'
 import { FirstEvent } from './first-event.ts'
 import type { Demand, Facts, Job } from './load.ts'
 import { Patience, TotalTimeoutError } from './patience.ts'
@@ -86,6 +87,8 @@ const NOBODY: AttemptOwner = {
 export class Attempt implements BackendHandler {
   socket: Socket | undefined
   readonly candidate: Candidate
+  /** Why it is there. */
+  readonly choice: Choice
   readonly backend: Backend
   /** The request is sent with a question for usage, or is repeated without it. */
   question: 'asked' | 'withdrawn' | undefined
@@ -114,9 +117,10 @@ export class Attempt implements BackendHandler {
   /** It may be our own question for usage that is refused. */
   #isInDoubt = false
 
-  constructor(owner: AttemptOwner, candidate: Candidate, limits: TimeLimits) {
+  constructor(owner: AttemptOwner, candidate: Candidate, choice: Choice, limits: TimeLimits) {
     this.#owner = owner
     this.candidate = candidate
+    this.choice = choice
     this.backend = candidate.backend
     this.#patience = new Patience(limits)
   }

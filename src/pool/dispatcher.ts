@@ -16,6 +16,7 @@ import {
   type Progress
 } from './attempt.ts'
 import type { Backend } from './backend.ts'
+import { Choice, type Decision } from './decisions.ts'
 import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat.ts'
 import { type Candidate, type FailureKind, isAmong, type Lineup, type Pool } from './pool.ts'
 import type { Priority, Waiter } from './queue.ts'
@@ -74,6 +75,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   since = 0
   #queuedAt = 0
   readonly #race: Race
+  readonly #decision: Decision
+  /** Why the latest attempt is where it is. */
+  #choice = new Choice()
   /** The one whose answer is the client's. */
   #delivered: Attempt | undefined
   /** Times before which backends asked not to be tried again. */
@@ -96,6 +100,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     this.#exchange = options.headers[EXCHANGE]!
     const isHedged = this.#lineup.hedges && this.#exchange.canBeHedged
     this.#race = new Race(this, isHedged ? pool.hedges : undefined)
+    const { id, model } = this.#exchange
+    this.#decision = pool.decisions.begin(id, model, this.#lineup.strategy)
     this.deadline = this.#exchange.startedAt + patienceOf(options.headers)
   }
 
@@ -116,6 +122,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   stop(): void {
     this.#cancel()
     this.#learn()
+    if (this.#choice.outcome === 'queued') this.#settleQueued(this.#exchange.outcome)
     this.#race.end()
     if (this.#isCounted) {
       const { attained } = this.#pool.queue
@@ -139,6 +146,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   open(head: Head, answer: Answer): void {
     this.#exchange.hadHeartbeat = true
     this.#answer = answer
+    this.#showTrace()
     this.#call!.done(null, { ...head, body: answer })
   }
 
@@ -183,7 +191,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     // A server may close an idle connection just as it is used again; that is nobody's fault.
     if (progress.isStale && !this.#hasRepeated && this.#canResend()) {
       this.#hasRepeated = true
-      return void this.#send(attempt.candidate, true)
+      return this.#repeat(attempt, true)
     }
     this.#logFailure(attempt, kind, reasonOf(error))
     if (this.#race.goesOnWithout(attempt)) return
@@ -193,25 +201,30 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   }
 
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void {
+    attempt.choice.outcome = 'broke_off'
     this.#logFailure(attempt, kind, `${reasonOf(error.cause as Error)}, in the middle of an answer`)
     this.#exchange.fail(kind === 'timeout' ? 'timed_out' : 'backend_failed', error)
   }
 
   late({ candidate: { tier } }: Attempt): Attempt | undefined {
     if (!this.#canResend()) return undefined
-    const other = this.#lineup.pick(this.#tried, this.#exchange)
+    const choice = new Choice()
+    const other = this.#lineup.pick(this.#tried, this.#exchange, performance.now(), choice)
     if (other === undefined || other === 'full' || other.tier !== tier) return undefined
     if (!this.#pool.hedges.spend()) return undefined
     this.#exchange.attempts++
+    this.#takeDown(choice)
     return this.#send(other)
   }
 
   again(attempt: Attempt): void {
     this.#isWithdrawn = true
-    this.#send(attempt.candidate)
+    attempt.choice.outcome = '4xx'
+    this.#repeat(attempt)
   }
 
   count(attempt: Attempt, result: AttemptResult): void {
+    attempt.choice.outcome = result
     this.#front.attempted(attempt.backend.name, result)
   }
 
@@ -258,7 +271,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   }
 
   #next(): void {
-    const chosen = this.#lineup.pick(this.#tried, this.#exchange)
+    const chosen = this.#choose()
     if (chosen === 'full') return this.#queue()
     if (chosen !== undefined) {
       if (this.#isCounted) {
@@ -273,8 +286,16 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     this.turnAway(error)
   }
 
+  #choose(): Candidate | 'full' | undefined {
+    const choice = new Choice()
+    const chosen = this.#lineup.pick(this.#tried, this.#exchange, performance.now(), choice)
+    this.#takeDown(choice)
+    return chosen
+  }
+
   /** Nobody has room: it waits, if it may. */
   #queue(): void {
+    this.#choice.outcome = 'queued'
     this.#queuedAt = performance.now()
     this.since ||= this.#queuedAt
     const refused = this.#pool.queue.join(this, this.#queuedAt)
@@ -306,17 +327,42 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   }
 
   proceed(): void {
-    this.#exchange.queuedMs += performance.now() - this.#queuedAt
+    const now = performance.now()
+    this.#exchange.queuedMs += now - this.#queuedAt
+    this.#choice.queuedMs = now - this.#queuedAt
     this.#next()
   }
 
   turnAway(error: GatewayError): void {
+    this.#settleQueued(error.code)
     this.#giveUp(error, this.#exchange.attempts === 0 ? 'rejected' : 'backend_failed')
+  }
+
+  /** The same once more: nothing is chosen. */
+  #repeat({ candidate }: Attempt, fresh = false): void {
+    const choice = new Choice()
+    choice.choose(candidate.backend, candidate.model)
+    this.#takeDown(choice)
+    this.#send(candidate, fresh)
+  }
+
+  #takeDown(choice: Choice): void {
+    this.#choice = choice
+    this.#decision.strategy = this.#lineup.strategy
+    this.#pool.decisions.add(this.#decision, choice)
+  }
+
+  /** No backend was chosen, nor will be. */
+  #settleQueued(outcome: string): void {
+    if (this.#choice.outcome === 'queued') {
+      this.#choice.queuedMs = performance.now() - this.#queuedAt
+    }
+    this.#choice.outcome = outcome
   }
 
   #send(chosen: Candidate, fresh = false): Attempt {
     this.#tried.push(chosen)
-    const attempt = new Attempt(this, chosen, this.#lineup.timeLimits(chosen))
+    const attempt = new Attempt(this, chosen, this.#choice, this.#lineup.timeLimits(chosen))
     const request = this.#request(attempt)
     this.#attribute(attempt)
     this.#race.begin(attempt)
@@ -368,6 +414,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     this.#exchange.forgetBody()
     if (this.#answer !== undefined) return this.#join(this.#answer, head, answer)
     this.#answer = answer
+    this.#showTrace()
     done(null, { ...head, body: answer })
     return answer
   }
@@ -388,9 +435,10 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   }
 
   #tell(error: GatewayError): void {
+    if (this.#answer !== undefined) return this.#answer.break(error)
+    this.#showTrace()
     // Not by the callback: reply-from would log it a second time, with its stack.
-    if (this.#answer === undefined) this.#exchange.reply.send(error)
-    else this.#answer.break(error)
+    this.#exchange.reply.send(error)
   }
 
   /** What was spent is known by now: the backend's speed shows in it. */
@@ -405,6 +453,12 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
       firstTokenAt,
       lastTokenAt
     })
+  }
+
+  /** To whoever may know it, and asks. */
+  #showTrace(): void {
+    const { isTraced, reply } = this.#exchange
+    if (isTraced) reply.header('x-llmproxy-trace', this.#decision.toLine())
   }
 
   #cancel(): void {

@@ -3,6 +3,7 @@ import { matchesModel, untagged } from '../keys/key.ts'
 import { Backend, type BackendConfig, Live, type TimeLimits } from './backend.ts'
 import type { BreakerPolicy, CircuitTurn, OpenReason } from './breaker.ts'
 import { RetryBudget } from './budget.ts'
+import { type Choice, Decisions, type PassedOver } from './decisions.ts'
 import { Hedges } from './hedge.ts'
 import { type Demand, Speeds } from './load.ts'
 import { isKnown, upstreamModel } from './models.ts'
@@ -92,12 +93,12 @@ export class Lineup {
   readonly hedges: boolean
   /** Some of them take only so many calls at once. */
   readonly isBounded: boolean
+  readonly strategy: StrategyName
   /** Requests under way with it. */
   requests = 0
   readonly #modelFallbacks: ReadonlyMap<string, readonly string[]>
   readonly #fallback: readonly FallbackRule[]
   readonly #modelTimeouts
-  readonly #strategy
   /** It is written down which backend was sent which prompts. */
   readonly #remembers: boolean
 
@@ -109,25 +110,25 @@ export class Lineup {
     this.#modelFallbacks = config.modelFallbacks
     this.#fallback = config.fallback
     this.#modelTimeouts = config.modelTimeouts
-    this.#strategy = strategies[config.loadBalance]
+    this.strategy = config.loadBalance
     this.#remembers =
       config.prefixAffinity && backends.length > 1 && REMEMBER_PREFIXES.includes(config.loadBalance)
   }
 
   /**
    * The backends that may be given this call. The one it is `pinned` to (by name) is the only one that can
-   * serve a call about what it holds; if it has left any other may say so.
+   * serve a call about what it holds; if it has left any other may say so. `choice` takes down why the
+   * others are passed over.
    */
-  candidates(wanted: Wanted): Candidate[] {
+  candidates(wanted: Wanted, choice?: Choice): Candidate[] {
     const { pinned, model } = wanted
     const holder = pinned && this.backends.find(each => each.name === pinned)
-    if (holder) {
-      const upstream = model && (upstreamModel(holder, model) ?? model)
-      return holder.available ? [{ backend: holder, model, upstream, tier: 0 }] : []
-    }
-    if (model === undefined) return inService(this.#serving(undefined, 0))
-    const names = this.names(model, wanted)
-    return inService(names.flatMap((each, at) => this.#serving(each, at * TIERS)))
+    if (holder) return this.#holding(holder, model, choice)
+    const all =
+      model === undefined
+        ? this.#serving(undefined, 0, choice)
+        : this.names(model, wanted).flatMap((each, at) => this.#serving(each, at * TIERS, choice))
+    return left(all, inService(all), 'circuit_open', choice)
   }
 
   /** The model, and those that may take its place for this caller. */
@@ -143,20 +144,32 @@ export class Lineup {
   pick(
     tried: readonly Candidate[],
     wanted: Wanted,
-    now = performance.now()
+    now = performance.now(),
+    choice?: Choice
   ): Candidate | 'full' | undefined {
-    const able = this.#untried(tried, wanted)
-    const candidates = able.filter(each => each.backend.hasRoom)
-    if (candidates.length < 2) return candidates[0] ?? (able.length > 0 ? 'full' : undefined)
+    const able = this.#untried(tried, wanted, choice)
+    const roomy = able.filter(each => each.backend.hasRoom)
+    const candidates = left(able, roomy, 'full', choice)
+    if (candidates.length === 0) return able.length > 0 ? 'full' : undefined
+    const chosen = this.#best(candidates, wanted, now, choice)
+    choice?.choose(chosen.backend, chosen.model)
+    return chosen
+  }
+
+  #best(candidates: Candidate[], wanted: Wanted, now: number, choice?: Choice): Candidate {
+    if (candidates.length === 1) return candidates[0]!
     const tier = Math.min(...candidates.map(each => each.tier))
-    const first = candidates.filter(each => each.tier === tier)
-    if (first.length < 2) return first[0]
-    const chosen = this.#strategy(
+    const lowest = candidates.filter(each => each.tier === tier)
+    const first = left(candidates, lowest, 'higher_tier', choice)
+    if (first.length === 1) return first[0]!
+    if (choice !== undefined) choice.model = first[0]!.model
+    const chosen = strategies[this.strategy](
       first.map(each => each.backend),
       this.#remembers ? wanted : blind(wanted),
-      now
+      now,
+      choice
     )
-    return first.find(each => each.backend === chosen)
+    return first.find(each => each.backend === chosen)!
   }
 
   /** What a call asks of the backend that it is sent to, which from now on has its prompt. */
@@ -182,28 +195,44 @@ export class Lineup {
     return ofModel === undefined ? backend.config : { ...backend.config, ...ofModel }
   }
 
+  /** The one that holds what a call is about. */
+  #holding(holder: Backend, model: string | undefined, choice?: Choice): Candidate[] {
+    for (const each of this.backends) {
+      if (each !== holder) choice?.passOver(each, model, 'pinned_elsewhere')
+    }
+    if (!holder.available) {
+      choice?.passOver(holder, model, whyUnavailable(holder))
+      return []
+    }
+    const upstream = model && (upstreamModel(holder, model) ?? model)
+    return [{ backend: holder, model, upstream, tier: 0 }]
+  }
+
   /** Those that have this model, in tiers that begin at `base`. */
-  #serving(model: string | undefined, base: number): Candidate[] {
+  #serving(model: string | undefined, base: number, choice?: Choice): Candidate[] {
     const rule = this.#ruleFor(model)
     const able: Candidate[] = []
     for (const backend of this.backends) {
-      if (!backend.available) continue
       const upstream = model && upstreamModel(backend, model)
-      if (model && upstream === undefined) continue
       const place = rule === undefined ? backend.config.priority : rule.order.indexOf(backend.name)
-      if (place !== -1) able.push({ backend, model, upstream, tier: base + place })
+      if (model && upstream === undefined) choice?.passOver(backend, model, 'no_model')
+      else if (place === -1) choice?.passOver(backend, model, 'not_in_rule')
+      else if (!backend.available) choice?.passOver(backend, model, whyUnavailable(backend))
+      else able.push({ backend, model, upstream, tier: base + place })
     }
     // One of which nothing is known yet may not have the model: it is there for when nobody else is.
     // Whoever a rule names is meant.
     if (model === undefined || rule !== undefined) return able
     const known = able.filter(each => isKnown(each.backend))
-    return known.length > 0 ? known : able
+    return known.length > 0 ? left(able, known, 'not_known_to_have_it', choice) : able
   }
 
   /** Another model takes the place of one that nobody can serve, not of one that must be waited for. */
-  #untried(tried: readonly Candidate[], wanted: Wanted): Candidate[] {
-    const untried = this.candidates(wanted).filter(each => !isAmong(tried, each))
-    return untried.filter(each => each.model === untried[0]!.model)
+  #untried(tried: readonly Candidate[], wanted: Wanted, choice?: Choice): Candidate[] {
+    const all = this.candidates(wanted, choice)
+    const untried = all.filter(each => !isAmong(tried, each))
+    const ofFirst = untried.filter(each => each.model === untried[0]!.model)
+    return left(left(all, untried, 'tried', choice), ofFirst, 'other_model', choice)
   }
 
   #ruleFor(model = ''): FallbackRule | undefined {
@@ -215,8 +244,29 @@ export function isAmong(candidates: readonly Candidate[], one: Candidate): boole
   return candidates.some(each => each.backend === one.backend && each.upstream === one.upstream)
 }
 
+/** Takes down why some are no more among those that are left, which are in the same order. */
+function left(
+  before: Candidate[],
+  after: Candidate[],
+  why: PassedOver,
+  choice: Choice | undefined
+): Candidate[] {
+  if (choice === undefined || after.length === before.length) return after
+  let at = 0
+  for (const each of before) {
+    if (each === after[at]) at++
+    else choice.passOver(each.backend, each.model, why)
+  }
+  return after
+}
+
+function whyUnavailable({ live }: Backend): PassedOver {
+  return live.isDrained ? 'drained' : 'unhealthy'
+}
+
 /** All backends, over all changes of the configuration. */
 export class Pool {
+  readonly decisions = new Decisions()
   readonly retryBudget = new RetryBudget()
   readonly hedges = new Hedges()
   readonly queue: Queue

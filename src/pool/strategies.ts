@@ -18,8 +18,26 @@ export interface Call {
 
 export type Affinity = 'hit' | 'miss' | 'left'
 
+/**
+ * What candidates are compared by. The one with the lowest is chosen; of `current_weight` the one with the
+ * highest, and by `weight` chance decides.
+ */
+export type ScoreUnit = 'current_weight' | 'weight' | 'in_flight/weight' | 'ttft_ms' | 'wait_ms'
+
+/** Takes down how candidates compare; `cached`: tokens of the prompt in the cache of each. */
+export interface Scores {
+  note(
+    unit: ScoreUnit,
+    candidates: readonly Backend[],
+    scores: readonly number[],
+    cached?: readonly number[]
+  ): void
+  /** Chance has left this one out. */
+  leaveOut(backend: Backend): void
+}
+
 /** Chooses one of the candidates, of which there is at least one. `now`: a monotonic clock in ms. */
-export type Strategy = (candidates: Backend[], call: Call, now: number) => Backend
+export type Strategy = (candidates: Backend[], call: Call, now: number, scores?: Scores) => Backend
 
 /** Waits that differ by less than a tenth and so many ms are the same: they are known no better. */
 const NEAR_MS = 5
@@ -31,14 +49,19 @@ const ROUND_TRIP = 10
  * Smooth weighted round robin, as nginx does it: weights 5 and 1 give AABAAA, not AAAAAB.
  * A candidate's place is kept while it is away and never makes it ineligible.
  */
-const roundRobin: Strategy = (candidates, _call, now) => {
+const roundRobin: Strategy = (candidates, _call, now, scores) => {
   let total = 0
   for (const backend of candidates) {
     const weight = weightOf(backend, now)
     backend.live.currentWeight += weight
     total += weight
   }
-  const chosen = best(candidates, backend => -backend.live.currentWeight)
+  const turns = candidates.map(({ live }) => live.currentWeight)
+  scores?.note('current_weight', candidates, turns)
+  const chosen = best(
+    candidates,
+    turns.map(turn => -turn)
+  )
   chosen.live.currentWeight -= total
   return chosen
 }
@@ -47,10 +70,11 @@ const roundRobin: Strategy = (candidates, _call, now) => {
  * Fewest in flight for its weight, where failures count as many times more, or what fails fast would
  * always have the fewest; among equals, weighted round robin.
  */
-const leastConnections: Strategy = (candidates, call, now) => {
+const leastConnections: Strategy = (candidates, call, now, scores) => {
   const load = ({ config, live }: Backend) =>
     ((live.inFlight + 1) / (config.weight * live.rampUp(now))) * live.reputation.aversion(now)
   const loads = candidates.map(load)
+  scores?.note('in_flight/weight', candidates, loads)
   const least = Math.min(...loads)
   return roundRobin(
     candidates.filter((_backend, at) => loads[at]! <= least),
@@ -64,7 +88,7 @@ const leastConnections: Strategy = (candidates, call, now) => {
  * time to first byte, times what is in flight. One that nothing is known of gets one call to show itself
  * and counts as an average one meanwhile; one that is idle is forgiven slowly and so gets another try.
  */
-const latencyBased: Strategy = (candidates, _call, now) => {
+const latencyBased: Strategy = (candidates, _call, now, scores) => {
   const first = Math.floor(Math.random() * candidates.length)
   const second = Math.floor(Math.random() * (candidates.length - 1))
   const drawn = [
@@ -75,18 +99,22 @@ const latencyBased: Strategy = (candidates, _call, now) => {
     .map(({ live }) => live.reputation.latency(now))
     .filter(ms => ms !== undefined)
   const average = known.length === 0 ? 1 : known.reduce((sum, ms) => sum + ms, 0) / known.length
-  return best(drawn, ({ live }) => {
+  const times = drawn.map(({ live }) => {
     const ms = live.reputation.latency(now)
     if (ms === undefined && live.inFlight === 0) return 0
     return ((ms ?? average) * (live.inFlight + 1)) / live.rampUp(now)
   })
+  for (const each of candidates) if (!drawn.includes(each)) scores?.leaveOut(each)
+  scores?.note('ttft_ms', drawn, times)
+  return best(drawn, times)
 }
 
-const random: Strategy = (candidates, _call, now) => {
-  const total = candidates.reduce((sum, backend) => sum + weightOf(backend, now), 0)
-  let point = Math.random() * total
-  for (const backend of candidates) {
-    point -= weightOf(backend, now)
+const random: Strategy = (candidates, _call, now, scores) => {
+  const weights = candidates.map(backend => weightOf(backend, now))
+  scores?.note('weight', candidates, weights)
+  let point = Math.random() * weights.reduce((sum, weight) => sum + weight, 0)
+  for (const [at, backend] of candidates.entries()) {
+    point -= weights[at]!
     if (point < 0) return backend
   }
   return candidates[0]!
@@ -96,7 +124,7 @@ const random: Strategy = (candidates, _call, now) => {
  * Where the first token will come soonest: after the prompts that are still to be read, a token of each
  * answer that is being written, and the part of this prompt that the backend does not have in its cache.
  */
-const leastWait: Strategy = (candidates, call, now) => {
+const leastWait: Strategy = (candidates, call, now, scores) => {
   const shared = candidates.map(backend => cachedTokens(backend, call).kept)
   const waits = candidates.map((backend, at) => {
     const { config, live } = backend
@@ -104,6 +132,7 @@ const leastWait: Strategy = (candidates, call, now) => {
     const own = live.load.prefill(call.model ?? '', call.promptTokens - shared[at]!)
     return (wait + own + ROUND_TRIP) * live.reputation.aversion(now)
   })
+  scores?.note('wait_ms', candidates, waits, shared)
   const near = Math.min(...waits) * NEAR + NEAR_MS
   const chosen = random(
     candidates.filter((_backend, at) => waits[at]! <= near),
@@ -118,17 +147,23 @@ const leastWait: Strategy = (candidates, call, now) => {
  * Where the longest beginning of the prompt is in the cache, as long as waiting there does not cost more
  * than it saves; else the fewest connections.
  */
-const prefixAffinity: Strategy = (candidates, call, now) => {
+const prefixAffinity: Strategy = (candidates, call, now, scores) => {
   const shared = candidates.map(backend => cachedTokens(backend, call).kept)
   const most = Math.max(...shared)
-  const wait = ({ config, live }: Backend) =>
-    ((live.load.wait(now) + ROUND_TRIP) / (config.weight * live.rampUp(now))) *
-    live.reputation.aversion(now)
-  const holders = candidates.filter((_backend, at) => shared[at] === most)
-  const holder = best(holders, wait)
+  const waits = candidates.map(
+    ({ config, live }) =>
+      ((live.load.wait(now) + ROUND_TRIP) / (config.weight * live.rampUp(now))) *
+      live.reputation.aversion(now)
+  )
+  const holderWaits = waits.filter((_wait, at) => shared[at] === most)
+  const holder = best(
+    candidates.filter((_backend, at) => shared[at] === most),
+    holderWaits
+  )
   const saved = holder.live.load.prefill(call.model ?? '', most)
-  const isWorthIt = most > 0 && wait(holder) - Math.min(...candidates.map(wait)) <= saved
-  const chosen = isWorthIt ? holder : leastConnections(candidates, call, now)
+  const isWorthIt = most > 0 && Math.min(...holderWaits) - Math.min(...waits) <= saved
+  if (isWorthIt) scores?.note('wait_ms', candidates, waits, shared)
+  const chosen = isWorthIt ? holder : leastConnections(candidates, call, now, scores)
   note(call, shared, shared[candidates.indexOf(chosen)]!)
   return chosen
 }
@@ -170,15 +205,9 @@ function weightOf({ config, live }: Backend, now: number): number {
   return config.weight * live.rampUp(now)
 }
 
-function best(candidates: Backend[], cost: (backend: Backend) => number): Backend {
-  let chosen = candidates[0]!
-  let least = cost(chosen)
-  for (const backend of candidates) {
-    const its = cost(backend)
-    if (its < least) {
-      chosen = backend
-      least = its
-    }
-  }
-  return chosen
+/** The first of those with the lowest cost. */
+function best(candidates: readonly Backend[], costs: readonly number[]): Backend {
+  let chosen = 0
+  for (let at = 1; at < costs.length; at++) if (costs[at]! < costs[chosen]!) chosen = at
+  return candidates[chosen]!
 }

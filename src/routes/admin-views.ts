@@ -5,7 +5,7 @@ import { parseTime } from '../keys/key.ts'
 import type { Dimension } from '../reporters/usage-store.ts'
 import type { Administered, AdminRoute } from './admin.ts'
 
-/** What the admin API shows: usage, and a description of itself. */
+/** What the admin API shows: usage, how a backend was chosen, and a description of itself. */
 
 const Day = (description: string) =>
   Type.Optional(
@@ -42,8 +42,63 @@ const SumShown = Type.Object({
   cost: Type.Number()
 })
 
-export default function viewRoutes({ usage }: Administered, scope: FastifyInstance): AdminRoute[] {
+const text = Type.Union([Type.String(), Type.Null()])
+const number = Type.Union([Type.Number(), Type.Null()])
+const ExplanationShown = Type.Object(
+  {
+    request_id: Type.String(),
+    model: text,
+    strategy: Type.String({ description: 'routing.load_balance at that time' }),
+    attempts: Type.Array(
+      Type.Object({
+        at: Type.String({ format: 'date-time' }),
+        backend: Type.Union(text.anyOf, { description: 'Which was chosen; null: none could be' }),
+        outcome: Type.Union(text.anyOf, {
+          description:
+            '2xx, 3xx, 4xx, 429, 5xx, connect_failure, timeout, cancelled or broke_off; without a backend queued, or what the call ended with; null: under way'
+        }),
+        queued_ms: Type.Number({ description: 'How long it has waited for room' }),
+        score_unit: Type.Union(text.anyOf, { description: 'What score is' }),
+        candidates: Type.Array(
+          Type.Object({
+            backend: Type.String(),
+            model: Type.Union(text.anyOf, { description: 'Which it was looked at for' }),
+            score: number,
+            cached_tokens: Type.Union(number.anyOf, {
+              description: 'Of the prompt, where the strategy counts them'
+            }),
+            passed_over: Type.Union(text.anyOf, { description: 'Why it was' }),
+            circuit: Type.Union(text.anyOf, { description: 'Why it is open' })
+          })
+        )
+      }),
+      { description: 'In their order' }
+    )
+  },
+  { description: 'How its backends were chosen' }
+)
+
+export default function viewRoutes(
+  { usage, backends }: Administered,
+  scope: FastifyInstance
+): AdminRoute[] {
   return [
+    {
+      method: 'GET',
+      url: '/explain/:requestId',
+      summary: 'Why one of the latest 1,000 calls (of each worker) went to the backends it went to',
+      params: Type.Object({
+        requestId: Type.String({ description: 'As in x-llmproxy-request-id' })
+      }),
+      response: { 200: ExplanationShown },
+      async handler({ params }) {
+        const explanation = await backends.explain((params as { requestId: string }).requestId)
+        if (explanation === undefined) {
+          throw new GatewayError('not_found', 'Nothing is known, or no more, of such a call.')
+        }
+        return explanation
+      }
+    },
     {
       method: 'GET',
       url: '/usage',
