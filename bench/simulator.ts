@@ -170,6 +170,7 @@ function toPool(fleet: EngineRates[], loadBalance: StrategyName): PoolConfig {
     modelTimeouts: [],
     queue: { maxSize: 0, maxBytes: 0, timeout: 0 },
     breaker: undefined,
+    hedges: false,
     retry: {
       enabled: false,
       maxRetries: 0,

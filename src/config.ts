@@ -57,6 +57,11 @@ const ServerOptions = Section(
     header_timeout: Duration('10s', 'How long a client may take for its headers'),
     read_timeout: Duration('5m', 'How long a client may take for its whole request'),
     write_timeout: Duration('60s', 'How long a client may let bytes wait; 0: for ever', 0),
+    heartbeat: Duration(
+      '15s',
+      'How long a stream may wait in silence for its answer; then it gets 200, comments and errors as events; 0: for ever',
+      0
+    ),
     idle_timeout: Duration('120s', 'How long an idle connection is kept'),
     max_header_bytes: AtStart(Size('64KB', 'Size of all headers')),
     max_body_size: AtStart(Size('64MB', 'Size of a request body')),

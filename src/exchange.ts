@@ -153,6 +153,8 @@ export class Exchange {
   keepsBody = false
   /** A backend has the request, or some of it, and nothing came of it yet. */
   isWaiting = false
+  /** Its client got a head, and heartbeats, before there was an answer. */
+  hadHeartbeat = false
   /** The text of the request, where its tokens may have to be estimated. */
   prompt: PromptText | undefined
   /** Tokens of the prompt, estimated; 0: not known. */
@@ -200,6 +202,24 @@ export class Exchange {
     if (payload === undefined || this.endpoint?.spends !== 'input and output') return undefined
     this.#prefixes ??= prefixesOf(payload.bytes, `${payload.model}\0${caller?.id ?? ''}`)
     return this.#prefixes
+  }
+
+  /** Does its client expect a stream in which comments can stand? */
+  get takesComments(): boolean {
+    const { endpoint, request } = this
+    const isStream = request.payload?.stream === true && endpoint?.spends === 'input and output'
+    return isStream && endpoint.dialect.streamsEvents
+  }
+
+  /**
+   * Does its first byte say how long it waits, and does a backend that is stopped leave nothing behind? A whole
+   * answer begins when it is complete, and responses are stored.
+   */
+  get canBeHedged(): boolean {
+    const { endpoint, request } = this
+    if (endpoint?.spends === 'input') return true
+    const writes = endpoint?.spends === 'input and output' && !endpoint.makesResponses
+    return writes && request.payload?.stream === true
   }
 
   /** Where calls must wait; a header can only make less of it. */

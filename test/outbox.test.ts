@@ -53,6 +53,7 @@ async function heldGateway(t: TestContext, answer: Answerer, durability = 'stric
   }
   const reporters = [{ type: 'webhook', webhook: { url: 'http://127.0.0.1:1' } }]
   const config = {
+    server: { heartbeat: '10ms' },
     backends: [{ url: backend.url }],
     usage: { enabled: true, durability, reporters }
   }
@@ -85,16 +86,17 @@ const STREAMS = [
 ]
 
 for (const { path, type, before, last } of STREAMS) {
-  for (const form of ['apart', 'together', 'byte by byte']) {
+  for (const form of ['apart', 'together', 'byte by byte', 'after heartbeats']) {
     test(`${path}, ${form}: the last event waits until the record is safe, what is before it does not`, async t => {
       const gateway = await heldGateway(t, async (_request, response) => {
+        if (form === 'after heartbeats') await new Promise(resolve => setTimeout(resolve, 30))
         response.writeHead(200, { 'content-type': type })
         const pieces =
           form === 'together'
             ? [before + last]
-            : form === 'apart'
-              ? [before, last]
-              : [...(before + last)]
+            : form === 'byte by byte'
+              ? [...(before + last)]
+              : [before, last]
         for (const piece of pieces) {
           response.write(piece)
           await new Promise(resolve => setImmediate(resolve))

@@ -360,6 +360,7 @@ function poolOf(t: TestContext, ...names: string[]) {
     backends: each.map(name => configOf(name)),
     loadBalance: 'least_wait',
     prefixAffinity: true,
+    hedges: false,
     fallback: [],
     modelFallbacks: new Map(),
     modelTimeouts: [],

@@ -21,6 +21,7 @@ function anthropicError(error: GatewayError, requestId: string) {
 export const anthropic: Dialect = {
   name: 'anthropic',
   idHeader: 'request-id',
+  streamsEvents: true,
   error: anthropicError,
   errorEvent: (error, requestId) =>
     `event: error\ndata: ${JSON.stringify(anthropicError(error, requestId))}\n\n`,

@@ -8,6 +8,8 @@ export interface Dialect {
   name: 'openai' | 'responses' | 'anthropic' | 'ollama'
   /** The header in which its clients look for the id of a request. */
   idHeader: 'x-request-id' | 'request-id'
+  /** Its streams are server-sent events, in which comments can stand. */
+  streamsEvents: boolean
   /** The error as a JSON body. */
   error(error: GatewayError, requestId: string): object
   /** The error as the last event of a stream that has begun. */

@@ -6,6 +6,7 @@ const PIECES = ['content', 'response', 'thinking', 'arguments']
 export const ollama: Dialect = {
   name: 'ollama',
   idHeader: 'x-request-id',
+  streamsEvents: false,
   error: error => ({ error: error.message }),
   errorEvent: error => `${JSON.stringify({ error: error.message })}\n`,
   deltaMembers: PIECES,

@@ -22,6 +22,7 @@ const PIECES = ['content', 'reasoning_content', 'reasoning', 'arguments', 'refus
 export const openai: Dialect = {
   name: 'openai',
   idHeader: 'x-request-id',
+  streamsEvents: true,
   error: openaiError,
   errorEvent: error => `data: ${JSON.stringify(openaiError(error))}\n\n`,
   deltaMembers: PIECES,

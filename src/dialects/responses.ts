@@ -5,6 +5,7 @@ import { openaiError } from './openai.ts'
 export const responses: Dialect = {
   name: 'responses',
   idHeader: 'x-request-id',
+  streamsEvents: true,
   error: openaiError,
   errorEvent: error => {
     const { code, message } = error

@@ -133,6 +133,12 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     labelNames: ['outcome'],
     registers
   })
+  const heartbeats = new Counter({
+    name: 'llmproxy_heartbeat_streams_total',
+    help: 'Streams whose client got its 200 and comments before a backend had answered',
+    labelNames: ['path'],
+    registers
+  })
   const affinity = new Counter({
     name: 'llmproxy_prefix_affinity_total',
     help: 'Calls with a prompt: hit went where its beginning is in the cache, left went elsewhere because of the wait there, miss found it nowhere',
@@ -157,6 +163,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     requests.inc({ path, stream, backend, status: exchange.statusCode })
     latency.observe({ path, stream, backend }, exchange.durationMs)
     outcomes.inc({ outcome: exchange.outcome })
+    if (exchange.hadHeartbeat) heartbeats.inc({ path })
     if (exchange.affinity !== undefined) affinity.inc({ result: exchange.affinity })
     const { usage, ttftMs } = exchange
     if (usage !== undefined) {
@@ -303,6 +310,16 @@ function backendMetrics(
   })
   onCircuit.push((backend, turn) => {
     if (turn.state === 'open') ejections.inc({ backend, reason: turn.reason })
+  })
+  new Counter({
+    name: 'llmproxy_hedges_total',
+    help: 'Second attempts beside one that was late, by whether they gave the answer',
+    labelNames: ['result'],
+    registers,
+    collect() {
+      this.reset()
+      for (const [result, count] of Object.entries(pool.hedges.results)) this.inc({ result }, count)
+    }
   })
   new Counter({
     name: 'llmproxy_retry_budget_exhausted_total',

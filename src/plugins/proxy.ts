@@ -24,13 +24,21 @@ import { Renamed } from '../pool/renamed.ts'
 
 export const ProxyOptions = Section(
   {
-    write_timeout: Duration('60s', 'How long a client may let bytes wait; 0: for ever', 0)
+    write_timeout: Duration('60s', 'How long a client may let bytes wait; 0: for ever', 0),
+    heartbeat: Duration(
+      '15s',
+      'How long a stream may wait in silence for its answer; 0: for ever',
+      0
+    )
   },
   'Forwarding'
 )
 export type ProxyOptions = Static<typeof ProxyOptions>
 
-/** Sees every answer before it is sent; may return a stream to send in its place. */
+/**
+ * Sees every answer before it is sent; may return a stream to send in its place, but of one that was waited
+ * for with heartbeats, where a tap must do.
+ */
 export type AnswerHook = (exchange: Exchange, answer: Answer) => NodeJS.ReadableStream | undefined
 
 declare module 'fastify' {
@@ -52,19 +60,25 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
   const { pool, onAttempt } = fastify.backends
   withExchanges(fastify)
 
+  const hooks: AnswerHook[] = []
+  const prepare = (exchange: Exchange, answer: Answer) => {
+    let sent: NodeJS.ReadableStream = answer
+    for (const hook of hooks) sent = hook(exchange, answer) ?? sent
+    return withName(exchange, answer, sent)
+  }
+
   await fastify.register(replyFrom, {
-    undici: createDispatcher(
-      pool,
-      (backend, result) => {
+    undici: createDispatcher(pool, fastify.log, {
+      heartbeat: () => options.heartbeat,
+      attempted(backend, result) {
         for (const listener of onAttempt) listener(backend, result)
       },
-      fastify.log
-    ) as never,
+      answers: (exchange, answer) => void prepare(exchange, answer)
+    }) as never,
     retryMethods: [],
     disableRequestLogging: true
   })
 
-  const hooks: AnswerHook[] = []
   fastify.decorate('answerHooks', hooks)
   fastify.decorate('proxy', {
     update(changed) {
@@ -87,9 +101,8 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
     answer.isStream = isStream(mediaType(reply.getHeader('content-type')))
     // A length would turn the last words of a stream into a proper end.
     if (answer.isStream) reply.removeHeader('content-length')
-    let sent: NodeJS.ReadableStream = answer
-    for (const hook of hooks) sent = hook(exchange, answer) ?? sent
-    sent = withName(exchange, answer, sent)
+    if (answer.isAwaited) return void reply.send(answer)
+    const sent = prepare(exchange, answer)
     const whole = answer.isStream || sent !== answer ? undefined : answer.takeWhole(reply.raw)
     if (whole === undefined) return void reply.send(sent)
     const recorded = exchange.conclude()

@@ -39,6 +39,16 @@ export interface Source {
 const LAST_WORDS_MS = 500
 export const READ_MS = 50
 
+/** Of an answer that nobody is sending. */
+export const NOBODY_SENDS: Dispatcher.DispatchController = {
+  aborted: false,
+  paused: false,
+  reason: null,
+  abort() {},
+  pause() {},
+  resume() {}
+}
+
 /**
  * A backend's answer on its way to the client.
  *
@@ -55,7 +65,9 @@ export class Answer extends Readable {
   isStream = false
   /** How long (ms) a client may let bytes wait; 0: for ever. */
   stallTimeout = 0
-  readonly #controller: Dispatcher.DispatchController
+  /** No backend has answered: see {@link takeOver}. */
+  isAwaited = false
+  #controller: Dispatcher.DispatchController
   /** Chunks that came before anybody listened. */
   #early: Buffer[] = []
   #offered = false
@@ -79,6 +91,32 @@ export class Answer extends Readable {
     super()
     this.#controller = controller
     this.on('error', () => {})
+  }
+
+  /** An answer whose client hears something before a backend answers. */
+  static awaited(): Answer {
+    const answer = new Answer(NOBODY_SENDS)
+    answer.isAwaited = true
+    answer.#offered = true
+    return answer
+  }
+
+  /** Says something meanwhile, unless the client has not taken yet what was said before. */
+  say(words: string): void {
+    const { writableLength: unread } = this.#response ?? { writableLength: this.readableLength }
+    if (this.#over === undefined && this.#early.length === 0 && unread === 0)
+      this.data(Buffer.from(words))
+  }
+
+  /** A backend has answered: from now on this is that answer. */
+  takeOver(answer: Answer): void {
+    this.isAwaited = false
+    this.#controller = answer.#controller
+    this.source = answer.source
+    this.#early.push(...answer.#early)
+    this.#over ??= answer.#over
+    if (this.destroyed) answer.destroy()
+    else if (this.#flowing) this.#flow()
   }
 
   /** A chunk from the backend. */

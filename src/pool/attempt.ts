@@ -5,10 +5,11 @@ import { GatewayError } from '../errors.ts'
 import { framingOf, isStream, mediaType, parseRetryAfter } from '../http.ts'
 import { Answer } from './answer.ts'
 import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
+import type { Choice } from './decisions.ts'
 import { FirstEvent } from './first-event.ts'
 import type { Demand, Facts, Job } from './load.ts'
 import { Patience, TotalTimeoutError } from './patience.ts'
-import type { FailureKind } from './pool.ts'
+import type { Candidate, FailureKind } from './pool.ts'
 import { Refusal } from './refusal.ts'
 
 export type Headers = Record<string, string | string[] | undefined>
@@ -20,7 +21,7 @@ export interface Head {
 }
 
 /** What became of an attempt: a status class, or how it failed. */
-export type AttemptResult = FailureKind | '2xx' | '3xx' | '4xx' | 'cancelled'
+export type AttemptResult = FailureKind | '2xx' | '3xx' | '4xx' | 'cancelled' | 'hedged'
 
 /** How far an attempt came before it failed. */
 export interface Progress {
@@ -34,8 +35,8 @@ export interface Progress {
 export interface AttemptOwner {
   /** The backend gets the request. */
   sent(): void
-  /** This is the client's answer. */
-  deliver(attempt: Attempt, head: Head, answer: Answer): void
+  /** This is the client's answer; returns where the rest of it goes. */
+  deliver(attempt: Attempt, head: Head, answer: Answer): Answer
   /** The backend refuses; returns whether another attempt is made, else the refusal is delivered. */
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean
   /** It failed before there was anything to pass on. */
@@ -43,9 +44,7 @@ export interface AttemptOwner {
   /** The answer broke off after some of it was passed on. */
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void
   /** The backend seems not to take `stream_options` and should be asked without. */
-  again(): void
-  /** The request was sent with a question for usage, or is repeated without it. */
-  readonly question: 'asked' | 'withdrawn' | undefined
+  again(attempt: Attempt): void
   /** When the client will have waited long enough for an answer to begin (monotonic, ms). */
   readonly deadline: number
   count(attempt: Attempt, result: AttemptResult): void
@@ -75,12 +74,11 @@ const STREAMS_MS = 60_000
 
 const NOBODY: AttemptOwner = {
   sent() {},
-  deliver() {},
+  deliver: (_attempt, _head, answer) => answer,
   refused: () => false,
   failed() {},
   broke() {},
   again() {},
-  question: undefined,
   deadline: Number.POSITIVE_INFINITY,
   count() {}
 }
@@ -88,7 +86,12 @@ const NOBODY: AttemptOwner = {
 /** One try at one backend. */
 export class Attempt implements BackendHandler {
   socket: Socket | undefined
+  /** Why it is where it is. */
+  readonly choice: Choice
+  readonly candidate: Candidate
   readonly backend: Backend
+  /** The request is sent with a question for usage, or is repeated without it. */
+  question: 'asked' | 'withdrawn' | undefined
   #owner: AttemptOwner
   readonly #startedAt = performance.now()
   #sentAt = 0
@@ -114,9 +117,11 @@ export class Attempt implements BackendHandler {
   /** It may be our own question for usage that is refused. */
   #isInDoubt = false
 
-  constructor(owner: AttemptOwner, backend: Backend, limits: TimeLimits) {
+  constructor(owner: AttemptOwner, candidate: Candidate, choice: Choice, limits: TimeLimits) {
     this.#owner = owner
-    this.backend = backend
+    this.choice = choice
+    this.candidate = candidate
+    this.backend = candidate.backend
     this.#patience = new Patience(limits)
   }
 
@@ -128,13 +133,23 @@ export class Attempt implements BackendHandler {
     this.backend.dispatch(options, this, fresh)
   }
 
-  /** Closes the connection, in whatever phase it is. */
-  cancel(): void {
+  /** An answer may still come of it. */
+  get isPending(): boolean {
+    return !this.#isOver && (this.#refusal === undefined || this.#isInDoubt)
+  }
+
+  /** How long it has taken so far (ms). */
+  get age(): number {
+    return performance.now() - this.#startedAt
+  }
+
+  /** Closes the connection, in whatever phase it is: the client has left, or another one has `hedged` it. */
+  cancel(result: 'cancelled' | 'hedged' = 'cancelled'): void {
     if (this.#isOver) return
     this.#isCancelled = true
-    if (!this.#isDelivered && this.#refusal === undefined) this.#owner.count(this, 'cancelled')
+    if (!this.#isDelivered && this.#refusal === undefined) this.#owner.count(this, result)
     this.#end()
-    const reason = new GatewayError('client_gone', 'The client has left.')
+    const reason = new GatewayError('client_gone', 'Nobody waits for the answer any more.')
     if (this.#controller !== undefined) this.#controller.abort(reason)
     else this.socket?.destroy(reason)
   }
@@ -173,7 +188,7 @@ export class Attempt implements BackendHandler {
       return controller.abort(new errors.HTTPParserError(`status ${statusCode}`))
     this.#wait(controller)
     this.#head = { statusCode, headers }
-    const { question } = this.#owner
+    const { question } = this
     if (statusCode === 400 || statusCode === 422) {
       if (question === 'asked') {
         this.#isInDoubt = true
@@ -295,7 +310,7 @@ export class Attempt implements BackendHandler {
       this.#observe(statusCode)
       this.#judgeHead(statusCode)
     }
-    this.#owner.deliver(this, this.#head!, this.#answer!)
+    this.#answer = this.#owner.deliver(this, this.#head!, this.#answer!)
   }
 
   /** Being refused fast is no merit; a refusal of the gateway's own key is a failure. */
@@ -328,7 +343,7 @@ export class Attempt implements BackendHandler {
   }
 
   #settleDoubt(refusal: Refusal): void {
-    if (/stream_options|include_usage/.test(refusal.text)) return this.#owner.again()
+    if (/stream_options|include_usage/.test(refusal.text)) return this.#owner.again(this)
     this.#answer = refusal.toAnswer()
     this.#deliver()
   }

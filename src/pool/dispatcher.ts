@@ -17,8 +17,10 @@ import {
 } from './attempt.ts'
 import type { Backend } from './backend.ts'
 import { Choice, type Decision } from './decisions.ts'
+import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat.ts'
 import { type Candidate, type FailureKind, isAmong, type Lineup, type Pool } from './pool.ts'
 import type { Priority, Waiter } from './queue.ts'
+import { Race, type Racer } from './race.ts'
 import type { Refusal } from './refusal.ts'
 import { withModel } from './renamed.ts'
 
@@ -27,7 +29,15 @@ export const EXCHANGE = Symbol('exchange')
 
 type Options = Dispatcher.DispatchOptions & { headers: Headers & { [EXCHANGE]?: Exchange } }
 type Done = (error: null, answer: Head & { body: Answer }) => void
-type OnAttempt = (backend: string, result: AttemptResult) => void
+
+/** Whom calls are delivered for. */
+interface Front {
+  /** How long (ms) the client of a stream hears nothing before a heartbeat; 0: for ever. */
+  heartbeat(): number
+  attempted(backend: string, result: AttemptResult): void
+  /** A backend answers whose client has a head already: its answer may be changed before it goes on. */
+  answers(exchange: Exchange, answer: Answer): void
+}
 
 /** How long (ms) the rest of an error answer may take once it is certain that it is the client's. */
 const REFUSAL_TIMEOUT = 1_000
@@ -37,22 +47,22 @@ const REFUSAL_TIMEOUT = 1_000
  * pool, and to another one as long as the client has not had a byte of an answer, and calls back
  * once, with the answer that is the client's.
  */
-export function createDispatcher(pool: Pool, onAttempt: OnAttempt, log: FastifyBaseLogger) {
+export function createDispatcher(pool: Pool, log: FastifyBaseLogger, front: Front) {
   return {
     request: (options: Options, done: Done) =>
-      new Delivery(pool, onAttempt, log, options, done).start(),
+      new Delivery(pool, log, front, options, done).start(),
     close: () => {},
     destroy: () => {}
   }
 }
 
 /** One request and all its attempts. */
-class Delivery implements AttemptOwner, Waiter, Work {
+class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   readonly #pool: Pool
   /** The configuration it began with. */
   #lineup: Lineup
-  readonly #onAttempt: OnAttempt
   readonly #log: FastifyBaseLogger
+  readonly #front: Front
   /** What is to be sent, and who gets the answer; until it is theirs. */
   #call: { options: Options; done: Done } | undefined
   readonly #exchange: Exchange
@@ -64,9 +74,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
   /** Since when it waits, for the first time and now. */
   since = 0
   #queuedAt = 0
-  readonly #attempts: Attempt[] = []
-  /** Why each of them is where it is. */
-  readonly #choices: Choice[] = []
+  readonly #race: Race
   readonly #decision: Decision
   /** The latest one. */
   #choice = new Choice()
@@ -81,22 +89,19 @@ class Delivery implements AttemptOwner, Waiter, Work {
   /** The latest error answer of a backend; it is the client's when nothing better comes. */
   #refusal: Refusal | undefined
   #answer: Answer | undefined
+  #heartbeat: Heartbeat | undefined
 
-  constructor(
-    pool: Pool,
-    onAttempt: OnAttempt,
-    log: FastifyBaseLogger,
-    options: Options,
-    done: Done
-  ) {
+  constructor(pool: Pool, log: FastifyBaseLogger, front: Front, options: Options, done: Done) {
     this.#pool = pool
     this.#lineup = pool.enter()
-    this.#onAttempt = onAttempt
     this.#log = log
+    this.#front = front
     this.#call = { options, done }
     this.#exchange = options.headers[EXCHANGE]!
     const { id, model } = this.#exchange
     this.#decision = pool.decisions.begin(id, model, this.#lineup.strategy)
+    const isHedged = this.#lineup.hedges && this.#exchange.canBeHedged
+    this.#race = new Race(this, isHedged ? pool.hedges : undefined)
     this.deadline = this.#exchange.startedAt + patienceOf(options.headers)
   }
 
@@ -108,6 +113,9 @@ class Delivery implements AttemptOwner, Waiter, Work {
       this.#isCounted = true
       this.#pool.queue.attained.enter(this.caller, performance.now())
     }
+    const interval = this.#front.heartbeat()
+    if (interval > 0 && this.#exchange.takesComments)
+      this.#heartbeat = new Heartbeat(this, interval)
     this.#next()
   }
 
@@ -115,7 +123,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.#cancel()
     this.#learn()
     if (this.#choice.outcome === 'queued') this.#settleQueued(this.#exchange.outcome)
-    for (const attempt of this.#attempts) attempt.letGo()
+    this.#race.end()
     if (this.#isCounted) {
       const { attained } = this.#pool.queue
       const now = performance.now()
@@ -127,24 +135,29 @@ class Delivery implements AttemptOwner, Waiter, Work {
 
   interrupt(error: GatewayError): void {
     this.#cancel()
-    if (this.#answer === undefined) this.#exchange.reply.send(error)
-    else this.#answer.break(error)
+    this.#tell(error)
   }
 
-  get question(): 'asked' | 'withdrawn' | undefined {
-    if (this.#isWithdrawn) return 'withdrawn'
-    return this.#exchange.question?.asked ? 'asked' : undefined
+  get position(): number | undefined {
+    const { queue } = this.#pool
+    return queue.has(this) ? queue.position(this, performance.now()) : undefined
+  }
+
+  open(head: Head, answer: Answer): void {
+    this.#exchange.hadHeartbeat = true
+    this.#answer = answer
+    this.#call!.done(null, { ...head, body: answer })
   }
 
   sent(): void {
     this.#exchange.isWaiting = true
   }
 
-  deliver(attempt: Attempt, head: Head, answer: Answer): void {
+  deliver(attempt: Attempt, head: Head, answer: Answer): Answer {
     this.#delivered = attempt
-    for (const other of this.#attempts) if (other !== attempt) other.cancel()
-    this.#answer = answer
-    this.#handOver(head, answer)
+    this.#race.win(attempt, head.statusCode < 300)
+    this.#attribute(attempt)
+    return this.#handOver(head, answer)
   }
 
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean {
@@ -154,7 +167,8 @@ class Delivery implements AttemptOwner, Waiter, Work {
       attempt.backend,
       performance.now() + parseRetryAfter(headers['retry-after'])
     )
-    const wait = this.#plan(kind, true)
+    const goesOn = this.#race.goesOnWithout(attempt)
+    const wait = goesOn ? 0 : this.#plan(kind, true)
     if (wait === undefined) return false
     const isEvent = statusCode < 300
     this.#logFailure(
@@ -163,41 +177,54 @@ class Delivery implements AttemptOwner, Waiter, Work {
       isEvent ? 'an error as its first event' : `status ${statusCode}`
     )
     this.#refusal = refusal
-    this.#retry(wait)
+    if (!goesOn) this.#retry(wait)
     return true
   }
 
   failed(attempt: Attempt, kind: FailureKind, error: Error, progress: Progress): void {
     // The client's body broke off, or went on for too long: a backend has had some of it.
     if (error instanceof GatewayError) {
+      this.#cancel()
       return this.#giveUp(error, error.code === 'backend_timeout' ? 'timed_out' : 'client_gone')
     }
     // A server may close an idle connection just as it is used again; that is nobody's fault.
     if (progress.isStale && !this.#hasRepeated && this.#canResend()) {
       this.#hasRepeated = true
-      return this.#repeat(true)
+      return this.#repeat(attempt, true)
     }
     this.#logFailure(attempt, kind, reasonOf(error))
+    if (this.#race.goesOnWithout(attempt)) return
     const wait = isOurs(error) ? undefined : this.#plan(kind, progress.isSent)
     if (wait !== undefined) return this.#retry(wait)
     this.#giveUp(toGatewayError(kind, error), kind === 'timeout' ? 'timed_out' : 'backend_failed')
   }
 
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void {
-    this.#choiceOf(attempt).outcome = 'broke_off'
+    attempt.choice.outcome = 'broke_off'
     this.#logFailure(attempt, kind, `${reasonOf(error.cause as Error)}, in the middle of an answer`)
     this.#exchange.fail(kind === 'timeout' ? 'timed_out' : 'backend_failed', error)
   }
 
-  again(): void {
+  late({ candidate: { tier } }: Attempt): Attempt | undefined {
+    if (!this.#canResend()) return undefined
+    const choice = new Choice()
+    const other = this.#lineup.pick(this.#tried, this.#exchange, performance.now(), choice)
+    if (other === undefined || other === 'full' || other.tier !== tier) return undefined
+    if (!this.#pool.hedges.spend()) return undefined
+    this.#pool.decisions.add(this.#decision, choice)
+    this.#exchange.attempts++
+    return this.#send(other, choice)
+  }
+
+  again(attempt: Attempt): void {
     this.#isWithdrawn = true
-    this.#choice.outcome = '4xx'
-    this.#repeat()
+    attempt.choice.outcome = '4xx'
+    this.#repeat(attempt)
   }
 
   count(attempt: Attempt, result: AttemptResult): void {
-    this.#choiceOf(attempt).outcome = result
-    this.#onAttempt(attempt.backend.name, result)
+    attempt.choice.outcome = result
+    this.#front.attempted(attempt.backend.name, result)
   }
 
   /** Time in ms until another attempt may be made, or undefined if there is to be none. */
@@ -209,7 +236,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
     // A connection that was refused has cost nobody anything.
     if (!isSent && others.length > 0) return 0
     if (!retryOn.includes(kind)) return undefined
-    if (enabled && this.#exchange.attempts <= maxRetries) {
+    if (enabled && this.#exchange.attempts - this.#race.hedged <= maxRetries) {
       const wait = others.length > 0 ? 0 : this.#waitFor(candidates)
       const isFree = wait === undefined || !isSent
       if (isFree || this.#pool.retryBudget.spend(performance.now())) return wait
@@ -250,7 +277,7 @@ class Delivery implements AttemptOwner, Waiter, Work {
         this.#share ??= this.#pool.queue.attained.begin(this.caller, performance.now())
       }
       this.#exchange.attempts++
-      return this.#send(chosen)
+      return void this.#send(chosen, this.#choice)
     }
     const error = new GatewayError('no_backend', 'No backend is available at the moment.', {
       headers: { 'retry-after': '1' }
@@ -312,12 +339,11 @@ class Delivery implements AttemptOwner, Waiter, Work {
   }
 
   /** The same once more: nothing is chosen. */
-  #repeat(fresh = false): void {
-    const again = this.#tried.at(-1)!
-    this.#choice = new Choice()
-    this.#choice.choose(again.backend, again.model)
-    this.#pool.decisions.add(this.#decision, this.#choice)
-    this.#send(again, fresh)
+  #repeat({ candidate }: Attempt, fresh = false): void {
+    const choice = new Choice()
+    choice.choose(candidate.backend, candidate.model)
+    this.#pool.decisions.add(this.#decision, choice)
+    this.#send(candidate, choice, fresh)
   }
 
   /** No backend was chosen, nor will be. */
@@ -328,30 +354,35 @@ class Delivery implements AttemptOwner, Waiter, Work {
     this.#choice.outcome = outcome
   }
 
-  #choiceOf(attempt: Attempt): Choice {
-    return this.#choices[this.#attempts.indexOf(attempt)]!
-  }
-
-  #send(chosen: Candidate, fresh = false): void {
-    const { backend, model, upstream } = chosen
+  #send(chosen: Candidate, choice: Choice, fresh = false): Attempt {
     this.#tried.push(chosen)
-    this.#exchange.served = { model, upstream }
-    this.#exchange.backend = backend.name
-    this.#exchange.backendUrl = backend.live.origin + backend.live.basePath
-    const attempt = new Attempt(this, backend, this.#lineup.timeLimits(chosen))
-    this.#attempts.push(attempt)
-    this.#choices.push(this.#choice)
-    attempt.start(this.#request(chosen), this.#lineup.demand(chosen, this.#exchange), fresh)
+    const attempt = new Attempt(this, chosen, choice, this.#lineup.timeLimits(chosen))
+    const request = this.#request(attempt)
+    this.#attribute(attempt)
+    this.#race.begin(attempt)
+    attempt.start(request, this.#lineup.demand(chosen, this.#exchange), fresh)
+    return attempt
   }
 
-  #request({ backend, upstream }: Candidate): Dispatcher.DispatchOptions {
+  /** What is told of the exchange is about this attempt. */
+  #attribute({ backend, candidate: { model, upstream }, question }: Attempt): void {
+    const exchange = this.#exchange
+    exchange.served = { model, upstream }
+    exchange.backend = backend.name
+    exchange.backendUrl = backend.live.origin + backend.live.basePath
+    if (exchange.question !== undefined) exchange.question.asked = question === 'asked'
+  }
+
+  #request(attempt: Attempt): Dispatcher.DispatchOptions {
+    const { backend, upstream } = attempt.candidate
     const { headers: given, path, method } = this.#call!.options
     const { headers: own } = backend.config
     let { body } = this.#call!.options
     const { question } = this.#exchange
     if (question !== undefined) {
-      question.asked = backend.live.takesUsageQuestion && !this.#isWithdrawn
-      if (question.asked) body = question.bytes
+      if (this.#isWithdrawn) attempt.question = 'withdrawn'
+      else if (backend.live.takesUsageQuestion) attempt.question = 'asked'
+      if (attempt.question === 'asked') body = question.bytes
     }
     if (upstream !== this.#exchange.model && Buffer.isBuffer(body))
       body = withModel(body, upstream!)
@@ -369,13 +400,39 @@ class Delivery implements AttemptOwner, Waiter, Work {
   }
 
   /** Nothing will be sent again: what was needed for that is not kept beside a long answer. */
-  #handOver(head: Head, answer: Answer): void {
+  #handOver(head: Head, answer: Answer): Answer {
     const { done } = this.#call!
     this.#call = undefined
+    this.#heartbeat?.stop()
     this.#exchange.isWaiting = false
     this.#exchange.forgetBody()
+    if (this.#answer !== undefined) return this.#join(this.#answer, head, answer)
     this.#showTrace()
+    this.#answer = answer
     done(null, { ...head, body: answer })
+    return answer
+  }
+
+  /** The client has its head, and heartbeats. */
+  #join(open: Answer, head: Head, answer: Answer): Answer {
+    if (isEventStream(head)) {
+      this.#front.answers(this.#exchange, open)
+      open.takeOver(answer)
+      return open
+    }
+    void complaintOf(head, answer).then(error => {
+      if (this.#exchange.closed) return
+      this.#exchange.fail(error.code === 'backend_failed' ? 'backend_failed' : 'rejected', error)
+      open.break(error)
+    })
+    return answer
+  }
+
+  #tell(error: GatewayError): void {
+    // Not by the callback: reply-from would log it a second time, with its stack.
+    if (this.#answer !== undefined) return this.#answer.break(error)
+    this.#showTrace()
+    this.#exchange.reply.send(error)
   }
 
   /** What was spent is known by now: the backend's speed shows in it. */
@@ -400,26 +457,22 @@ class Delivery implements AttemptOwner, Waiter, Work {
 
   #cancel(): void {
     clearTimeout(this.#timer)
+    this.#heartbeat?.stop()
     this.#pool.queue.leave(this)
-    for (const attempt of this.#attempts) attempt.cancel()
+    this.#race.cancel()
   }
 
   #giveUp(error: GatewayError, outcome: Exchange['outcome']): void {
     if (this.#exchange.closed) return
     const refusal = this.#refusal
     if (refusal === undefined) {
+      this.#heartbeat?.stop()
       this.#exchange.fail(outcome, error)
-      this.#showTrace()
-      // Not by the callback: reply-from would log it a second time, with its stack.
-      this.#exchange.reply.send(error)
-      return
+      return this.#tell(error)
     }
     refusal.whenSettled(REFUSAL_TIMEOUT, isComplete => {
       if (this.#exchange.closed) return
-      if (isComplete) {
-        this.#answer = refusal.toAnswer()
-        return this.#handOver(refusal.head, this.#answer)
-      }
+      if (isComplete) return void this.#handOver(refusal.head, refusal.toAnswer())
       this.#refusal = undefined
       this.#giveUp(error, outcome)
     })

@@ -128,6 +128,16 @@ const RoutingOptions = Section(
       },
       'More attempts, as long as the client has not had a byte'
     ),
+    hedge: Section(
+      {
+        enabled: Type.Boolean({
+          default: false,
+          description:
+            'Asks another backend, too, when the first byte comes later than 95 % do; 2 % of the calls at most'
+        })
+      },
+      'A second attempt beside one that is late'
+    ),
     model_discovery: Section(
       {
         enabled: Type.Boolean({
@@ -287,6 +297,7 @@ export function toPool(
     modelFallbacks: new Map(
       Object.entries(routing.model_fallbacks).map(([model, others]) => [untagged(model), others])
     ),
+    hedges: routing.enabled && routing.hedge.enabled,
     breaker: breaker.enabled
       ? {
           consecutiveFailures: breaker.consecutive_failures,

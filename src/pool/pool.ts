@@ -4,6 +4,7 @@ import { Backend, type BackendConfig, Live, type TimeLimits } from './backend.ts
 import type { BreakerPolicy, CircuitTurn, OpenReason } from './breaker.ts'
 import { RetryBudget } from './budget.ts'
 import { type Choice, Decisions, type PassedOver } from './decisions.ts'
+import { Hedges } from './hedge.ts'
 import { type Demand, Speeds } from './load.ts'
 import { isKnown, upstreamModel } from './models.ts'
 import { Queue, type QueuePolicy } from './queue.ts'
@@ -43,6 +44,8 @@ export interface PoolConfig {
   /** Strategies that can do so count what backends have in their caches. */
   prefixAffinity: boolean
   retry: RetryPolicy
+  /** Calls whose first byte is late are made a second time. */
+  hedges: boolean
   /** The first one that is for a model holds. */
   fallback: FallbackRule[]
   /** Which models take the place of one that nobody can serve, in this order. */
@@ -87,6 +90,7 @@ export type OnCircuit = (backend: string, turn: CircuitTurn) => void
 export class Lineup {
   readonly backends: Backend[]
   readonly retry: RetryPolicy
+  readonly hedges: boolean
   /** Some of them take only so many calls at once. */
   readonly isBounded: boolean
   readonly strategy: StrategyName
@@ -102,6 +106,7 @@ export class Lineup {
     this.backends = backends
     this.isBounded = backends.some(each => each.config.maxConcurrent > 0)
     this.retry = config.retry
+    this.hedges = config.hedges
     this.#modelFallbacks = config.modelFallbacks
     this.#fallback = config.fallback
     this.#modelTimeouts = config.modelTimeouts
@@ -263,6 +268,7 @@ function whyUnavailable({ live }: Backend): PassedOver {
 export class Pool {
   readonly decisions = new Decisions()
   readonly retryBudget = new RetryBudget()
+  readonly hedges = new Hedges()
   readonly queue: Queue
   #isServing = false
   readonly #onCircuit: OnCircuit

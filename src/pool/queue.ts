@@ -92,6 +92,10 @@ export class Queue {
     return count
   }
 
+  has(waiter: Waiter): boolean {
+    return this.#timers.has(waiter)
+  }
+
   /** How many are likely to be served before this one, which waits or is about to. */
   position({ caller, priority, lane, since }: Waiter, now: number): number {
     const lines = this.#lanes.get(lane)?.lines

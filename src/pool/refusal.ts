@@ -1,5 +1,5 @@
 import type { Dispatcher } from 'undici'
-import { Answer } from './answer.ts'
+import { Answer, NOBODY_SENDS } from './answer.ts'
 import type { Head } from './attempt.ts'
 
 const MAX_KEPT = 64 * 1024
@@ -49,14 +49,7 @@ export class Refusal {
   }
 
   toAnswer(): Answer {
-    const answer = new Answer({
-      aborted: false,
-      paused: false,
-      reason: null,
-      abort: () => {},
-      pause: () => {},
-      resume: () => {}
-    })
+    const answer = new Answer(NOBODY_SENDS)
     for (const chunk of this.chunks) answer.data(chunk)
     answer.end()
     return answer
