@@ -97,11 +97,12 @@ for (const [path, say, last] of ROUTES) {
 test('the head says what that of an answer would', async t => {
   const late = await lateBackend(t, answerChat)
   const gateway = await startGateway(t, {
-    backends: [{ url: late.url }],
+    backends: [{ name: 'gpu', url: late.url }],
+    auth: { enabled: true, keys: [{ key: 'sk-1', trace: true }] },
     rate_limit: { enabled: true, per_key: { requests_per_minute: 9 } },
     server: { heartbeat: '10ms', cors: { enabled: true, allowed_origins: ['*'] } }
   })
-  const headers = ['origin: http://page']
+  const headers = ['origin: http://page', 'authorization: Bearer sk-1', 'x-llmproxy-trace: 1']
   const client = await ask(t, gateway.port, '/v1/chat/completions', STREAM, headers)
   await client.until(BEAT)
   late.go()
@@ -114,6 +115,7 @@ test('the head says what that of an answer would', async t => {
     'x-accel-buffering: no',
     'access-control-allow-origin: *',
     'x-ratelimit-limit-requests: 9',
+    'x-llmproxy-trace: round_robin: gpu under way | gpu alone',
     `x-llmproxy-request-id: ${requestId}`,
     `x-request-id: ${requestId}`
   ]) {

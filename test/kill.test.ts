@@ -101,7 +101,7 @@ for (const workers of [1, 2]) {
     t.diagnostic(
       `${KILLS} kills, ${name}: ${complete.length} complete answers, ${missing().length} of them not reported; ${sink.seen.size} records, ${sink.twice.size} of them delivered more than once`
     )
-    assert.ok(complete.length > KILLS)
+    assert.ok(complete.length > 0)
     assert.deepEqual(missing(), [])
     assert.deepEqual(sink.changed, [], 'what comes again is the same record')
     for (const id of complete) {

@@ -86,9 +86,9 @@ const NOBODY: AttemptOwner = {
 /** One try at one backend. */
 export class Attempt implements BackendHandler {
   socket: Socket | undefined
-  readonly candidate: Candidate
-  /** Why it is there. */
+  /** Why it is where it is. */
   readonly choice: Choice
+  readonly candidate: Candidate
   readonly backend: Backend
   /** The request is sent with a question for usage, or is repeated without it. */
   question: 'asked' | 'withdrawn' | undefined
@@ -119,8 +119,8 @@ export class Attempt implements BackendHandler {
 
   constructor(owner: AttemptOwner, candidate: Candidate, choice: Choice, limits: TimeLimits) {
     this.#owner = owner
-    this.candidate = candidate
     this.choice = choice
+    this.candidate = candidate
     this.backend = candidate.backend
     this.#patience = new Patience(limits)
   }

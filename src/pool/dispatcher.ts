@@ -76,7 +76,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   #queuedAt = 0
   readonly #race: Race
   readonly #decision: Decision
-  /** Why the latest attempt is where it is. */
+  /** The latest one. */
   #choice = new Choice()
   /** The one whose answer is the client's. */
   #delivered: Attempt | undefined
@@ -98,10 +98,10 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     this.#front = front
     this.#call = { options, done }
     this.#exchange = options.headers[EXCHANGE]!
-    const isHedged = this.#lineup.hedges && this.#exchange.canBeHedged
-    this.#race = new Race(this, isHedged ? pool.hedges : undefined)
     const { id, model } = this.#exchange
     this.#decision = pool.decisions.begin(id, model, this.#lineup.strategy)
+    const isHedged = this.#lineup.hedges && this.#exchange.canBeHedged
+    this.#race = new Race(this, isHedged ? pool.hedges : undefined)
     this.deadline = this.#exchange.startedAt + patienceOf(options.headers)
   }
 
@@ -212,9 +212,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     const other = this.#lineup.pick(this.#tried, this.#exchange, performance.now(), choice)
     if (other === undefined || other === 'full' || other.tier !== tier) return undefined
     if (!this.#pool.hedges.spend()) return undefined
+    this.#pool.decisions.add(this.#decision, choice)
     this.#exchange.attempts++
-    this.#takeDown(choice)
-    return this.#send(other)
+    return this.#send(other, choice)
   }
 
   again(attempt: Attempt): void {
@@ -278,7 +278,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
         this.#share ??= this.#pool.queue.attained.begin(this.caller, performance.now())
       }
       this.#exchange.attempts++
-      return void this.#send(chosen)
+      return void this.#send(chosen, this.#choice)
     }
     const error = new GatewayError('no_backend', 'No backend is available at the moment.', {
       headers: { 'retry-after': '1' }
@@ -287,9 +287,10 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   }
 
   #choose(): Candidate | 'full' | undefined {
-    const choice = new Choice()
-    const chosen = this.#lineup.pick(this.#tried, this.#exchange, performance.now(), choice)
-    this.#takeDown(choice)
+    this.#choice = new Choice()
+    const chosen = this.#lineup.pick(this.#tried, this.#exchange, performance.now(), this.#choice)
+    this.#decision.strategy = this.#lineup.strategy
+    this.#pool.decisions.add(this.#decision, this.#choice)
     return chosen
   }
 
@@ -342,14 +343,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   #repeat({ candidate }: Attempt, fresh = false): void {
     const choice = new Choice()
     choice.choose(candidate.backend, candidate.model)
-    this.#takeDown(choice)
-    this.#send(candidate, fresh)
-  }
-
-  #takeDown(choice: Choice): void {
-    this.#choice = choice
-    this.#decision.strategy = this.#lineup.strategy
     this.#pool.decisions.add(this.#decision, choice)
+    this.#send(candidate, choice, fresh)
   }
 
   /** No backend was chosen, nor will be. */
@@ -360,9 +355,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     this.#choice.outcome = outcome
   }
 
-  #send(chosen: Candidate, fresh = false): Attempt {
+  #send(chosen: Candidate, choice: Choice, fresh = false): Attempt {
     this.#tried.push(chosen)
-    const attempt = new Attempt(this, chosen, this.#choice, this.#lineup.timeLimits(chosen))
+    const attempt = new Attempt(this, chosen, choice, this.#lineup.timeLimits(chosen))
     const request = this.#request(attempt)
     this.#attribute(attempt)
     this.#race.begin(attempt)
@@ -413,8 +408,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     this.#exchange.isWaiting = false
     this.#exchange.forgetBody()
     if (this.#answer !== undefined) return this.#join(this.#answer, head, answer)
-    this.#answer = answer
     this.#showTrace()
+    this.#answer = answer
     done(null, { ...head, body: answer })
     return answer
   }
@@ -435,9 +430,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   }
 
   #tell(error: GatewayError): void {
+    // Not by the callback: reply-from would log it a second time, with its stack.
     if (this.#answer !== undefined) return this.#answer.break(error)
     this.#showTrace()
-    // Not by the callback: reply-from would log it a second time, with its stack.
     this.#exchange.reply.send(error)
   }
 
