@@ -1,5 +1,6 @@
 import type { BackendConfig } from '../src/pool/backend.ts'
-import { type Candidate, Pool, type PoolConfig, type Wanted } from '../src/pool/pool.ts'
+import type { Candidate, Wanted } from '../src/pool/lineup.ts'
+import { Pool, type PoolConfig } from '../src/pool/pool.ts'
 import type { StrategyName } from '../src/pool/strategies.ts'
 import { Engine, type EngineRates } from './engine.ts'
 import { Events } from './events.ts'

@@ -7,9 +7,9 @@ import { Answer } from './answer.ts'
 import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
 import type { Choice } from './decisions.ts'
 import { FirstEvent } from './first-event.ts'
+import type { Candidate, FailureKind } from './lineup.ts'
 import type { Demand, Facts, Job } from './load.ts'
 import { Patience, TotalTimeoutError } from './patience.ts'
-import type { Candidate, FailureKind } from './pool.ts'
 import { Refusal } from './refusal.ts'
 
 export type Headers = Record<string, string | string[] | undefined>

@@ -1,5 +1,5 @@
 import type { Framing } from '../http.ts'
-import type { FailureKind } from './pool.ts'
+import type { FailureKind } from './lineup.ts'
 
 /** More than this (bytes) is not waited for. */
 const MAX_HELD = 16 * 1024
