@@ -391,12 +391,15 @@ const SLOTS = 16
 
 test('one caller floods, and ten hardly notice', async t => {
   let floods = 0
+  let begun = 0
   const backend = await fakeBackend(t, async ({ body }, response) => {
     if (JSON.parse(body).user === 'flood') floods++
     response.writeHead(200, { 'content-type': 'text/event-stream' })
     await sleep(40)
     response.write(chunk('word'))
-    await sleep(120)
+    // Answers differ in length, so that places become free one after another.
+    begun++
+    await sleep(60 + 120 * ((begun * 0.618034) % 1))
     response.end(chunk('', { finish_reason: 'stop' }) + DONE)
   })
   const names = Array.from({ length: 10 }, (_, at) => `normal-${at}`)

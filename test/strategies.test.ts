@@ -428,7 +428,10 @@ test('a backend that comes back begins slowly, and without its cache', t => {
 test('its share grows from a tenth to all of it within 30 s, whatever the strategy', t => {
   // Evenly spread, so that the shares are not chance's.
   let drawn = 0
-  t.mock.method(Math, 'random', () => (drawn += 0.618034) % 1)
+  t.mock.method(Math, 'random', () => {
+    drawn += 0.618034
+    return drawn % 1
+  })
   for (const strategy of ['round_robin', 'random', 'least_connections', 'least_wait'] as const) {
     const [old, fresh] = backends(t, 1, 1) as [Backend, Backend]
     fresh.live.comeBack(0)
