@@ -1,5 +1,6 @@
-import type { BackendConfig } from '../src/pool/backend.ts'
+import { checkOptions } from '../src/options.ts'
 import type { Candidate, Wanted } from '../src/pool/lineup.ts'
+import { BackendsOptions, toPool } from '../src/pool/policy.ts'
 import { Pool, type PoolConfig } from '../src/pool/pool.ts'
 import type { StrategyName } from '../src/pool/strategies.ts'
 import { Engine, type EngineRates } from './engine.ts'
@@ -52,7 +53,7 @@ function replay(
   fleet: EngineRates[],
   strategy: StrategyName
 ): Figures {
-  const pool = new Pool(toPool(fleet, strategy))
+  const pool = new Pool(configure(fleet, strategy))
   const engines = new Map(
     pool.backends.map((backend, at) => [backend.live, new Engine(fleet[at]!)] as const)
   )
@@ -161,44 +162,14 @@ function replay(
   }
 }
 
-function toPool(fleet: EngineRates[], loadBalance: StrategyName): PoolConfig {
-  return {
-    backends: fleet.map((_rates, at) => toBackend(`gpu-${at + 1}`)),
-    loadBalance,
-    prefixAffinity: true,
-    fallback: [],
-    modelFallbacks: new Map(),
-    modelTimeouts: [],
-    queue: { maxSize: 0, maxBytes: 0, timeout: 0 },
-    breaker: undefined,
-    hedges: false,
-    retry: {
-      enabled: false,
-      maxRetries: 0,
-      initialWait: 0,
-      maxWait: 0,
-      multiplier: 1,
-      retryOn: [],
-      fallsBack: false
-    }
-  }
-}
-
-function toBackend(name: string): BackendConfig {
-  return {
-    name,
-    url: `http://${name}.invalid`,
-    weight: 1,
-    priority: 0,
-    maxConcurrent: 0,
-    models: [{ name: MODEL, upstream: undefined }],
-    listsModels: false,
-    headers: {},
-    timeout: 0,
-    connectTimeout: 0,
-    idleTimeout: 0,
-    totalTimeout: 0
-  }
+/** A pool as it would be configured. */
+function configure(fleet: EngineRates[], loadBalance: StrategyName): PoolConfig {
+  const backends = fleet.map((_rates, at) => {
+    const name = `gpu-${at + 1}`
+    return { name, url: `http://${name}.invalid`, models: [MODEL] }
+  })
+  const routing = { load_balance: loadBalance, circuit_breaker: { enabled: false } }
+  return toPool(checkOptions(BackendsOptions, { backends, routing }), undefined)
 }
 
 function quantile(sorted: number[], part: number): number {

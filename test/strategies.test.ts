@@ -1,7 +1,9 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
-import { Backend, type BackendConfig } from '../src/pool/backend.ts'
+import { checkOptions } from '../src/options.ts'
+import { Backend } from '../src/pool/backend.ts'
 import { Load, Speeds } from '../src/pool/load.ts'
+import { BackendsOptions, toPool } from '../src/pool/policy.ts'
 import { Pool, type PoolConfig } from '../src/pool/pool.ts'
 import { prefixesOf } from '../src/pool/prefixes.ts'
 import { type Call, cachedTokens, strategies } from '../src/pool/strategies.ts'
@@ -10,26 +12,21 @@ import { type Call, cachedTokens, strategies } from '../src/pool/strategies.ts'
 
 const LONG = 'All happy families are alike. '.repeat(1000)
 
-function configOf(name: string, weight = 1): BackendConfig {
-  return {
-    name,
-    url: `http://${name}.invalid`,
-    weight,
-    priority: 0,
-    maxConcurrent: 0,
-    models: undefined,
-    listsModels: false,
-    headers: {},
-    timeout: 0,
-    connectTimeout: 0,
-    idleTimeout: 0,
-    totalTimeout: 0
-  }
+/** A pool of these backends, as it would be configured. */
+function configOf(...backends: { name: string; weight?: number }[]): PoolConfig {
+  const options = checkOptions(BackendsOptions, {
+    backends: backends.map(each => ({ ...each, url: `http://${each.name}.invalid` })),
+    routing: {
+      load_balance: 'least_wait',
+      circuit_breaker: { consecutive_failures: 2, error_ratio: 1, open_time: 1 }
+    }
+  })
+  return toPool(options, undefined)
 }
 
 function backends(t: TestContext, ...weights: number[]): Backend[] {
   return weights.map((weight, index) => {
-    const backend = new Backend(configOf('ABCDEF'[index]!, weight))
+    const backend = new Backend(configOf({ name: 'ABCDEF'[index]!, weight }).backends[0]!)
     t.after(() => backend.live.destroy())
     return backend
   })
@@ -356,26 +353,7 @@ test('least_wait prefers what has shown to be faster', t => {
 
 /** A pool of these backends. */
 function poolOf(t: TestContext, ...names: string[]) {
-  const toConfig = (...each: string[]): PoolConfig => ({
-    backends: each.map(name => configOf(name)),
-    loadBalance: 'least_wait',
-    prefixAffinity: true,
-    hedges: false,
-    fallback: [],
-    modelFallbacks: new Map(),
-    modelTimeouts: [],
-    queue: { maxSize: 0, maxBytes: 0, timeout: 0 },
-    breaker: { consecutiveFailures: 2, errorRatio: 1, openTime: 1 },
-    retry: {
-      enabled: false,
-      maxRetries: 0,
-      initialWait: 0,
-      maxWait: 0,
-      multiplier: 1,
-      retryOn: [],
-      fallsBack: false
-    }
-  })
+  const toConfig = (...each: string[]) => configOf(...each.map(name => ({ name })))
   const pool = new Pool(toConfig(...names))
   t.after(() => pool.destroy())
   const warm = () =>
