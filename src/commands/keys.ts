@@ -13,7 +13,7 @@ import { dropNull, FIELDS, type Fields, toChanges } from './key-fields.ts'
 
 /** `llmproxy keys ...`: the keys of the embedded store, whether the gateway runs or not. */
 
-export const KEYS_HELP = `Usage
+const KEYS_HELP = `Usage
   llmproxy keys create [FIELDS]                  makes a key, and shows it this once
   llmproxy keys list [--user ID] [--limit N] [--offset N]
   llmproxy keys show ID

@@ -18,7 +18,7 @@ import { CommandError, read, show } from './command.ts'
  * `llmproxy usage ...`: what can be done with the records on the disk, whether the gateway runs or not.
  */
 
-export const USAGE_HELP = `Usage
+const USAGE_HELP = `Usage
   llmproxy usage export --since TIME [--until TIME] [--format csv|jsonl]
       writes records to the standard output
   llmproxy usage replay --reporter NAME --since TIME [--until TIME] [--config FILE]

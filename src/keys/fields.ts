@@ -136,7 +136,7 @@ export function toKeyRecord(id: string, fields: KeyFields): KeyRecord {
 }
 
 /** The limits that stand with a key; undefined where none does. */
-export function ownLimits(
+function ownLimits(
   fields: Pick<KeyFields, 'limits' | 'total_quota' | 'quota_unit' | 'quota_reset_period'>
 ): OwnLimits | undefined {
   const { total_quota, quota_unit, quota_reset_period } = fields
@@ -145,7 +145,7 @@ export function ownLimits(
   return said.length === 0 ? undefined : (Object.fromEntries(said) as OwnLimits)
 }
 
-export function toSpent({ used_quota, last_reset_at }: KeyFields): KeyRecord['spent'] {
+function toSpent({ used_quota, last_reset_at }: KeyFields): KeyRecord['spent'] {
   return used_quota === undefined
     ? undefined
     : { amount: used_quota, at: optionalTime(last_reset_at) ?? STARTED_AT }

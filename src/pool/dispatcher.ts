@@ -75,6 +75,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   /** Since when it waits, for the first time and now. */
   since = 0
   #queuedAt = 0
+  /** For which backends it waits, and what is kept meanwhile. */
+  lane = ''
+  bytes = 0
   readonly #race: Race
   readonly #decision: Decision
   /** The latest one. */
@@ -300,6 +303,10 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     this.#choice.outcome = 'queued'
     this.#queuedAt = performance.now()
     this.since ||= this.#queuedAt
+    const { id, pinned = '', model = '', request, question } = this.#exchange
+    // Who has tried some already waits for others than the rest.
+    this.lane = this.#tried.length === 0 ? `${pinned} ${model}` : id
+    this.bytes = (request.payload?.bytes.length ?? 0) + (question?.bytes.length ?? 0)
     const refused = this.#pool.queue.join(this, this.#queuedAt)
     if (refused !== undefined) this.turnAway(refused)
   }
@@ -311,16 +318,6 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
 
   get priority(): Priority {
     return this.#exchange.priority
-  }
-
-  get lane(): string {
-    const { id, pinned = '', model = '' } = this.#exchange
-    return this.#tried.length === 0 ? `${pinned} ${model}` : id
-  }
-
-  get bytes(): number {
-    const { request, question } = this.#exchange
-    return (request.payload?.bytes.length ?? 0) + (question?.bytes.length ?? 0)
   }
 
   isReady(): boolean {

@@ -239,19 +239,17 @@ function whyUnavailable({ live }: Backend): PassedOver {
 }
 
 /**
- * The candidates whose circuits let calls through; at most half of a tier are kept from work. If more would
- * be, those that have failed count again, and if all asked to be left alone for a while, they do too: an
- * answer of theirs is better than none. But not where another tier can take the calls.
+ * The candidates whose circuits let calls through; at most half are kept from work, unless another tier
+ * can take the calls. If more would be, those that have failed count again, and if all asked to be left alone
+ * for a while, they do too: an answer of theirs is better than none.
  */
 function inService(candidates: Candidate[]): Candidate[] {
   if (candidates.every(({ backend }) => backend.live.breaker.isClosed)) return candidates
   const now = performance.now()
   const admits = ({ backend }: Candidate) => backend.live.breaker.admits(now)
   const ready = candidates.filter(admits)
-  const isEnough = ready.length * 2 >= candidates.length
-  if (isEnough || candidates.some(each => each.tier !== candidates[0]!.tier && ready.length > 0)) {
-    return ready
-  }
+  const hasTiers = candidates.some(each => each.tier !== candidates[0]!.tier)
+  if (ready.length > 0 && (hasTiers || ready.length * 2 >= candidates.length)) return ready
   const awake = candidates.filter(each => admits(each) || !each.backend.live.breaker.isResting)
   return awake.length > 0 ? awake : candidates
 }
