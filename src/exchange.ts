@@ -111,8 +111,8 @@ export interface Work {
 }
 
 const NOTHING = Buffer.alloc(0)
-/** Of a prompt whose tokens nobody has estimated. */
-const BYTES_PER_TOKEN = 4
+/** Of a text whose tokens nobody has estimated. */
+export const BYTES_PER_TOKEN = 4
 
 export class Exchange {
   readonly id = newRequestId()
@@ -128,6 +128,9 @@ export class Exchange {
   endedAt = 0
   lastTokenAt = 0
   attempts = 0
+  /** How often another backend went on with its answer; more than one has written some of its text. */
+  continuations = 0
+  isDivided = false
   /** How long (ms) it has waited for a backend that has room. */
   queuedMs = 0
   /** Name and base URL of the backend of the latest attempt. */

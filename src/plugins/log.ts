@@ -24,6 +24,7 @@ const logPlugin: FastifyPluginAsync = async function log(fastify) {
       stream: request.payload?.stream,
       backend: exchange.backend,
       attempts: exchange.attempts,
+      continuations: exchange.continuations || undefined,
       queuedMs: exchange.queuedMs === 0 ? undefined : Math.round(exchange.queuedMs * 10) / 10,
       durationMs: Math.round(exchange.durationMs * 10) / 10,
       ttftMs: exchange.ttftMs === undefined ? undefined : Math.round(exchange.ttftMs * 10) / 10,

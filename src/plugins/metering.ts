@@ -11,7 +11,7 @@ import { Meter, memberNames } from '../metering/meter.ts'
 import { askForUsage } from '../metering/question.ts'
 import { promptText } from '../metering/text.ts'
 import type { MemberNames } from '../metering/watcher.ts'
-import { type Answer, READ_MS } from '../pool/answer.ts'
+import { type Answer, ENDLESS, READ_MS } from '../pool/answer.ts'
 
 /**
  * Reads from every answer how many tokens it took: `request.exchange.usage`, complete when the
@@ -134,7 +134,9 @@ function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
 
 /** The backend has said it: that is what was spent, and an example of the model's tokens. */
 function learn(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Usage): void {
-  exchange.usage = usage
+  // Of what several backends have written none has counted the whole.
+  exchange.usage = exchange.isDivided ? { ...usage, exactness: 'counted' } : usage
+  if (exchange.isDivided) return
   const { payload } = exchange.request
   const model = payload?.model ?? ''
   const { promptTokens, completionTokens } = usage
@@ -212,7 +214,7 @@ function decoded(answer: Answer, decoder: Transform, meter: Meter): Transform {
   const tap = new Transform({
     transform: (chunk, _encoding, done) => done(null, meter.pass(chunk)),
     async flush(done) {
-      const error = meter.isCutShort() ? answer.source?.cutShort() : undefined
+      const error = meter.isCutShort() ? answer.source?.broke(ENDLESS) : undefined
       if (error !== undefined) {
         sayLast(error)
         // The client gets a moment to read them before the connection breaks.

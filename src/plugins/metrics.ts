@@ -322,6 +322,16 @@ function backendMetrics(
     }
   })
   new Counter({
+    name: 'llmproxy_continuations_total',
+    help: 'Streams that broke off, by whether another backend went on with them',
+    labelNames: ['result'],
+    registers,
+    collect() {
+      this.reset()
+      for (const [result, count] of Object.entries(pool.continuations)) this.inc({ result }, count)
+    }
+  })
+  new Counter({
     name: 'llmproxy_retry_budget_exhausted_total',
     help: 'Retries that were not made because there had been too many',
     registers,

@@ -73,7 +73,8 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
       attempted(backend, result) {
         for (const listener of onAttempt) listener(backend, result)
       },
-      answers: (exchange, answer) => void prepare(exchange, answer)
+      answers: (exchange, answer) => void prepare(exchange, answer),
+      passed: exchange => (fastify.hasDecorator('tokens') ? fastify.tokens.output(exchange) : 0)
     }) as never,
     retryMethods: [],
     disableRequestLogging: true

@@ -31,13 +31,16 @@ export interface Account {
 export interface Source {
   /** All of it has come. */
   complete(): void
-  /** Says what is wrong with a stream that ended as if it were complete, and is not. */
-  cutShort(): GatewayError
+  /** It is not complete, although nobody had noticed: says what is wrong with it. */
+  broke(why: string): GatewayError
 }
 
 /** Clients drop what they have not read yet when a connection breaks: they get a moment (ms) to read. */
 const LAST_WORDS_MS = 500
 export const READ_MS = 50
+
+/** What is wrong with a stream that does not say that it is over. */
+export const ENDLESS = 'the stream ended without its end'
 
 /** Of an answer that nobody is sending. */
 export const NOBODY_SENDS: Dispatcher.DispatchController = {
@@ -119,6 +122,19 @@ export class Answer extends Readable {
     else if (this.#flowing) this.#flow()
   }
 
+  /** Its backend will not send any more; another one may {@link takeOver take over}. */
+  loseSource(): void {
+    this.#controller = NOBODY_SENDS
+    this.source = undefined
+  }
+
+  /** Returns what came before anybody listened, as if it had not come yet. */
+  takeBack(): Buffer[] {
+    const early = this.#early
+    this.#early = []
+    return early
+  }
+
   /** A chunk from the backend. */
   data(chunk: Buffer): void {
     if (this.#over !== undefined) return
@@ -140,11 +156,10 @@ export class Answer extends Readable {
   takeWhole(response: ServerResponse): Buffer | undefined {
     if (!this.#complete || this.#early.length === 0) return undefined
     const chunks: Buffer[] = []
-    for (const chunk of this.#early) {
+    for (const chunk of this.takeBack()) {
       const out = this.tap === undefined ? chunk : this.tap.pass(chunk)
       if (out !== undefined) chunks.push(out)
     }
-    this.#early = []
     this.source?.complete()
     const last = this.tap?.end()
     if (last !== undefined) chunks.push(last)
@@ -189,10 +204,8 @@ export class Answer extends Readable {
 
   #flow(): void {
     this.#flowing = true
-    const early = this.#early
-    this.#early = []
     let open = true
-    for (const chunk of early) open = this.#forward(chunk)
+    for (const chunk of this.takeBack()) open = this.#forward(chunk)
     if (this.#over !== undefined) this.#finish()
     else if (open) this.#controller.resume()
   }
@@ -271,7 +284,7 @@ export class Answer extends Readable {
   }
 
   #finish(): void {
-    if (this.#over === 'ended' && this.tap?.isCutShort()) this.#over = this.source?.cutShort()
+    if (this.#over === 'ended' && this.tap?.isCutShort()) this.#over = this.source?.broke(ENDLESS)
     if (this.#over === 'ended') {
       this.#isFinished = true
       this.source?.complete()

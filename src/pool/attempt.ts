@@ -5,6 +5,7 @@ import { GatewayError } from '../errors.ts'
 import { framingOf, isStream, mediaType, parseRetryAfter } from '../http.ts'
 import { Answer } from './answer.ts'
 import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
+import type { Sink } from './continuation.ts'
 import type { Choice } from './decisions.ts'
 import { FirstEvent } from './first-event.ts'
 import type { Candidate, FailureKind } from './lineup.ts'
@@ -36,7 +37,7 @@ export interface AttemptOwner {
   /** The backend gets the request. */
   sent(): void
   /** This is the client's answer; returns where the rest of it goes. */
-  deliver(attempt: Attempt, head: Head, answer: Answer): Answer
+  deliver(attempt: Attempt, head: Head, answer: Answer): Sink
   /** The backend refuses; returns whether another attempt is made, else the refusal is delivered. */
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean
   /** It failed before there was anything to pass on. */
@@ -100,6 +101,8 @@ export class Attempt implements BackendHandler {
   #controller: Dispatcher.DispatchController | undefined
   #head: Head | undefined
   #answer: Answer | undefined
+  /** Where it goes from when it is the client's. */
+  #sink: Sink | undefined
   /** What a stream begins with, until that is seen. */
   #first: FirstEvent | undefined
   #holding: NodeJS.Timeout | undefined
@@ -216,7 +219,8 @@ export class Attempt implements BackendHandler {
     if (!this.#patience.isListening) {
       this.#patience.listen(controller)
     }
-    if (this.#refusal === undefined) {
+    if (this.#sink !== undefined) this.#sink.data(chunk)
+    else if (this.#refusal === undefined) {
       this.#answer!.data(chunk)
       if (!this.#isDelivered) this.#begin(controller, chunk)
     } else if (!this.#refusal.data(chunk)) this.#outgrown(controller, chunk)
@@ -227,14 +231,14 @@ export class Attempt implements BackendHandler {
     if (this.#isInDoubt) return this.#settleDoubt(this.#refusal!)
     if (this.#refusal !== undefined) return this.#refusal.end()
     if (!this.#isDelivered) this.#deliver(true)
-    this.#answer!.end()
+    this.#sink!.end()
   }
 
   onResponseError(_controller: Dispatcher.DispatchController, error: Error): void {
     this.#end()
     // An answer that was destroyed is one that its client gave up.
-    if (this.#isCancelled || this.#answer?.destroyed) return
-    if (this.#isDelivered) return this.#answer!.break(this.#broke(error))
+    if (this.#isCancelled || this.#sink?.destroyed) return
+    if (this.#isDelivered) return this.#sink!.break(this.#broke(error))
     if (this.#refusal !== undefined && !this.#isInDoubt) return this.#refusal.lose()
     const kind = isTimeout(error) ? 'timeout' : 'connect_failure'
     const isStale =
@@ -259,8 +263,8 @@ export class Attempt implements BackendHandler {
     this.#era = JUDGED
   }
 
-  cutShort(): GatewayError {
-    return this.#broke(new Error('the stream ended without its end'))
+  broke(why: string): GatewayError {
+    return this.#broke(new Error(why))
   }
 
   #begin(controller: Dispatcher.DispatchController, chunk: Buffer): void {
@@ -310,7 +314,7 @@ export class Attempt implements BackendHandler {
       this.#observe(statusCode)
       this.#judgeHead(statusCode)
     }
-    this.#answer = this.#owner.deliver(this, this.#head!, this.#answer!)
+    this.#sink = this.#owner.deliver(this, this.#head!, this.#answer!)
   }
 
   /** Being refused fast is no merit; a refusal of the gateway's own key is a failure. */

@@ -2,6 +2,7 @@ import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { buildConnector, Client, type Dispatcher, Pool as Sockets } from 'undici'
 import { Breaker } from './breaker.ts'
+import type { ContinuationWay } from './continuation.ts'
 import { type Facts, type Job, Load, Speeds } from './load.ts'
 import type { ModelCard, ModelEntry } from './models.ts'
 import { PrefixIndex } from './prefix-index.ts'
@@ -31,6 +32,8 @@ export interface BackendConfig extends TimeLimits {
   models: ModelEntry[] | undefined
   /** It is asked which models it has. */
   listsModels: boolean
+  /** How it goes on with an answer that another one has begun; undefined: it can't. */
+  continuation: ContinuationWay | undefined
   /** Sent with every request, over the client's own. */
   headers: Record<string, string>
   /** Time to a connection. */

@@ -2,7 +2,7 @@ import { Readable } from 'node:stream'
 import type { FastifyBaseLogger } from 'fastify'
 import { type Dispatcher, errors } from 'undici'
 import { GatewayError, reasonOf } from '../errors.ts'
-import type { Exchange, Work } from '../exchange.ts'
+import { BYTES_PER_TOKEN, type Exchange, type Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
 import type { Answer } from './answer.ts'
 import type { Share } from './attained.ts'
@@ -16,9 +16,18 @@ import {
   type Progress
 } from './attempt.ts'
 import type { Backend } from './backend.ts'
+import {
+  asksForText,
+  Continuation,
+  type Continuer,
+  isOpenEnded,
+  requestForRest,
+  type Sink
+} from './continuation.ts'
 import { Choice, type Decision } from './decisions.ts'
 import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat.ts'
 import { type Candidate, type FailureKind, isAmong, type Lineup } from './lineup.ts'
+import { TotalTimeoutError } from './patience.ts'
 import type { Pool } from './pool.ts'
 import type { Priority, Waiter } from './queue.ts'
 import { Race, type Racer } from './race.ts'
@@ -30,6 +39,7 @@ export const EXCHANGE = Symbol('exchange')
 
 type Options = Dispatcher.DispatchOptions & { headers: Headers & { [EXCHANGE]?: Exchange } }
 type Done = (error: null, answer: Head & { body: Answer }) => void
+type Call = { options: Options; done: Done }
 
 /** Whom calls are delivered for. */
 interface Front {
@@ -38,6 +48,8 @@ interface Front {
   attempted(backend: string, result: AttemptResult): void
   /** A backend answers whose client has a head already: its answer may be changed before it goes on. */
   answers(exchange: Exchange, answer: Answer): void
+  /** How many tokens have passed of an answer; 0: nobody counts. */
+  passed(exchange: Exchange): number
 }
 
 /** How long (ms) the rest of an error answer may take once it is certain that it is the client's. */
@@ -58,16 +70,16 @@ export function createDispatcher(pool: Pool, log: FastifyBaseLogger, front: Fron
 }
 
 /** One request and all its attempts. */
-class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
+class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer {
   readonly #pool: Pool
   /** The configuration it began with. */
   #lineup: Lineup
   readonly #log: FastifyBaseLogger
   readonly #front: Front
   /** What is to be sent, and who gets the answer; until it is theirs. */
-  #call: { options: Options; done: Done } | undefined
+  #call: Call | undefined
   readonly #exchange: Exchange
-  readonly deadline: number
+  deadline: number
   #tried: Candidate[] = []
   /** It counts among its caller's calls, and since it was given to a backend as this much. */
   #isCounted = false
@@ -94,6 +106,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   #refusal: Refusal | undefined
   #answer: Answer | undefined
   #heartbeat: Heartbeat | undefined
+  /** Others may go on with the answer; how it broke off, when they have to. */
+  #continuation: Continuation | undefined
+  #gap: { outcome: Exchange['outcome']; error: GatewayError } | undefined
 
   constructor(pool: Pool, log: FastifyBaseLogger, front: Front, options: Options, done: Done) {
     this.#pool = pool
@@ -117,9 +132,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
       this.#isCounted = true
       this.#pool.queue.attained.enter(this.caller, performance.now())
     }
-    const interval = this.#front.heartbeat()
-    if (interval > 0 && this.#exchange.takesComments)
-      this.#heartbeat = new Heartbeat(this, interval)
+    this.#beat()
     this.#next()
   }
 
@@ -158,11 +171,19 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     this.#exchange.isWaiting = true
   }
 
-  deliver(attempt: Attempt, head: Head, answer: Answer): Answer {
-    this.#delivered = attempt
+  deliver(attempt: Attempt, head: Head, answer: Answer): Sink {
     this.#race.win(attempt, head.statusCode < 300)
     this.#attribute(attempt)
-    return this.#handOver(head, answer)
+    this.deadline = Number.POSITIVE_INFINITY
+    if (this.#continuation !== undefined) return this.#goOn(this.#continuation, head, answer)
+    this.#delivered = attempt
+    if (!this.#isContinuable(head)) return this.#handOver(head, answer)
+    const call = this.#call
+    const early = answer.takeBack()
+    this.#continuation = new Continuation(this, this.#answer ?? answer)
+    this.#handOver(head, answer, call)
+    for (const chunk of early) this.#continuation.data(chunk)
+    return this.#continuation
   }
 
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean {
@@ -174,13 +195,17 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     )
     const goesOn = this.#race.goesOnWithout(attempt)
     const wait = goesOn ? 0 : this.#plan(kind, true)
-    if (wait === undefined) return false
+    if (wait === undefined && this.#gap === undefined) return false
     const isEvent = statusCode < 300
     this.#logFailure(
       attempt,
       kind,
       isEvent ? 'an error as its first event' : `status ${statusCode}`
     )
+    if (wait === undefined) {
+      this.#giveUp(this.#gap!.error, this.#gap!.outcome)
+      return true
+    }
     this.#refusal = refusal
     if (!goesOn) this.#retry(wait)
     return true
@@ -207,7 +232,42 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void {
     attempt.choice.outcome = 'broke_off'
     this.#logFailure(attempt, kind, `${reasonOf(error.cause as Error)}, in the middle of an answer`)
-    this.#exchange.fail(kind === 'timeout' ? 'timed_out' : 'backend_failed', error)
+    const outcome = kind === 'timeout' ? 'timed_out' : 'backend_failed'
+    const canGoOn = !(error.cause instanceof TotalTimeoutError) && this.canContinue()
+    if (!canGoOn || !this.#pool.retryBudget.spend(performance.now())) {
+      return this.#exchange.fail(outcome, error)
+    }
+    this.#gap = { outcome, error }
+    this.#continuation!.wait()
+    attempt.cancel()
+    this.#beat()
+    this.#next()
+  }
+
+  canContinue(): boolean {
+    if (!this.#continuation?.isOpen || this.#exchange.closed) return false
+    if (!isOpenEnded(this.#call!.options.body as Buffer)) return false
+    const candidates = this.#lineup.candidates(this.#exchange)
+    const { model } = this.#exchange.served!
+    const able = candidates.filter(
+      each => each.model === model && each.backend.config.continuation !== undefined
+    )
+    this.#tried.push(...candidates.filter(each => !able.includes(each)))
+    return able.some(each => !isAmong(this.#tried, each))
+  }
+
+  forget(): void {
+    this.#call = undefined
+    this.#exchange.forgetBody()
+  }
+
+  abandon(): void {
+    this.#cancel()
+    this.#pool.continuations.failed++
+    const message = 'The backend that was to go on with the answer did something else.'
+    const error = new GatewayError('backend_failed', message)
+    this.#exchange.fail('backend_failed', error)
+    this.#answer!.break(error)
   }
 
   late({ candidate: { tier } }: Attempt): Attempt | undefined {
@@ -238,6 +298,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     const { enabled, retryOn, maxRetries, fallsBack } = this.#lineup.retry
     const candidates = this.#lineup.candidates(this.#exchange)
     const others = candidates.filter(each => !isAmong(this.#tried, each))
+    if (this.#gap !== undefined && others.length === 0) return undefined
     // A connection that was refused has cost nobody anything.
     if (!isSent && others.length > 0) return 0
     if (!retryOn.includes(kind)) return undefined
@@ -375,13 +436,17 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
   #request(attempt: Attempt): Dispatcher.DispatchOptions {
     const { backend, upstream } = attempt.candidate
     const { headers: given, path, method } = this.#call!.options
-    const { headers: own } = backend.config
+    const { headers: own, continuation: way } = backend.config
     let { body } = this.#call!.options
     const { question } = this.#exchange
-    if (question !== undefined) {
+    // Of an answer that has begun without a question nobody takes out what answers one.
+    if (question !== undefined && (this.#gap === undefined || question.asked)) {
       if (this.#isWithdrawn) attempt.question = 'withdrawn'
       else if (backend.live.takesUsageQuestion) attempt.question = 'asked'
       if (attempt.question === 'asked') body = question.bytes
+    }
+    if (this.#gap !== undefined) {
+      body = requestForRest(body as Buffer, this.#continuation!.text, this.#passed, way!)
     }
     if (upstream !== this.#exchange.model && Buffer.isBuffer(body))
       body = withModel(body, upstream!)
@@ -398,13 +463,52 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
     return { path, method, body, headers } as Dispatcher.DispatchOptions
   }
 
-  /** Nothing will be sent again: what was needed for that is not kept beside a long answer. */
-  #handOver(head: Head, answer: Answer): Answer {
-    const { done } = this.#call!
-    this.#call = undefined
+  /** Tells the client that it waits, if that is wanted, from now on. */
+  #beat(): void {
+    const interval = this.#front.heartbeat()
+    if (interval > 0 && this.#exchange.takesComments)
+      this.#heartbeat = new Heartbeat(this, interval, this.#answer)
+  }
+
+  /** Is it an answer that another backend could go on with? */
+  #isContinuable(head: Head): boolean {
+    const { body } = this.#call!.options
+    if (!this.#lineup.continues || !this.#exchange.endpoint?.asksForUsage) return false
+    return isEventStream(head) && Buffer.isBuffer(body) && asksForText(body)
+  }
+
+  /** How many tokens the client has had. */
+  get #passed(): number {
+    const { text } = this.#continuation!
+    return Math.round(this.#front.passed(this.#exchange) || text.length / BYTES_PER_TOKEN)
+  }
+
+  /** A backend answers that was asked to go on. */
+  #goOn(continuation: Continuation, head: Head, answer: Answer): Sink {
+    if (!isEventStream(head)) {
+      answer.destroy()
+      const { error, outcome } = this.#gap!
+      this.#giveUp(error, outcome)
+      return answer
+    }
+    const tokens = this.#passed
+    this.#gap = undefined
     this.#heartbeat?.stop()
     this.#exchange.isWaiting = false
-    this.#exchange.forgetBody()
+    this.#exchange.continuations++
+    if (tokens > 0) this.#exchange.isDivided = true
+    this.#pool.continuations.continued++
+    continuation.goOn(answer, tokens)
+    return continuation
+  }
+
+  /** Nothing will be sent again, unless `call` is kept for that: it is not kept beside a long answer. */
+  #handOver(head: Head, answer: Answer, call?: Call): Answer {
+    const { done } = this.#call!
+    this.#call = call
+    this.#heartbeat?.stop()
+    this.#exchange.isWaiting = false
+    if (call === undefined) this.#exchange.forgetBody()
     if (this.#answer !== undefined) return this.#join(this.#answer, head, answer)
     this.#showTrace()
     this.#answer = answer
@@ -436,8 +540,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
 
   /** What was spent is known by now: the backend's speed shows in it. */
   #learn(): void {
-    const { outcome, usage, firstTokenAt, lastTokenAt } = this.#exchange
-    if (outcome !== 'ok' || usage === undefined) return
+    const { outcome, usage, continuations, firstTokenAt, lastTokenAt } = this.#exchange
+    if (outcome !== 'ok' || usage === undefined || continuations > 0) return
     const { promptTokens, completionTokens, cachedTokens } = usage
     this.#delivered?.learn({
       promptTokens,
@@ -463,6 +567,12 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient {
 
   #giveUp(error: GatewayError, outcome: Exchange['outcome']): void {
     if (this.#exchange.closed) return
+    if (this.#gap !== undefined) {
+      this.#heartbeat?.stop()
+      this.#pool.continuations.failed++
+      this.#exchange.fail(this.#gap.outcome, this.#gap.error)
+      return this.#answer!.break(this.#gap.error)
+    }
     const refusal = this.#refusal
     if (refusal === undefined) {
       this.#heartbeat?.stop()

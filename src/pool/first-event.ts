@@ -61,7 +61,7 @@ export class FirstEvent {
 }
 
 /** How a backend has failed that says this; undefined: it has not, or the request is at fault. */
-function failureOf(event: string): FailureKind | undefined {
+export function failureOf(event: string): FailureKind | undefined {
   if (!event.includes('"error"')) return undefined
   const { error, response, choices, ...flat } = parse(event)
   if (choices !== undefined) return undefined

@@ -32,9 +32,13 @@ export class Heartbeat {
   readonly #patient: Patient
   readonly #timer: NodeJS.Timeout
 
-  /** @param interval between two beats, and before the first (ms) */
-  constructor(patient: Patient, interval: number) {
+  /**
+   * @param interval between two beats, and before the first (ms)
+   * @param answer what the client is getting already
+   */
+  constructor(patient: Patient, interval: number, answer?: Answer) {
     this.#patient = patient
+    this.answer = answer
     this.#timer = setInterval(() => this.#beat(), interval).unref()
   }
 

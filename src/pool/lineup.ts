@@ -65,6 +65,8 @@ export class Lineup {
   readonly backends: Backend[]
   readonly retry: RetryPolicy
   readonly hedges: boolean
+  /** Some of them can go on with an answer that another one has begun. */
+  readonly continues: boolean
   /** Some of them take only so many calls at once. */
   readonly isBounded: boolean
   readonly strategy: StrategyName
@@ -81,6 +83,7 @@ export class Lineup {
     this.isBounded = backends.some(each => each.config.maxConcurrent > 0)
     this.retry = config.retry
     this.hedges = config.hedges
+    this.continues = backends.some(each => each.config.continuation !== undefined)
     this.#modelFallbacks = config.modelFallbacks
     this.#fallback = config.fallback
     this.#modelTimeouts = config.modelTimeouts

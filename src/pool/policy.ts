@@ -3,6 +3,7 @@ import type { Distinct, Issue } from '../issues.ts'
 import { untagged } from '../keys/key.ts'
 import { Duration, HeadersToSend, isHttpUrl, NotBuilt, Section, Size } from '../options.ts'
 import type { TimeLimits } from './backend.ts'
+import { CONTINUATION_WAYS } from './continuation.ts'
 import type { HealthCheck } from './health.ts'
 import { isPattern, type ModelEntry } from './models.ts'
 import type { PoolConfig } from './pool.ts'
@@ -67,6 +68,11 @@ export const BackendOptions = Type.Object(
       default: 0,
       description: 'Most calls at once, shared out to the workers; 0: no limit'
     }),
+    continuation: Type.Optional(
+      Type.Enum([...CONTINUATION_WAYS], {
+        description: 'How it goes on with a text that another one has begun; left out: it does not'
+      })
+    ),
     api_key: Type.Optional(
       Type.String({
         pattern: '^[\\x21-\\x7e]+$',
@@ -269,6 +275,7 @@ export function toPool(
       priority: backend.priority,
       models: modelsOf(backend)?.flatMap(toEntries),
       maxConcurrent: share(backend.max_concurrent, workers),
+      continuation: routing.enabled ? backend.continuation : undefined,
       listsModels: modelsOf(backend)?.some(isOpen) ?? true,
       headers: {
         ...(backend.api_key === undefined ? {} : { authorization: `Bearer ${backend.api_key}` }),

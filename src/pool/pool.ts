@@ -43,6 +43,8 @@ export class Pool {
   readonly decisions = new Decisions()
   readonly retryBudget = new RetryBudget()
   readonly hedges = new Hedges()
+  /** How often another backend went on with an answer that had broken off, and how often none could. */
+  readonly continuations = { continued: 0, failed: 0 }
   readonly queue: Queue
   #isServing = false
   readonly #onCircuit: OnCircuit

@@ -15,6 +15,8 @@ export class Race {
   /** The one that runs beside another. */
   #second: Attempt | undefined
   #isMakingSecond = false
+  /** One has given the answer: what is begun now goes on with it, and nobody is late. */
+  #isWon = false
   #timer: NodeJS.Timeout | undefined
 
   /** @param hedges undefined: nobody minds when one is late */
@@ -33,7 +35,7 @@ export class Race {
     this.#attempts.push(attempt)
     // It may be repeated at once, over another connection or without the question for usage.
     if (this.#second?.candidate === attempt.candidate) this.#second = attempt
-    if (this.#second !== undefined || this.#isMakingSecond) return
+    if (this.#second !== undefined || this.#isMakingSecond || this.#isWon) return
     const { backend, candidate } = attempt
     const late = this.#hedges?.lateAfter(backend.live, candidate.upstream)
     clearTimeout(this.#timer)
@@ -56,7 +58,8 @@ export class Race {
   /** This one gives the answer: the others are stopped. */
   win(winner: Attempt, isSuccess: boolean): void {
     clearTimeout(this.#timer)
-    if (isSuccess) this.#learn(winner)
+    if (isSuccess && !this.#isWon) this.#learn(winner)
+    this.#isWon = true
     const isHedge = this.#second !== undefined && winner === this.#second
     for (const other of this.#attempts) {
       if (other === winner) continue

@@ -43,6 +43,8 @@ export interface UsageRecord {
   backend: string
   backend_url: string
   attempts: number
+  /** How often another backend went on with the answer; absent: never. */
+  continuations?: number | undefined
   outcome: string
   status_code: number
   /** Time to first token; null when there was none. */
@@ -108,6 +110,7 @@ export function toRecord(
     backend: exchange.backend ?? '',
     backend_url: exchange.backendUrl ?? '',
     attempts: exchange.attempts,
+    continuations: exchange.continuations || undefined,
     outcome: exchange.outcome,
     status_code: exchange.statusCode,
     ttft_ms: exchange.ttftMs === undefined ? null : Math.round(exchange.ttftMs),

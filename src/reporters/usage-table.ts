@@ -26,6 +26,7 @@ const kinds = {
   backend: 'key',
   backend_url: 'text',
   attempts: 'count',
+  continuations: 'count',
   status_code: 'count',
   ttft_ms: 'count',
   duration_ms: 'count',
