@@ -368,6 +368,28 @@ test('a record at which a receiver alone fails holds up no others, whatever it s
   ledger.close()
 })
 
+test('as many of them as there are deliveries at a time hold up no others either', async t => {
+  const file = join(folder(t), 'usage.db')
+  const seen = new Set<string>()
+  const all = Promise.withResolvers<void>()
+  const outbox = outboxFor(
+    t,
+    file,
+    async ([entry]) => {
+      if (entry!.includes('poison'))
+        return { kind: 'unavailable', reason: 'status 500', retryAfter: 0 }
+      seen.add(entry!)
+      if (seen.size === 4) all.resolve()
+      return { kind: 'delivered' }
+    },
+    { concurrency: 2, batch: { max_events: 1, max_wait: 1 } }
+  )
+  for (const id of ['poison 1', 'poison 2', 'poison 3', 1, 2, 3, 4]) {
+    await outbox.append(JSON.stringify({ id }))
+  }
+  await all.promise
+})
+
 test('of a batch only what is too old becomes a dead letter', async t => {
   const file = join(folder(t), 'usage.db')
   const ledger = new Ledger(file)

@@ -74,6 +74,7 @@ export class Courier {
   readonly #retrying: NodeJS.Timeout
   #markTold = 0
   #isRetrying = false
+  #isProbing = false
   /** The last one of those put aside that was tried. */
   #retried = 0
   /** What was under way when it was stopped. */
@@ -280,10 +281,25 @@ export class Courier {
         if (await this.#defer(batch[0]!)) return
       }
       if (batch.length === 0) return
+      if (attempt + 1 >= ENOUGH_FAILURES && this.#successes === successes) await this.#probe()
       const wait = Math.min(FIRST_WAIT * 2 ** attempt, MAX_WAIT) * (0.75 + Math.random() / 4)
       await this.#pause(Math.max(wait, Math.min(verdict.retryAfter, MAX_RETRY_AFTER)))
     }
     this.#left.push(...batch)
+  }
+
+  /** Nothing is taken any more: of all that is under way, or of all? The record that came last tells. */
+  async #probe(): Promise<void> {
+    if (this.#isProbing || this.#reporter.concurrency === 1) return
+    const last = this.#queue.pop()
+    if (last === undefined) return
+    this.#isProbing = true
+    const verdict = await this.#reporter.send([last.entry], this.#stopping.signal)
+    this.#isProbing = false
+    if (verdict.kind !== 'delivered') return void this.#queue.push(last)
+    this.#length -= last.entry.length
+    this.#succeed()
+    this.#done([last], 'delivered')
   }
 
   #done(batch: Waiting[], result: Delivery): void {
