@@ -41,6 +41,8 @@ const TRIES = 6
 const FIRST_WAIT = 500
 const MAX_WAIT = 10_000
 const STATEMENT_TIMEOUT = 30_000
+/** How far (ms) records of several workers may be from the order of their times. */
+const OVERLAP = 1_000
 
 /**
  * @param args what stands behind `llmproxy usage`
@@ -144,9 +146,9 @@ async function send(
       return
     }
     if (attempt === TRIES) {
-      const { timestamp } = toRecord(batch[0]!)
+      const since = new Date(Date.parse(toRecord(batch[0]!).timestamp) - OVERLAP).toISOString()
       throw new CommandError(
-        `${reporter.name} cannot be reached (${verdict.reason}); ${done.sent} records were reported; go on with --since ${timestamp}`,
+        `${reporter.name} cannot be reached (${verdict.reason}); ${done.sent} records were reported; go on with --since ${since}`,
         1
       )
     }
