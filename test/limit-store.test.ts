@@ -3,6 +3,7 @@ import { type TestContext, test } from 'node:test'
 import { createClient } from '@redis/client'
 import fc from 'fast-check'
 import { MemoryStore } from '../src/limits/memory.ts'
+import { Orders } from '../src/limits/orders.ts'
 import { Periods } from '../src/limits/period.ts'
 import { RemoteLeases, RemoteStore } from '../src/limits/remote.ts'
 import {
@@ -14,6 +15,9 @@ import {
   type LimitStore,
   NOTHING
 } from '../src/limits/store.ts'
+import { checkOptions } from '../src/options.ts'
+import { Redis } from '../src/store/redis.ts'
+import { StorageOptions } from '../src/store/storage.ts'
 import {
   account,
   clock,
@@ -492,6 +496,65 @@ test('redis: what was spent while it was away is counted once', { skip: REDIS.sk
   assert.ok(store.isJoined)
   await granted(store, { ...wanted, hold: tokens(700) })
   assert.equal((await refused(store, { ...wanted, hold: tokens(1) })).limit, 'reserved_quota')
+})
+
+test('redis: what it has heard without being heard is counted once', {
+  skip: REDIS.skip
+}, async t => {
+  const way = await door(t, REDIS)
+  const near = { host: '127.0.0.1', port: way.port }
+  const prefix = uniqueName('once')
+  const store = await joinRedis(t, near, prefix, { onError: 'local' })
+  const other = await joinRedis(t, REDIS, prefix)
+  const limited = account({ total_quota: 1000, requests_per_minute: 6 })
+  const wanted = call([limited], tokens(100))
+  const rejoin = async () => {
+    way.set('open')
+    while (!store.isJoined) await store.beat()
+  }
+  const left = async (quota: number) => {
+    const { requests } = await granted(other, call([limited], tokens(quota)))
+    return requests!.remaining
+  }
+
+  const [first, second] = [await granted(store, wanted), await granted(store, wanted)]
+  way.set('unheard')
+  // Redis books the one, and does not hear of the other any more.
+  const extending = store.extend(first, tokens(50), tokens(100), false)
+  store.settle(second, tokens(200))
+  await extending
+  await rejoin()
+  store.settle(first, tokens(150))
+  way.set('unheard')
+  // This one counts as a request in Redis already, and is granted here once more.
+  const third = await granted(store, wanted)
+  await rejoin()
+  store.settle(third, tokens(100))
+  await store.beat()
+  assert.equal(await left(550), 2)
+  assert.equal((await refused(other, call([limited], tokens(1)))).limit, 'reserved_quota')
+})
+
+test('redis: an order that comes after its process has joined anew does nothing', {
+  skip: REDIS.skip
+}, async t => {
+  const { caches } = checkOptions(StorageOptions, {
+    caches: [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${REDIS.port}` }]
+  })
+  const redis = new Redis(caches[0]!)
+  t.after(() => redis.close())
+  const orders = new Orders(redis, uniqueName('late'), 'me')
+  const order = (number: number) => ({ number, accounts: [], spent: tokens(1), less: tokens(0) })
+  assert.equal(
+    ((await orders.ask('join', [], { number: 1, fresh: 'x' })) as { last: number }).last,
+    0
+  )
+  assert.ok('settled' in (await orders.ask('settle', [], order(3))))
+  assert.ok('lost' in (await orders.ask('settle', [], order(2))))
+  const again = (await orders.ask('join', [], { number: 5, fresh: 'x' })) as { last: number }
+  assert.equal(again.last, 3)
+  assert.ok('lost' in (await orders.ask('settle', [], order(4))))
+  assert.ok('settled' in (await orders.ask('settle', [], order(6))))
 })
 
 test('redis: a slot whose granting was not heard of comes back', { skip: REDIS.skip }, async t => {

@@ -19,7 +19,8 @@ export interface Answers {
   settle: object
   /** News and their times (Unix ms) in turn. */
   beat: { replicas: number; now: number; news: string[] | object }
-  join: { epoch: string; now: number }
+  /** `last`: number of the last order that was heard; 0: none is known. */
+  join: { epoch: string; now: number; last: number }
   seed: object
   leave: object
   tell: object
@@ -58,10 +59,10 @@ export class Orders {
   ): Promise<Answers[Op] | { lost: true }> {
     const tag = `${this.#prefix}:{limits}`
     const names = accounts.map(each => `${tag}:${hash('sha256', idOf(each)).slice(0, 32)}`)
-    const keys = [`${tag}:replicas`, `${tag}:epoch`, `${tag}:news`, ...names]
+    const keys = ['replicas', 'epoch', 'news', 'orders'].map(each => `${tag}:${each}`)
     const json = JSON.stringify({ op, replica: this.#replica, time: this.#time?.(), ...order })
     const text = await this.#redis.run(async client => {
-      const rest = [String(keys.length), ...keys, json]
+      const rest = [String(keys.length + names.length), ...keys, ...names, json]
       try {
         return await client.sendCommand(['EVALSHA', SHA, ...rest])
       } catch (error) {

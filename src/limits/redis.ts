@@ -81,6 +81,10 @@ export class RedisStore implements LimitStore {
   readonly #mirror: MemoryStore
   /** Accounts that Redis may see differently. */
   readonly #unsure = new Map<string, Owed>()
+  /** Debts that Redis has heard of if it has heard the order of this number. */
+  #unclear: { number: number; accounts: readonly Account[]; debt: Debt }[] = []
+  /** Number of the last order. */
+  #last = 0
   /** Accounts of which Redis has lost everything. */
   readonly #lost = new Set<string>()
   #epoch = ''
@@ -123,13 +127,14 @@ export class RedisStore implements LimitStore {
   async reserve(call: Call): Promise<Lease | Refusal> {
     if (!this.#isJoined) return this.#alone(call)
     const { accounts, hold, least, force = false } = call
+    const number = ++this.#last
     let answer: Answers['reserve']
     try {
-      answer = await this.#step('reserve', accounts, { hold, least, force })
-    } catch {
+      answer = await this.#step('reserve', accounts, { number, hold, least, force })
+    } catch (error) {
       // Redis may have granted it: what it thinks of these has to be put right in any case.
       this.#owe(accounts, NO_DEBT)
-      return this.#alone(call)
+      return this.#alone(call, debt => this.#note(error, number, accounts, debt))
     }
     if ('refused' in answer) {
       const { wait, ...refused } = answer.refused
@@ -209,16 +214,18 @@ export class RedisStore implements LimitStore {
   async #extend(lease: RedisLease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
     const { accounts, mirror } = lease
     const { delta, less } = toBook(mirror, spent)
-    if (this.#isJoined) {
+    const debt = { ...delta, requests: 0 }
+    if (!this.#isJoined) this.#owe(accounts, debt)
+    else {
+      const number = ++this.#last
       try {
-        const order = { spent: delta, less, more, force }
+        const order = { number, spent: delta, less, more, force }
         const { held } = await this.#step('extend', accounts, order)
         return this.#mirror.extendNow(mirror, spent, held ? more : NOTHING, true) && held
-      } catch {
-        // Redis may have heard it or not; it is told again.
+      } catch (error) {
+        this.#note(error, number, accounts, debt)
       }
     }
-    this.#owe(accounts, { ...delta, requests: 0 })
     const { onError } = this.#options
     return this.#mirror.extendNow(mirror, spent, more, force || onError === 'allow')
   }
@@ -227,17 +234,18 @@ export class RedisStore implements LimitStore {
     const { delta } = toBook(mirror, spent)
     const less = { tokens: -mirror.held.tokens, cost: -mirror.held.cost }
     this.#mirror.settle(mirror, spent)
-    if (this.#isJoined) {
-      try {
-        await this.#step('settle', accounts, { spent: delta, less })
-        return
-      } catch {}
+    const debt = { ...delta, requests: 0 }
+    if (!this.#isJoined) return this.#owe(accounts, debt)
+    const number = ++this.#last
+    try {
+      await this.#step('settle', accounts, { number, spent: delta, less })
+    } catch (error) {
+      this.#note(error, number, accounts, debt)
     }
-    this.#owe(accounts, { ...delta, requests: 0 })
   }
 
-  /** Redis is away. */
-  #alone(call: Call): Lease | Refusal {
+  /** Redis is away; `note` takes down what it has to hear when it is back. */
+  #alone(call: Call, note = (debt: Debt) => this.#owe(call.accounts, debt)): Lease | Refusal {
     const { onError } = this.#options
     if (onError === 'deny') throw new StoreError('Redis cannot be asked')
     const force = call.force || onError === 'allow'
@@ -253,7 +261,7 @@ export class RedisStore implements LimitStore {
       }[mirror.limit]
       return { ...mirror, max }
     }
-    this.#owe(call.accounts, { tokens: 0, cost: 0, requests: 1 })
+    note({ ...NO_DEBT, requests: 1 })
     return { ...mirror, accounts: call.accounts, mirror } as RedisLease
   }
 
@@ -276,6 +284,20 @@ export class RedisStore implements LimitStore {
         total_quota: limits.total_quota === 0 ? 0 : spent + left / this.#replicas
       }
     }
+  }
+
+  /** An order has failed that was to tell Redis of a debt. */
+  #note(error: unknown, number: number, accounts: readonly Account[], debt: Debt): void {
+    if (error instanceof UnheardError) this.#owe(accounts, debt)
+    else this.#unclear.push({ number, accounts, debt })
+  }
+
+  /** Redis has heard all orders up to this one. */
+  #clear(last: number): void {
+    const unclear = this.#unclear
+    this.#unclear = []
+    for (const { number, accounts, debt } of unclear)
+      this.#owe(accounts, number > last ? debt : NO_DEBT)
   }
 
   #owe(accounts: readonly Account[], { requests, tokens, cost }: Debt): void {
@@ -310,7 +332,7 @@ export class RedisStore implements LimitStore {
   async #beat(): Promise<void> {
     if (!this.#isJoined) return this.#join()
     if (await this.#hear()) return
-    this.#fail(new Error('it does not know this process any more'))
+    this.#fail(new UnheardError())
     await this.#join()
   }
 
@@ -352,9 +374,10 @@ export class RedisStore implements LimitStore {
 
   /** Tells Redis what this process has, and what it has not heard of. */
   async #join(): Promise<void> {
-    const { epoch, now } = (await this.#orders.ask('join', [], {
-      fresh: randomUUID()
-    })) as Answers['join']
+    const number = ++this.#last
+    const order = { number, fresh: randomUUID() }
+    const { epoch, now, last } = (await this.#orders.ask('join', [], order)) as Answers['join']
+    this.#clear(last)
     this.#ahead = now - CLOCK.time()
     if (this.#epoch !== '' && this.#epoch !== epoch) {
       for (const { account } of this.#mirror.counters()) {
@@ -389,16 +412,15 @@ export class RedisStore implements LimitStore {
         }
       }
     })
+    const number = ++this.#last
     try {
       const accounts = seeds.map(({ account, own }) => ({ ...this.#toOrder(account), own }))
-      await this.#orders.ask(
-        'seed',
-        seeds.map(({ account }) => account),
-        { accounts }
-      )
+      const names = seeds.map(({ account }) => account)
+      const answer = await this.#orders.ask('seed', names, { number, accounts })
+      if ('lost' in answer) throw new UnheardError()
       for (const [id] of some) this.#lost.delete(id)
     } catch (error) {
-      for (const [, { account, ...owed }] of some) this.#owe([account], owed)
+      for (const [, { account, ...owed }] of some) this.#note(error, number, [account], owed)
       throw error
     }
   }
@@ -412,7 +434,7 @@ export class RedisStore implements LimitStore {
     try {
       const orders = accounts.map(each => this.#toOrder(each))
       const answer = await this.#orders.ask(op, accounts, { ...order, accounts: orders })
-      if ('lost' in answer) throw new Error('it does not know this process any more')
+      if ('lost' in answer) throw new UnheardError()
       return answer
     } catch (error) {
       this.#fail(error as Error)
@@ -424,6 +446,11 @@ export class RedisStore implements LimitStore {
   #toOrder(account: Account): object {
     return toOrder(account, this.#mirror.periodOf(account.limits))
   }
+}
+
+/** Redis has not done what it was asked to. */
+class UnheardError extends Error {
+  override readonly message = 'it does not know this process any more'
 }
 
 const NO_DEBT: Debt = { requests: 0, tokens: 0, cost: 0 }

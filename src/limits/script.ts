@@ -2,7 +2,8 @@
  * What Redis does for limits: one step over all accounts of a call, by Redis' own clock. It counts as
  * {@link Counter} does; a window of more than 512 in grains of half a second, by which a place comes back late.
  *
- * KEYS: the living replicas, the epoch, news of keys, then the accounts. ARGV[1]: the order, JSON. All names
+ * KEYS: the living replicas, the epoch, news of keys, the numbers of the last order and the last joining of each replica,
+ * then the accounts. ARGV[1]: the order, JSON. All names
  * have one hash tag, so that a cluster keeps them together. Slots and what is held stand in an account for each
  * replica by itself: those of one that is not heard of are taken out by whoever comes next.
  */
@@ -14,6 +15,8 @@ local order = cjson.decode(ARGV[1])
 local clock = redis.call('TIME')
 local now = order.time or tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 local me = order.replica
+local numbers = redis.call('HMGET', KEYS[4], me, me .. ':joined')
+local last, joined = tonumber(numbers[1] or 0), tonumber(numbers[2] or 0)
 
 local alive = {}
 local replicas = redis.call('ZRANGEBYSCORE', KEYS[1], now - LEASE, '+inf')
@@ -26,7 +29,7 @@ local function sum(numbers)
 end
 
 local function read(index)
-  local packed = redis.call('GET', KEYS[3 + index])
+  local packed = redis.call('GET', KEYS[4 + index])
   local counter = packed and cmsgpack.unpack(packed)
     or { requests = {}, tokens = {}, slots = {}, held_tokens = {}, held_cost = {} }
   for _, window in ipairs({ counter.requests, counter.tokens }) do
@@ -44,7 +47,7 @@ end
 
 local function write(index, counter, account)
   local packed = cmsgpack.pack(counter)
-  local key = KEYS[3 + index]
+  local key = KEYS[4 + index]
   local keep = next(counter.slots) and DAY or MINUTES
   local before = account.before
   local is_spent = (counter.spent_tokens or 0) + (counter.spent_cost or 0) + before.tokens + before.cost > 0
@@ -284,9 +287,12 @@ function operations.join()
     redis.call('SET', KEYS[2], epoch)
   end
   redis.call('ZADD', KEYS[1], now, me)
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now - DAY)) do
+    redis.call('HDEL', KEYS[4], id, id .. ':joined')
+  end
   redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - DAY)
   redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now - 30 * DAY)
-  return { epoch = epoch, now = now }
+  return { epoch = epoch, now = now, last = last }
 end
 
 -- What this replica has, in place of what Redis thinks it has, and what Redis has not heard of.
@@ -326,5 +332,10 @@ end
 
 local needs_none = { join = true, leave = true, tell = true }
 if not needs_none[order.op] and not alive[me] then return cjson.encode({ lost = true }) end
+-- One that was overtaken comes over a connection that its replica has given up, and counts as not heard.
+if order.number then
+  if order.number <= math.max(last, joined) then return cjson.encode({ lost = true }) end
+  redis.call('HSET', KEYS[4], order.op == 'join' and me .. ':joined' or me, order.number)
+end
 return cjson.encode(operations[order.op]())
 `
