@@ -157,6 +157,17 @@ test('a quota of money', async t => {
   assert.equal((await call('b', { max_tokens: 40 })).status, 200)
 })
 
+test('a quota of money does not count a model without a price, and the log says so', async t => {
+  const { gateway, call } = await start(
+    t,
+    { per_user: { total_quota: 0.001, quota_unit: 'cost' } },
+    { usage: { prices: [{ model: 'dear', input: 0, output: 10 }] } }
+  )
+  await (await call('a', { max_tokens: 60 })).text()
+  const msg = 'a quota of money does not count these calls'
+  assert.equal((await gateway.logged({ msg })).reason, 'no price of m')
+})
+
 test('users and models have limits of their own', async t => {
   const { call } = await start(t, {
     users: { u1: { requests_per_minute: 3 } },

@@ -31,6 +31,7 @@ import {
   StoreError
 } from '../limits/store.ts'
 import { Typical } from '../limits/typical.ts'
+import { Complaint } from '../logs/complaint.ts'
 import { checkOptions, type Given, OptionsError } from '../options.ts'
 import { StorageOptions } from '../store/storage.ts'
 
@@ -98,6 +99,9 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   /** Streams whose reserve may have to grow. */
   const watched = new Set<Exchange>()
   let looking: NodeJS.Timeout | undefined
+  const unpriced = new Complaint((calls, reason) =>
+    fastify.log.warn({ calls, reason }, 'a quota of money does not count these calls')
+  )
 
   fastify.decorate('limits', {
     async update(changed, caches) {
@@ -237,15 +241,20 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       clearInterval(looking)
       looking = undefined
     }
-    if (usage === undefined) return reservation.store.settle(reservation.lease, NOTHING)
+    const { store, lease } = reservation
+    if (usage === undefined) return store.settle(lease, NOTHING)
     const { promptTokens: input, completionTokens: output, cachedTokens: cached = 0 } = usage
-    const spent = amount(exchange, { input, output, cached })
-    reservation.store.settle(reservation.lease, { ...spent, tokens: usage.totalTokens })
+    const cost = fastify.usage?.cost(exchange, { input, output, cached })
+    if (cost === undefined && lease.accounts.some(isOfMoney)) {
+      unpriced.add(1, `no price of ${exchange.model ?? 'a call without a model'}`)
+    }
+    store.settle(lease, { tokens: usage.totalTokens, cost: cost ?? 0 })
     if (exchange.outcome === 'ok') typical.learn(subject(request), exchange.model ?? '', output)
   })
 
   fastify.addHook('onClose', async () => {
     clearInterval(looking)
+    unpriced.end()
     await store.close()
   })
 
@@ -285,6 +294,10 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
 function subject(request: FastifyRequest): string {
   // No key's id begins like this.
   return request.caller?.id ?? `\n${normalizeIP(request.ip)}`
+}
+
+function isOfMoney({ limits }: Account): boolean {
+  return limits.total_quota > 0 && limits.quota_unit === 'cost'
 }
 
 function askerOf(request: FastifyRequest): Asker {

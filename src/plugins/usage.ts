@@ -90,8 +90,11 @@ declare module 'fastify' {
 export interface UsageReports extends Readonly<OutboxState> {
   readonly onDelivery: OnDelivery[]
   update(options: UsageOptions, storage: StorageOptions): Promise<void>
-  /** What so many tokens cost in this exchange; 0 where no price is configured. */
-  cost(exchange: Exchange, tokens: { input: number; output: number; cached: number }): number
+  /** What so many tokens cost in this exchange; undefined where its model has no price. */
+  cost(
+    exchange: Exchange,
+    tokens: { input: number; output: number; cached: number }
+  ): number | undefined
   /** What was spent; undefined where no reporter of type builtin keeps it in a file. */
   sums(query: SumQuery): Promise<Sum[] | undefined>
   /** Delivers what is pending until the signal fires. */
@@ -151,7 +154,7 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     update,
     cost(exchange, { input, output, cached }) {
       const price = priceOf(exchange)
-      return price === undefined ? 0 : cost(price, input, output, cached)
+      return price && cost(price, input, output, cached)
     },
     async sums(query) {
       if (!rules.isSummed || fastify.dataDir === undefined) return undefined
