@@ -135,6 +135,10 @@ test('an entry that is of no use is left out and named, and the others hold', as
     { name: 'bare', url: 'http://127.0.0.2:6', timeout: 30 },
     { name: 'key', url: 'http://127.0.0.2:6', api_key: 'secret secret' },
     { name: 'line\nend', url: 'http://127.0.0.2:7' },
+    { name: 'broken', url: 'http://127.0.0.2:\n7' },
+    { name: 'port', url: 'http://127.0.0.2:0' },
+    { name: 'text', url: 'http://127.0.0.2:7', headers: 'x-key: secret' },
+    { name: 'list', url: 'http://127.0.0.2:7', headers: ['secret'] },
     { weight: 1 },
     null,
     17,
@@ -162,9 +166,13 @@ test('an entry that is of no use is left out and named, and the others hold', as
     'bare',
     'key',
     'line\nend',
-    '#10',
-    '#11',
-    '#12'
+    'broken',
+    'port',
+    'text',
+    'list',
+    '#14',
+    '#15',
+    '#16'
   ]
   assert.deepEqual(
     complaints().map(({ entry }) => entry),
@@ -182,6 +190,13 @@ test('an entry that is of no use is left out and named, and the others hold', as
   assert.equal(await names(gateway), '127.0.0.2:1 good')
 })
 
+test('spaces around what a source says are no part of it', () => {
+  const entry = { name: 'a  ', url: 'http://h:1  ', status: 'enabled  ', weight: ' 3', models: ' ' }
+  const [backend] = toBackends([entry], {}, () => {})
+  const { name, url, weight, models } = backend!
+  assert.deepEqual([name, url, weight, models], ['a', 'http://h:1', 3, undefined])
+})
+
 test('a source has at most a thousand backends', () => {
   const bad: string[] = []
   const many = Array.from({ length: 1_500 }, (_, at) => `http://h:${at + 1}`)
@@ -190,6 +205,10 @@ test('a source has at most a thousand backends', () => {
     1_000
   )
   assert.deepEqual(bad, ['#1001 only 1000 backends of a source are taken'])
+  const useless = Array.from({ length: 1_500 }, () => ({ id: 1 }))
+  bad.length = 0
+  toBackends(useless, {}, (entry, reason) => bad.push(`${entry} ${reason}`))
+  assert.equal(bad.length, 1_001, 'nor are more looked at')
 })
 
 test('a source that fails keeps its last good answer, and is asked again', async t => {
