@@ -390,6 +390,35 @@ test('a reload keeps what was found, takes over other settings, and forgets what
   await client.until(/\r\n0\r\n/)
 })
 
+test('a source that is changed while it fails keeps what it found, with its new settings', async t => {
+  const { source, state } = await lister(t, [{ name: 'found', url: 'http://127.0.0.2:1' }])
+  const config = (more: object) => ({ ...WATCHED, ...find({ ...source, ...more }) })
+  const gateway = await startGateway(t, config({ backend: { weight: 2 } }))
+  const since = await gateway.metric('llmproxy_discovery_last_change_timestamp_seconds')
+  state.status = 403
+  await gateway.logged({ msg: 'discovery source fails; its last answer holds' })
+  const http = { ...source.http, headers: { 'x-token': 'new' } }
+  await reload(gateway, config({ http, backend: { weight: 3 } }))
+  const brief = (await shown(gateway)).map(({ name, weight }) => [name, weight])
+  assert.deepEqual(brief, [['found', 3]])
+  assert.equal(await gateway.metric('llmproxy_discovery_source_up', { source: 'list' }), 0)
+  assert.equal(await gateway.metric('llmproxy_discovery_last_change_timestamp_seconds'), since)
+  state.status = 200
+  state.list = []
+  await until(gateway, '')
+})
+
+test('the same backends in another order are no news', async t => {
+  const list = ['http://127.0.0.2:1', 'http://127.0.0.2:2', 'http://127.0.0.2:3']
+  const { source, state, server } = await lister(t, list)
+  const gateway = await startGateway(t, { ...WATCHED, ...find(source) })
+  state.list = list.toReversed()
+  await server.request(server.requests.length + 2)
+  state.list = [...list, 'http://127.0.0.2:4']
+  await until(gateway, '127.0.0.2:1 127.0.0.2:2 127.0.0.2:3 127.0.0.2:4')
+  assert.equal(gateway.lines.filter(({ msg }) => msg === 'backends found').length, 2)
+})
+
 test('overlapping reloads leave no source behind', async t => {
   const lists = await Promise.all([1, 2, 3].map(port => lister(t, [`http://127.0.0.2:${port}`])))
   const gateway = await startGateway(t, { ...WATCHED, backends: [{ url: 'demo://' }] })

@@ -21,11 +21,12 @@ export class Source {
   readonly name: string
   /** The last good answer; undefined before the first. */
   backends: BackendOptions[] | undefined
+  #entries: readonly Entry[] | undefined
   /** The last question was answered. */
   isUp = false
   errors = 0
   /** When the answer has last changed (Unix ms). */
-  changedAt = 0
+  changedAt: number
   /** Resolves when it has answered or failed for the first time. */
   readonly tried: Promise<void>
   readonly #defaults: DefaultsOptions
@@ -34,17 +35,22 @@ export class Source {
   readonly #stop = new AbortController()
   #bad = new Set<string>()
 
+  /** @param before the source whose place it takes: what that one said holds until this one answers */
   constructor(
     name: string,
     defaults: DefaultsOptions,
     watch: Watch,
     onChange: () => void,
-    log: FastifyBaseLogger
+    log: FastifyBaseLogger,
+    before?: Source
   ) {
     this.name = name
     this.#defaults = defaults
     this.#onChange = onChange
     this.#log = log
+    this.#entries = before?.#entries
+    this.backends = this.#entries && toBackends(this.#entries, defaults, () => {})
+    this.changedAt = before?.changedAt ?? 0
     const tried = Promise.withResolvers<void>()
     this.tried = tried.promise
     void this.#follow(watch, tried.resolve)
@@ -94,7 +100,8 @@ export class Source {
   #take(entries: readonly Entry[]): void {
     const before = this.backends
     const bad = new Set<string>()
-    this.backends = toBackends(entries, this.#defaults, (entry, reason) => {
+    this.#entries = entries
+    const backends = toBackends(entries, this.#defaults, (entry, reason) => {
       bad.add(`${entry} ${reason}`)
       if (this.#bad.has(`${entry} ${reason}`)) return
       this.#log.warn({ source: this.name, entry, reason }, 'a found backend cannot be used')
@@ -104,9 +111,10 @@ export class Source {
       this.#log.info({ source: this.name }, 'discovery source answers again')
     }
     this.isUp = true
-    if (isDeepStrictEqual(before, this.backends)) return
+    if (before !== undefined && isDeepStrictEqual(inOrder(before), inOrder(backends))) return
+    this.backends = backends
     this.changedAt = Date.now()
-    const [names, old] = [this.backends, before ?? []].map(each => each.map(nameOf)) as [
+    const [names, old] = [backends, before ?? []].map(each => each.map(nameOf)) as [
       string[],
       string[]
     ]
@@ -116,4 +124,9 @@ export class Source {
     this.#log.info(line, 'backends found')
     this.#onChange()
   }
+}
+
+/** A table has no order, nor has a registry that keeps its servers in a hash: another one is no change. */
+function inOrder(backends: readonly BackendOptions[]): string[] {
+  return backends.map(each => JSON.stringify(each)).sort()
 }
