@@ -26,7 +26,7 @@ export class Source {
   isUp = false
   errors = 0
   /** When the answer has last changed (Unix ms). */
-  changedAt: number
+  changedAt = 0
   /** Resolves when it has answered or failed for the first time. */
   readonly tried: Promise<void>
   readonly #defaults: DefaultsOptions
@@ -48,9 +48,11 @@ export class Source {
     this.#defaults = defaults
     this.#onChange = onChange
     this.#log = log
-    this.#entries = before?.#entries
-    this.backends = this.#entries && toBackends(this.#entries, defaults, () => {})
-    this.changedAt = before?.changedAt ?? 0
+    if (before !== undefined) {
+      this.#entries = before.#entries
+      this.backends = this.#entries && toBackends(this.#entries, defaults, () => {})
+      this.changedAt = before.changedAt
+    }
     const tried = Promise.withResolvers<void>()
     this.tried = tried.promise
     void this.#follow(watch, tried.resolve)
