@@ -234,6 +234,21 @@ test('a source that fails keeps its last good answer, and is asked again', async
   assert.deepEqual([await up(), await count()], [1, 0])
 })
 
+test('a source that fails now and then is not asked more and more seldom', async t => {
+  let asked = 0
+  const server = await fakeBackend(t, (_request, response) => {
+    response.writeHead(++asked % 2 === 1 ? 200 : 500).end('["http://127.0.0.2:1"]')
+  })
+  const http = { url: server.url, interval: '1100ms' }
+  const gateway = await startGateway(t, { ...WATCHED, ...find({ type: 'http', http }) })
+  await server.request(4)
+  const lines = gateway.lines.filter(({ msg }) => /^discovery source fails/.test(String(msg)))
+  assert.deepEqual(
+    lines.map(({ wait }) => wait),
+    [500, 500]
+  )
+})
+
 test('the gateway starts without its source, says that it has no backend, and finds them later', async t => {
   const port = await closedPort()
   const backend = await fakeBackend(t, answerChat)

@@ -11,7 +11,7 @@ import { type DefaultsOptions, type Entry, toBackends } from './entry.ts'
  */
 export type Watch = (say: (entries: readonly Entry[]) => void, signal: AbortSignal) => Promise<void>
 
-/** Waits (ms) after failures in a row; one after so long a time is the first of its row. */
+/** Waits (ms) after failures in a row; one after answers for longer than the wait is the first of its row. */
 const FIRST_WAIT = 500
 const MAX_WAIT = 30_000
 const MAX_NAMES = 20
@@ -68,17 +68,19 @@ export class Source {
     while (!signal.aborted) {
       const began = performance.now()
       const run = new AbortController()
+      let hasAnswered = false
       try {
         await watch(
           entries => {
             if (!signal.aborted) this.#take(entries)
+            hasAnswered = true
             tried()
           },
           AbortSignal.any([signal, run.signal])
         )
       } catch (error) {
         if (signal.aborted) return
-        if (performance.now() - began > MAX_WAIT) wait = FIRST_WAIT
+        if (hasAnswered && performance.now() - began > wait) wait = FIRST_WAIT
         this.#fail(error, wait)
       } finally {
         run.abort()
