@@ -448,6 +448,19 @@ test('overlapping reloads leave no source behind', async t => {
   assert.ok(lists[2]!.server.requests.length > asked[2]!)
 })
 
+test('a reload that waits for its sources when the gateway closes begins nothing', async t => {
+  const silent = await fakeBackend(t, () => {})
+  const backends = [{ name: 'a', url: 'http://127.0.0.2:1' }]
+  const gateway = await startGateway(t, { ...WATCHED, backends })
+  const source = { type: 'http', http: { url: silent.url } }
+  const reloaded = reload(gateway, { ...WATCHED, ...find(source) })
+  await silent.request()
+  await gateway.fastify.close()
+  await reloaded
+  // A rejection that nobody handles fails the test, if it is still running then.
+  await sleep(0)
+})
+
 test('each worker finds backends by itself', async t => {
   const backend = await fakeBackend(t, answerChat)
   const { source, state } = await lister(t, [{ name: 'one', url: backend.url }])
