@@ -228,6 +228,21 @@ test('consul: a token that is no good is said, and not shown', async t => {
   assert.doesNotMatch(JSON.stringify(gateway.lines), /token-2/)
 })
 
+test('consul: instances without an id of their own, and a token that may not see them any more', async t => {
+  const consul = await fakeConsul(t, 'llm', 'token-1')
+  const on = (node: string) => ({ id: 'llm', node, port: 8000 })
+  consul.set([on('127.0.0.2'), on('127.0.0.3')])
+  const options = { addr: consul.url, service: 'llm', token: 'token-1', interval: '10m' }
+  const gateway = await gatewayWith(t, { type: 'consul', consul: options })
+  assert.equal(await names(gateway), '127.0.0.2:8000 127.0.0.3:8000')
+  consul.set([on('127.0.0.3')])
+  await until(gateway, '127.0.0.3:8000')
+  consul.hide()
+  const line = await gateway.logged({ msg: FAILS })
+  assert.equal(line.reason, 'the token may not see the instances')
+  assert.equal(await names(gateway), '127.0.0.3:8000')
+})
+
 function slice(
   name: string,
   pods: Record<string, string | undefined>,
@@ -383,6 +398,16 @@ test('kubernetes: ports by number, by name or the first; other authorities are n
   assert.equal(forbidden, 'status 403: endpointslices is forbidden')
   const [untrusted] = await by({ ca_file: new URL('tls/second.crt', import.meta.url).pathname })
   assert.match(String(untrusted), /self-signed|unable to verify/)
+})
+
+test('kubernetes: pods that do not have the port do not stand in the way of those that have', async t => {
+  const { kubernetes, source } = await cluster(t)
+  kubernetes.apply(slice('a', { 'pod-1': '127.0.0.2' }))
+  kubernetes.apply(slice('b', { 'pod-2': '127.0.0.3' }, { ports: [{ name: 'web', port: 80 }] }))
+  const gateway = await gatewayWith(t, source)
+  assert.equal(await names(gateway), 'pod-1')
+  const line = await gateway.logged({ msg: 'a found backend cannot be used' })
+  assert.deepEqual([line.entry, line.reason], ['pod-2', 'url: is missing'])
 })
 
 test('etcd: keys under a prefix, changes, compaction, and a server that comes back', {

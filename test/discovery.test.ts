@@ -135,6 +135,10 @@ test('an entry that is of no use is left out and named, and the others hold', as
     { name: 'bare', url: 'http://127.0.0.2:6', timeout: 30 },
     { name: 'key', url: 'http://127.0.0.2:6', api_key: 'secret secret' },
     { name: 'line\nend', url: 'http://127.0.0.2:7' },
+    { name: 'broken', url: 'http://127.0.0.2:\n7' },
+    { name: 'port', url: 'http://127.0.0.2:0' },
+    { name: 'text', url: 'http://127.0.0.2:7', headers: 'x-key: secret' },
+    { name: 'list', url: 'http://127.0.0.2:7', headers: ['secret'] },
     { weight: 1 },
     null,
     17,
@@ -162,9 +166,13 @@ test('an entry that is of no use is left out and named, and the others hold', as
     'bare',
     'key',
     'line\nend',
-    '#10',
-    '#11',
-    '#12'
+    'broken',
+    'port',
+    'text',
+    'list',
+    '#14',
+    '#15',
+    '#16'
   ]
   assert.deepEqual(
     complaints().map(({ entry }) => entry),
@@ -182,6 +190,13 @@ test('an entry that is of no use is left out and named, and the others hold', as
   assert.equal(await names(gateway), '127.0.0.2:1 good')
 })
 
+test('spaces around what a source says are no part of it', () => {
+  const entry = { name: 'a  ', url: 'http://h:1  ', status: 'enabled  ', weight: ' 3', models: ' ' }
+  const [backend] = toBackends([entry], {}, () => {})
+  const { name, url, weight, models } = backend!
+  assert.deepEqual([name, url, weight, models], ['a', 'http://h:1', 3, undefined])
+})
+
 test('a source has at most a thousand backends', () => {
   const bad: string[] = []
   const many = Array.from({ length: 1_500 }, (_, at) => `http://h:${at + 1}`)
@@ -190,6 +205,10 @@ test('a source has at most a thousand backends', () => {
     1_000
   )
   assert.deepEqual(bad, ['#1001 only 1000 backends of a source are taken'])
+  const useless = Array.from({ length: 1_500 }, () => ({ id: 1 }))
+  bad.length = 0
+  toBackends(useless, {}, (entry, reason) => bad.push(`${entry} ${reason}`))
+  assert.equal(bad.length, 1_001, 'nor are more looked at')
 })
 
 test('a source that fails keeps its last good answer, and is asked again', async t => {
@@ -213,6 +232,21 @@ test('a source that fails keeps its last good answer, and is asked again', async
   await gateway.logged({ msg: 'discovery source answers again' })
   await until(gateway, '')
   assert.deepEqual([await up(), await count()], [1, 0])
+})
+
+test('a source that fails now and then is not asked more and more seldom', async t => {
+  let asked = 0
+  const server = await fakeBackend(t, (_request, response) => {
+    response.writeHead(++asked % 2 === 1 ? 200 : 500).end('["http://127.0.0.2:1"]')
+  })
+  const http = { url: server.url, interval: '1100ms' }
+  const gateway = await startGateway(t, { ...WATCHED, ...find({ type: 'http', http }) })
+  await server.request(4)
+  const lines = gateway.lines.filter(({ msg }) => /^discovery source fails/.test(String(msg)))
+  assert.deepEqual(
+    lines.map(({ wait }) => wait),
+    [500, 500]
+  )
 })
 
 test('the gateway starts without its source, says that it has no backend, and finds them later', async t => {
@@ -371,6 +405,35 @@ test('a reload keeps what was found, takes over other settings, and forgets what
   await client.until(/\r\n0\r\n/)
 })
 
+test('a source that is changed while it fails keeps what it found, with its new settings', async t => {
+  const { source, state } = await lister(t, [{ name: 'found', url: 'http://127.0.0.2:1' }])
+  const config = (more: object) => ({ ...WATCHED, ...find({ ...source, ...more }) })
+  const gateway = await startGateway(t, config({ backend: { weight: 2 } }))
+  const since = await gateway.metric('llmproxy_discovery_last_change_timestamp_seconds')
+  state.status = 403
+  await gateway.logged({ msg: 'discovery source fails; its last answer holds' })
+  const http = { ...source.http, headers: { 'x-token': 'new' } }
+  await reload(gateway, config({ http, backend: { weight: 3 } }))
+  const brief = (await shown(gateway)).map(({ name, weight }) => [name, weight])
+  assert.deepEqual(brief, [['found', 3]])
+  assert.equal(await gateway.metric('llmproxy_discovery_source_up', { source: 'list' }), 0)
+  assert.equal(await gateway.metric('llmproxy_discovery_last_change_timestamp_seconds'), since)
+  state.status = 200
+  state.list = []
+  await until(gateway, '')
+})
+
+test('the same backends in another order are no news', async t => {
+  const list = ['http://127.0.0.2:1', 'http://127.0.0.2:2', 'http://127.0.0.2:3']
+  const { source, state, server } = await lister(t, list)
+  const gateway = await startGateway(t, { ...WATCHED, ...find(source) })
+  state.list = list.toReversed()
+  await server.request(server.requests.length + 2)
+  state.list = [...list, 'http://127.0.0.2:4']
+  await until(gateway, '127.0.0.2:1 127.0.0.2:2 127.0.0.2:3 127.0.0.2:4')
+  assert.equal(gateway.lines.filter(({ msg }) => msg === 'backends found').length, 2)
+})
+
 test('overlapping reloads leave no source behind', async t => {
   const lists = await Promise.all([1, 2, 3].map(port => lister(t, [`http://127.0.0.2:${port}`])))
   const gateway = await startGateway(t, { ...WATCHED, backends: [{ url: 'demo://' }] })
@@ -383,6 +446,19 @@ test('overlapping reloads leave no source behind', async t => {
     asked.slice(0, 2)
   )
   assert.ok(lists[2]!.server.requests.length > asked[2]!)
+})
+
+test('a reload that waits for its sources when the gateway closes begins nothing', async t => {
+  const silent = await fakeBackend(t, () => {})
+  const backends = [{ name: 'a', url: 'http://127.0.0.2:1' }]
+  const gateway = await startGateway(t, { ...WATCHED, backends })
+  const source = { type: 'http', http: { url: silent.url } }
+  const reloaded = reload(gateway, { ...WATCHED, ...find(source) })
+  await silent.request()
+  await gateway.fastify.close()
+  await reloaded
+  // A rejection that nobody handles fails the test, if it is still running then.
+  await sleep(0)
 })
 
 test('each worker finds backends by itself', async t => {

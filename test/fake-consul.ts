@@ -20,6 +20,8 @@ export interface FakeConsul {
   queries: URLSearchParams[]
   /** The state of one service changes: the index goes up, or to what is given. */
   set(instances: Instance[], index?: number): void
+  /** The token may see nothing from now on. */
+  hide(): void
   /** Answers errors from now on, or not any more. */
   fail(status: number | undefined): void
   /** Resolves when a query waits for a change. */
@@ -34,6 +36,7 @@ export async function fakeConsul(
   let instances: Instance[] = []
   let index = 10
   let failure: number | undefined
+  let isHidden = false
   const held = new Set<() => void>()
   const hearers = new Set<() => void>()
   const queries: URLSearchParams[] = []
@@ -68,8 +71,12 @@ export async function fakeConsul(
     if (response.destroyed) return
     const tag = query.get('tag')
     const found = instances.filter(({ tags }) => tag === null || tags?.includes(tag))
-    response.writeHead(200, { 'content-type': 'application/json', 'x-consul-index': index })
-    response.end(JSON.stringify(found.map(toJson)))
+    response.writeHead(200, {
+      'content-type': 'application/json',
+      'x-consul-index': index,
+      ...(isHidden ? { 'x-consul-results-filtered-by-acls': 'true' } : {})
+    })
+    response.end(JSON.stringify(isHidden ? [] : found.map(toJson)))
   }
 
   server.listen(0, '127.0.0.1')
@@ -84,6 +91,11 @@ export async function fakeConsul(
     set(changed, next = index + 1) {
       instances = changed
       index = next
+      for (const end of [...held]) end()
+    },
+    hide() {
+      isHidden = true
+      index++
       for (const end of [...held]) end()
     },
     fail(status) {

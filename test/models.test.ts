@@ -276,6 +276,20 @@ test('a reload changes which models a backend has, and keeps what others have sa
   assert.equal(servedBy.size, 2, 'nothing is known, so both take it')
 })
 
+test('nobody is asked again because another backend has come', async t => {
+  const a = await lister(t, 'a', ['qwen'])
+  const b = await lister(t, 'b', ['llama'])
+  const gateway = await gatewayWith(t, { a })
+  await gateway.logged({ msg: 'backend lists models', backend: 'a' })
+  const both = Object.entries({ a, b }).map(([name, { url }]) => ({ name, url }))
+  await gateway.control.reload(
+    parseConfig(JSON.stringify({ ...noHealthCheck, backends: both }), 'test.yaml', {})
+  )
+  await gateway.logged({ msg: 'backend lists models', backend: 'b' })
+  assert.deepEqual(await listed(gateway), ['qwen', 'llama'])
+  assert.equal(a.requests.filter(({ url }) => url === '/v1/models').length, 1)
+})
+
 test('a backend of which nothing is known gets no call that another is known to serve', async t => {
   const a = await lister(t, 'a', ['qwen'])
   const b = await lister(t, 'b', undefined)

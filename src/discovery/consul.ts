@@ -70,6 +70,9 @@ export function watchConsul(options: ConsulOptions, interval: number): Watch {
         const { body, headers: said } = await server.ask(url.href, { headers, timeout, signal })
         const instances = await readJson(body)
         if (!Array.isArray(instances)) throw new Error('the answer is no list')
+        if (instances.length === 0 && said['x-consul-results-filtered-by-acls'] === 'true') {
+          throw new Error('the token may not see the instances')
+        }
         say(instances.map(each => toEntry(each, scheme)))
         const next = Number(said['x-consul-index'])
         // Backwards: its state was restored, and waiting for the old index could take for ever.
@@ -84,6 +87,7 @@ interface Instance {
   Node?: { Address?: string }
   Service?: {
     ID?: string
+    Service?: string
     Address?: string
     Port?: number
     Tags?: string[] | null
@@ -93,10 +97,11 @@ interface Instance {
 }
 
 function toEntry({ Node, Service }: Instance, scheme: string): Entry {
-  const { ID, Address, Port, Tags, Meta, Weights } = Service ?? {}
+  const { ID, Service: service, Address, Port, Tags, Meta, Weights } = Service ?? {}
   const tags = (Tags ?? []).map(each => each.split(/=(.*)/s, 2))
   const said = { weight: Weights?.Passing, ...Object.fromEntries(tags), ...Meta }
   const members = Object.entries(said).filter(([name]) => MEMBERS.includes(name))
   const url = `${scheme}://${hostPort(Address || Node?.Address || '', Port ?? 0)}`
-  return { ...Object.fromEntries(members), name: ID, url }
+  // Where no id is given it is the name of the service, on each node the same.
+  return { ...Object.fromEntries(members), name: ID === service ? undefined : ID, url }
 }

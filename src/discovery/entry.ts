@@ -15,11 +15,17 @@ const Name = Type.String({
   description: 'Name in metrics and logs; host and port if left out'
 })
 const BaseUrl = Type.String({
-  pattern: '^https?://',
-  check: (url: unknown) => isHttpUrl(url) && new URL(String(url)).search === '',
+  pattern: '^https?://\\S+$',
+  check: isBaseUrl,
   expects: 'a URL such as http://host:8000',
   description: 'Base URL, with or without /v1'
 })
+
+/** Services without a port have 0 in Consul, and nobody listens there. */
+function isBaseUrl(text: unknown): boolean {
+  const url = isHttpUrl(text) ? new URL(String(text)) : undefined
+  return url !== undefined && url.search === '' && url.port !== '0'
+}
 
 const Found = Type.Object({
   ...BackendOptions.properties,
@@ -75,15 +81,18 @@ export function toBackends(
   onBad: (entry: string, reason: string) => void
 ): BackendOptions[] {
   const backends: BackendOptions[] = []
+  let taken = 0
   for (const [at, entry] of entries.entries()) {
     const said = typeof entry === 'string' ? { url: entry } : (entry ?? {})
     if (!isOn(said.status)) continue
-    if (backends.length === MAX_BACKENDS) {
+    // A list of something else may be much longer, and each of its lines would be logged.
+    if (++taken > MAX_BACKENDS) {
       onBad(`#${at + 1}`, `only ${MAX_BACKENDS} backends of a source are taken`)
       break
     }
     const members = membersOf(said)
-    const headers = { ...defaults.headers, ...(members.headers as object | undefined) }
+    const { headers: own = {} } = members
+    const headers = isMapping(own) ? { ...defaults.headers, ...own } : own
     const backend = { ...structuredClone(defaults), ...members, headers }
     const [issue] = findIssues(Found, backend)
     if (issue === undefined) backends.push(backend as BackendOptions)
@@ -100,7 +109,11 @@ export function toBackends(
 /** `enabled` and `active` are the original's words. */
 function isOn(status: unknown): boolean {
   if (status === undefined || status === null || status === '') return true
-  return /^(enabled|active|true|1)$/i.test(String(status))
+  return /^(enabled|active|true|1)$/i.test(String(status).trim())
+}
+
+function isMapping(value: unknown): value is object {
+  return typeof value === 'object' && !Array.isArray(value)
 }
 
 /** Times as text: what a bare number is that a source says nobody knows. */
@@ -120,14 +133,16 @@ function membersOf(said: Record<string, unknown>): Record<string, unknown> {
 }
 
 /** A member, also where a source has nothing but text, or a table no lists; undefined: not said. */
-function read(value: unknown, { type, unit }: Described, name: string): unknown {
+function read(given: unknown, { type, unit }: Described, name: string): unknown {
+  // A column of a fixed width has spaces after its text.
+  const value = typeof given === 'string' ? given.trim() : given
   if (value === undefined || value === null || value === '') return undefined
   if (unit === 'ms') return String(value)
   if (type === 'array' && typeof value === 'string') {
     return parseList(value)
   }
   if (type !== 'integer' && type !== 'number') return value
-  const number = typeof value === 'string' && value.trim() !== '' ? Number(value) : value
+  const number = typeof value === 'string' ? Number(value) : value
   // Where the original says that a backend has no special weight.
   return name === 'weight' && typeof number === 'number' && number <= 0 ? 1 : number
 }

@@ -84,7 +84,9 @@ export class Finder {
   ): Source {
     const { log, dataDir } = this.#around
     const watch = toWatch(each, options.interval, storage, dataDir)
-    return new Source(nameOfSource(each), each.backend ?? {}, watch, () => this.#changed(), log)
+    const name = nameOfSource(each)
+    const before = this.sources.find(source => source.name === name)
+    return new Source(name, each.backend ?? {}, watch, () => this.#changed(), log, before)
   }
 
   /** The first change is told at once; a rollout is many. */

@@ -188,27 +188,35 @@ class Slices {
   }
 }
 
-/** Each ready pod once, by its IPv4 address where it has one of each kind. */
+/**
+ * Each ready pod once, by its IPv4 address where it has one of each kind. One without the port has no URL: in
+ * a rollout that brings the port there are some of both.
+ */
 function toEntries(slices: Slice[], { port, scheme }: KubernetesOptions): Entry[] {
-  const pods = new Map<string, { name: string | undefined; url: string }>()
+  const pods = new Map<string, { name: string | undefined; url: string | undefined }>()
   const isOther = ({ addressType }: Slice) => Number(addressType !== 'IPv4')
   for (const { endpoints, ports } of slices.toSorted((a, b) => isOther(a) - isOther(b))) {
+    const number = portOf(ports ?? [], port)
     for (const { addresses, conditions, targetRef } of endpoints ?? []) {
       // Not known counts as ready.
       if (conditions?.ready === false) continue
-      const url = `${scheme}://${hostPort(addresses[0]!, portOf(ports ?? [], port))}`
-      const pod = targetRef?.uid ?? url
+      const address = addresses[0]!
+      const url = number === undefined ? undefined : `${scheme}://${hostPort(address, number)}`
+      const pod = targetRef?.uid ?? url ?? address
       if (!pods.has(pod)) pods.set(pod, { name: targetRef?.name, url })
     }
   }
-  return [...pods.values()].sort((a, b) => a.url.localeCompare(b.url))
+  const entries = [...pods.values()]
+  if (entries.length > 0 && entries.every(({ url }) => url === undefined)) {
+    throw new Error(port === undefined ? 'the Service has no port' : `no port is named ${port}`)
+  }
+  return entries.sort((a, b) => (a.url ?? '').localeCompare(b.url ?? ''))
 }
 
-function portOf(ports: NonNullable<Slice['ports']>, wanted: number | string | undefined): number {
+function portOf(ports: NonNullable<Slice['ports']>, wanted: number | string | undefined) {
   if (typeof wanted === 'number') return wanted
   const found = wanted === undefined ? ports[0] : ports.find(({ name }) => name === wanted)
-  if (typeof found?.port === 'number') return found.port
-  throw new Error(wanted === undefined ? 'the Service has no port' : `no port is named ${wanted}`)
+  return found?.port ?? undefined
 }
 
 function clusterUrl(): string {

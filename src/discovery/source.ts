@@ -11,7 +11,7 @@ import { type DefaultsOptions, type Entry, toBackends } from './entry.ts'
  */
 export type Watch = (say: (entries: readonly Entry[]) => void, signal: AbortSignal) => Promise<void>
 
-/** Waits (ms) after failures in a row; one after so long a time is the first of its row. */
+/** Waits (ms) after failures in a row; one after answers for longer than the wait is the first of its row. */
 const FIRST_WAIT = 500
 const MAX_WAIT = 30_000
 const MAX_NAMES = 20
@@ -21,6 +21,7 @@ export class Source {
   readonly name: string
   /** The last good answer; undefined before the first. */
   backends: BackendOptions[] | undefined
+  #entries: readonly Entry[] | undefined
   /** The last question was answered. */
   isUp = false
   errors = 0
@@ -34,17 +35,24 @@ export class Source {
   readonly #stop = new AbortController()
   #bad = new Set<string>()
 
+  /** @param before the source whose place it takes: what that one said holds until this one answers */
   constructor(
     name: string,
     defaults: DefaultsOptions,
     watch: Watch,
     onChange: () => void,
-    log: FastifyBaseLogger
+    log: FastifyBaseLogger,
+    before?: Source
   ) {
     this.name = name
     this.#defaults = defaults
     this.#onChange = onChange
     this.#log = log
+    if (before !== undefined) {
+      this.#entries = before.#entries
+      this.backends = this.#entries && toBackends(this.#entries, defaults, () => {})
+      this.changedAt = before.changedAt
+    }
     const tried = Promise.withResolvers<void>()
     this.tried = tried.promise
     void this.#follow(watch, tried.resolve)
@@ -60,17 +68,19 @@ export class Source {
     while (!signal.aborted) {
       const began = performance.now()
       const run = new AbortController()
+      let hasAnswered = false
       try {
         await watch(
           entries => {
             if (!signal.aborted) this.#take(entries)
+            hasAnswered = true
             tried()
           },
           AbortSignal.any([signal, run.signal])
         )
       } catch (error) {
         if (signal.aborted) return
-        if (performance.now() - began > MAX_WAIT) wait = FIRST_WAIT
+        if (hasAnswered && performance.now() - began > wait) wait = FIRST_WAIT
         this.#fail(error, wait)
       } finally {
         run.abort()
@@ -94,7 +104,8 @@ export class Source {
   #take(entries: readonly Entry[]): void {
     const before = this.backends
     const bad = new Set<string>()
-    this.backends = toBackends(entries, this.#defaults, (entry, reason) => {
+    this.#entries = entries
+    const backends = toBackends(entries, this.#defaults, (entry, reason) => {
       bad.add(`${entry} ${reason}`)
       if (this.#bad.has(`${entry} ${reason}`)) return
       this.#log.warn({ source: this.name, entry, reason }, 'a found backend cannot be used')
@@ -104,9 +115,10 @@ export class Source {
       this.#log.info({ source: this.name }, 'discovery source answers again')
     }
     this.isUp = true
-    if (isDeepStrictEqual(before, this.backends)) return
+    if (before !== undefined && isDeepStrictEqual(inOrder(before), inOrder(backends))) return
+    this.backends = backends
     this.changedAt = Date.now()
-    const [names, old] = [this.backends, before ?? []].map(each => each.map(nameOf)) as [
+    const [names, old] = [backends, before ?? []].map(each => each.map(nameOf)) as [
       string[],
       string[]
     ]
@@ -116,4 +128,9 @@ export class Source {
     this.#log.info(line, 'backends found')
     this.#onChange()
   }
+}
+
+/** A table has no order, nor has a registry that keeps its servers in a hash: another one is no change. */
+function inOrder(backends: readonly BackendOptions[]): string[] {
+  return backends.map(each => JSON.stringify(each)).sort()
 }

@@ -91,7 +91,10 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     discovery.watch(pool.backends, options.routing.model_discovery)
   }
   watch()
+  let isClosed = false
   const apply = () => {
+    // A reload that waits for its sources may outlast the gateway.
+    if (isClosed) return
     const all = joined(options.backends, found)
     sources = all.sources
     pool.update(toPool({ ...options, backends: all.backends }, demo?.url, workers))
@@ -156,6 +159,7 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
   })
 
   fastify.addHook('onClose', async () => {
+    isClosed = true
     checker.stop()
     discovery.stop()
     await pool.destroy()

@@ -1,4 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises'
+import { isDeepStrictEqual } from 'node:util'
 import type { FastifyBaseLogger } from 'fastify'
 import { reasonOf } from '../errors.ts'
 import { VERSION } from '../version.ts'
@@ -22,17 +23,24 @@ const PATIENCE_MS = 1_000
 /** How soon (ms) a backend that gave no list is asked again. */
 const UNKNOWN_MS = 5_000
 
+/** How a backend is asked. */
+interface Watched {
+  backend: Backend
+  stop: AbortController
+  /** It is being asked. */
+  asking: Promise<void> | undefined
+  /** When it has answered or failed last (monotonic, ms). */
+  askedAt: number
+}
+
 /**
  * Asks every backend for its models, at once and then every `interval`: `GET /v1/models`, and Ollama's
  * `GET /api/tags` where that is not there. A backend that gives no list keeps the last one it gave.
  */
 export class Discovery {
   readonly #log: FastifyBaseLogger
-  #backends: Backend[] = []
+  readonly #watched = new Map<Backend, Watched>()
   #settings: ModelDiscovery = { enabled: false, interval: 0, timeout: 0 }
-  #stop = new AbortController()
-  #asking: Promise<void>[] | undefined
-  #askedAt = Number.NEGATIVE_INFINITY
   /** Why a backend gives no list, as it was logged. */
   readonly #complaints = new WeakMap<Live, string>()
 
@@ -40,20 +48,21 @@ export class Discovery {
     this.#log = log
   }
 
-  /** Begins anew with these backends. */
+  /** Asks these backends from now on. One that is asked in this way already goes on as it is. */
   watch(backends: Backend[], settings: ModelDiscovery): void {
-    this.stop()
-    this.#stop = new AbortController()
+    const isSame = isDeepStrictEqual(settings, this.#settings)
     this.#settings = settings
-    this.#backends = settings.enabled ? backends.filter(({ config }) => config.listsModels) : []
-    for (const backend of backends)
-      if (!this.#backends.includes(backend)) backend.live.models = undefined
-    if (this.#backends.length > 0) void this.#watch(this.#stop.signal)
+    for (const backend of this.#watched.keys()) {
+      if (!isSame || !backends.includes(backend)) this.#leave(backend)
+    }
+    for (const backend of backends) {
+      if (!settings.enabled || !backend.config.listsModels) backend.live.models = undefined
+      else if (!this.#watched.has(backend)) void this.#watch(backend)
+    }
   }
 
   stop(): void {
-    this.#stop.abort()
-    this.#asking = undefined
+    for (const backend of this.#watched.keys()) this.#leave(backend)
   }
 
   /**
@@ -61,39 +70,45 @@ export class Discovery {
    * one `isFound`, and when nobody has it or takes too long to say so.
    */
   async find(isFound: () => boolean): Promise<void> {
-    const { signal } = this.#stop
-    if (this.#asking === undefined && performance.now() - this.#askedAt < MISS_MS) return
-    void this.#ask(signal)
-    const found = this.#asking!.map(async asked => {
-      await asked
+    const now = performance.now()
+    const asked = [...this.#watched.values()].filter(
+      ({ asking, askedAt }) => asking !== undefined || now - askedAt >= MISS_MS
+    )
+    if (asked.length === 0) return
+    const found = asked.map(async each => {
+      await this.#ask(each)
       if (!isFound()) throw new Error('not yet')
     })
     await Promise.any([...found, sleep(PATIENCE_MS, undefined, { ref: false })]).catch(() => {})
     // Others were configured meanwhile.
-    if (signal.aborted && !this.#stop.signal.aborted && !isFound()) await this.find(isFound)
+    if (asked.some(({ stop }) => stop.signal.aborted) && !isFound()) await this.find(isFound)
   }
 
-  async #watch(signal: AbortSignal): Promise<void> {
-    while (!signal.aborted) {
-      await this.#ask(signal)
+  #leave(backend: Backend): void {
+    this.#watched.get(backend)?.stop.abort()
+    this.#watched.delete(backend)
+  }
+
+  async #watch(backend: Backend): Promise<void> {
+    const stop = new AbortController()
+    const watched = { backend, stop, asking: undefined, askedAt: Number.NEGATIVE_INFINITY }
+    this.#watched.set(backend, watched)
+    const { interval } = this.#settings
+    while (!stop.signal.aborted) {
+      await this.#ask(watched)
       // One that gave no list may only not be up yet.
-      const isPartial = this.#backends.some(({ live }) => live.models === undefined)
-      const { interval } = this.#settings
-      await sleep(isPartial ? Math.min(interval, UNKNOWN_MS) : interval, undefined, {
-        signal,
-        ref: false
-      }).catch(() => {})
+      const wait = backend.live.models === undefined ? Math.min(interval, UNKNOWN_MS) : interval
+      await sleep(wait, undefined, { signal: stop.signal, ref: false }).catch(() => {})
     }
   }
 
-  /** All of them at once; who comes while they are being asked waits for the same answers. */
-  async #ask(signal: AbortSignal): Promise<void> {
-    this.#asking ??= this.#backends.map(each => this.#learn(each, signal))
-    const asking = this.#asking
-    await Promise.all(asking)
-    if (this.#asking !== asking) return
-    this.#asking = undefined
-    this.#askedAt = performance.now()
+  /** Who comes while it is being asked waits for the same answer. */
+  #ask(watched: Watched): Promise<void> {
+    watched.asking ??= this.#learn(watched.backend, watched.stop.signal).finally(() => {
+      watched.asking = undefined
+      watched.askedAt = performance.now()
+    })
+    return watched.asking
   }
 
   async #learn(backend: Backend, signal: AbortSignal): Promise<void> {
