@@ -8,6 +8,7 @@ import type { OwnLimits } from './limits/limits.ts'
 import type { Lease, LimitStore } from './limits/store.ts'
 import type { Meter } from './metering/meter.ts'
 import type { PromptText } from './metering/text.ts'
+import type { Wanted } from './pool/lineup.ts'
 import { type Prefixes, prefixesOf } from './pool/prefixes.ts'
 import type { Priority } from './pool/queue.ts'
 import type { Affinity } from './pool/strategies.ts'
@@ -128,6 +129,8 @@ export class Exchange {
   endedAt = 0
   lastTokenAt = 0
   attempts = 0
+  /** See {@link Wanted.begun}. */
+  begun: Wanted['begun']
   /** How often another backend went on with its answer; more than one has written some of its text. */
   continuations = 0
   isDivided = false

@@ -237,7 +237,7 @@ export class Attempt implements BackendHandler {
   onResponseError(_controller: Dispatcher.DispatchController, error: Error): void {
     this.#end()
     // An answer that was destroyed is one that its client gave up.
-    if (this.#isCancelled || this.#sink?.destroyed) return
+    if (this.#isCancelled || (this.#sink ?? this.#answer)?.destroyed) return
     if (this.#isDelivered) return this.#sink!.break(this.#broke(error))
     if (this.#refusal !== undefined && !this.#isInDoubt) return this.#refusal.lose()
     const kind = isTimeout(error) ? 'timeout' : 'connect_failure'

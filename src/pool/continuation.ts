@@ -1,5 +1,5 @@
 import type { GatewayError } from '../errors.ts'
-import { findMembers, type Member, splice } from '../metering/members.ts'
+import { findMembers, type Member, skipSpace, skipValue, splice } from '../metering/members.ts'
 import { type Answer, ENDLESS } from './answer.ts'
 import { failureOf } from './first-event.ts'
 
@@ -29,10 +29,8 @@ export interface Sink {
 export interface Continuer {
   /** Is there somebody to go on? */
   canContinue(): boolean
-  /** Nobody can go on with what it has become: what was kept for that may go. */
+  /** Nobody will have to go on any more: what was kept for that may go. */
   forget(): void
-  /** Whoever went on does something else than that. */
-  abandon(): void
 }
 
 /** An event of a stream, as far as it matters here. */
@@ -40,56 +38,75 @@ interface Event {
   id?: unknown
   created?: unknown
   model?: unknown
-  choices?: Choice[] | null
-  usage?: Record<string, unknown> | null
+  choices?: unknown
+  usage?: unknown
   error?: unknown
 }
 interface Choice {
   index?: unknown
   text?: unknown
-  delta?: Record<string, unknown>
+  delta?: Record<string, unknown> | null
   finish_reason?: unknown
 }
 
 /** A longer text (characters), or a longer event (bytes), is not kept. */
 const MAX_TEXT = 256 * 1024
 const MAX_EVENT = 64 * 1024
+const MAX_SAMPLE = 4 * 1024
 const BLANK_LINE = /(?:\r\n|\n|\r(?!\n)){2}/g
+const LF = 0x0a
+const QUOTE = 0x22
+/** How servers end an answer that they did not want to end. */
+const ABORTED: unknown[] = ['abort', 'error']
 
 /** Members of a request that another backend reads as the first one did. */
 const PLAIN = new Set(
   `model messages prompt stream stream_options max_tokens max_completion_tokens temperature top_p top_k min_p seed
-  stop frequency_penalty presence_penalty repetition_penalty logit_bias user metadata`.split(/\s+/)
+  stop frequency_penalty presence_penalty repetition_penalty logit_bias user metadata store service_tier
+  prompt_cache_key safety_identifier`.split(/\s+/)
 )
 /** Values that ask for nothing. */
 const NEUTRAL = new Set(['null', 'false', '[]', '{}', '""', '"none"', '{"type":"text"}'])
+/** Where a client says itself what is to become of its last message, nobody else does. */
+const OWN = ['continue_final_message', 'add_generation_prompt']
 
 /**
- * Is text all that this request asks for? Tool calls, choices, grammars and whatever a server alone knows can't be
- * divided between two.
+ * Where the answer would be written in a request for text: before the end of its messages, or of its prompt.
+ * Undefined where it asks for more than text: tool calls, choices, grammars and whatever a server alone
+ * knows can't be divided between two. Nor can an answer whose beginning the client has written, or that of many
+ * prompts.
  *
  * @param bytes a JSON object
  */
-export function asksForText(bytes: Buffer): boolean {
-  return findMembers(bytes).every(({ name, start, end }) => {
+export function openEnd(bytes: Buffer): Member | undefined {
+  const members = findMembers(bytes)
+  const isPlain = members.every(({ name, start, end }) => {
     if (PLAIN.has(name)) return true
     const value = bytes.toString('latin1', start, Math.min(end, start + 64)).replace(/\s/g, '')
-    return NEUTRAL.has(value) || (name === 'n' && value === '1')
+    return (name === 'n' && value === '1') || (NEUTRAL.has(value) && !OWN.includes(name))
   })
+  const [asked, another] = members.filter(({ name }) => name === 'messages' || name === 'prompt')
+  if (!isPlain || asked === undefined || another !== undefined) return undefined
+  const isOpen = asked.name === 'prompt' ? bytes[asked.start] === QUOTE : isQuestion(bytes, asked)
+  return isOpen ? asked : undefined
 }
 
-/** Is its end the model's to write? Some clients have a chat end with the beginning of the answer, or send many prompts. */
-export function isOpenEnded(bytes: Buffer): boolean {
-  const { name, start, end } = promptIn(bytes)!
-  const prompt: unknown = JSON.parse(bytes.toString('utf8', start, end))
-  if (name === 'prompt') return typeof prompt === 'string'
-  return Array.isArray(prompt) && prompt.length > 0 && prompt.at(-1)?.role !== 'assistant'
+/** Are these messages of which the last is not the model's? */
+function isQuestion(bytes: Buffer, { start, end }: Member): boolean {
+  let last = 0
+  for (let at = skipSpace(bytes, start + 1); at < end - 1; at = skipSpace(bytes, at + 1)) {
+    last = at
+    at = skipSpace(bytes, skipValue(bytes, at))
+  }
+  if (bytes[start] !== 0x5b || bytes[last] !== 0x7b) return false
+  const role = findMembers(bytes, last).findLast(({ name }) => name === 'role')
+  return role !== undefined && bytes.toString('latin1', role.start, role.end) !== '"assistant"'
 }
 
 /**
  * The request for what is missing of an answer.
  *
- * @param bytes an open-ended request to `/v1/chat/completions` or `/v1/completions`
+ * @param bytes a request with an {@link openEnd}
  * @param text what there is of the answer
  * @param tokens how many tokens that is; the request allows so many less
  * @example
@@ -103,13 +120,13 @@ export function requestForRest(
   way: ContinuationWay
 ): Buffer {
   if (text === '') return bytes
-  const prompt = promptIn(bytes)!
-  const isChat = prompt.name === 'messages'
+  const asked = openEnd(bytes)!
+  const isChat = asked.name === 'messages'
   const last = JSON.stringify({ role: 'assistant', content: text })
   const more = isChat ? `,${last}` : JSON.stringify(text).slice(1, -1)
   let changed = bytes
   for (const { name, start, end } of findMembers(bytes).toReversed()) {
-    if (start === prompt.start) changed = splice(changed, end - 1, end - 1, Buffer.from(more))
+    if (start === asked.start) changed = splice(changed, end - 1, end - 1, Buffer.from(more))
     if (!name.startsWith('max_')) continue
     const most = Number(bytes.toString('latin1', start, end))
     if (most > 0) {
@@ -120,10 +137,6 @@ export function requestForRest(
   const brace = changed.indexOf('{') + 1
   const goOn = '"continue_final_message":true,"add_generation_prompt":false,'
   return splice(changed, brace, brace, Buffer.from(goOn))
-}
-
-function promptIn(bytes: Buffer): Member | undefined {
-  return findMembers(bytes).findLast(({ name }) => name === 'messages' || name === 'prompt')
 }
 
 /**
@@ -141,13 +154,16 @@ export class Continuation implements Sink {
   #taken: Buffer[] = []
   /** Nothing but text has passed, and not its end. */
   #isOpen = true
-  /** Between two backends nobody is listened to. */
+  /** This backend is not listened to any more; another one is looked for. */
   #isDeaf = false
+  #isWaiting = false
   /** How the answer has introduced itself. */
   #head: Pick<Event, 'id' | 'created' | 'model'> | undefined
   #hasRole = false
   /** How many tokens other backends have written than the one that goes on; undefined: it is still the first. */
   #before: number | undefined
+  /** What stood before and behind the text of an event that came alone. */
+  #sample: { before: Buffer; behind: Buffer } | undefined
 
   constructor(continuer: Continuer, answer: Answer) {
     this.#continuer = continuer
@@ -165,14 +181,14 @@ export class Continuation implements Sink {
 
   /** The backend is not heard any more, until another one {@link goOn goes on}. */
   wait(): void {
-    this.#isDeaf = true
+    this.#isDeaf = this.#isWaiting = true
     this.#held = undefined
     this.#answer.loseSource()
   }
 
   /** @param tokens how many there were before */
   goOn(answer: Answer, tokens: number): void {
-    this.#isDeaf = false
+    this.#isDeaf = this.#isWaiting = false
     this.#before = tokens
     const early = answer.takeBack()
     this.#answer.takeOver(answer)
@@ -182,25 +198,32 @@ export class Continuation implements Sink {
 
   data(chunk: Buffer): void {
     if (this.#isDeaf) return
-    if (!this.#isKept) return this.#answer.data(chunk)
+    if (!this.#isKept || this.#isLikeSample(chunk)) return this.#answer.data(chunk)
     const bytes = this.#held === undefined ? chunk : Buffer.concat([this.#held, chunk])
+    this.#held = undefined
     let from = 0
     for (const { index, 0: blank } of bytes.toString('latin1').matchAll(BLANK_LINE)) {
       const end = index + blank.length
-      const event = this.#take(bytes.subarray(from, end))
-      if (event !== undefined) this.#taken.push(event)
+      this.#take(bytes.subarray(from, end), end === chunk.length)
       if (this.#isDeaf) return
       from = end
     }
     this.#pass()
-    this.#held = from === bytes.length ? undefined : bytes.subarray(from)
-    if (bytes.length - from > MAX_EVENT) this.#isOpen = false
-    if (!this.#isKept) this.#release()
+    const rest = bytes.subarray(from)
+    if (rest.length > MAX_EVENT) {
+      if (this.#before !== undefined) return this.#cut('an event that is too long')
+      this.#close()
+    }
+    if (rest.length === 0) return
+    if (this.#isKept) this.#held = rest
+    else this.#answer.data(rest)
   }
 
   end(): void {
-    if (this.#isDeaf || this.#isCutShort(ENDLESS)) return
-    this.#release()
+    if (this.#isDeaf) return
+    if (this.#isOpen && this.#continuer.canContinue()) return this.#cut(ENDLESS)
+    if (this.#held !== undefined) this.#answer.data(this.#held)
+    this.#close()
     this.#answer.end()
   }
 
@@ -220,102 +243,150 @@ export class Continuation implements Sink {
     this.#taken = []
   }
 
-  #release(): void {
-    const rest = this.#held
-    this.#held = undefined
+  /** Nobody can go on from here. */
+  #close(): void {
+    this.#isOpen = false
     this.text = ''
     this.#continuer.forget()
-    if (rest !== undefined) this.#answer.data(rest)
   }
 
-  /** The backend has stopped without saying so: does another one go on? */
-  #isCutShort(why: string): boolean {
-    if (!this.#isOpen || !this.#continuer.canContinue()) return false
+  /** This backend can't be used any longer: another one goes on, or nobody. */
+  #cut(why: string): void {
     this.#pass()
+    this.#isDeaf = true
     const error = this.#answer.source!.broke(why)
-    this.break(error)
+    if (!this.#isWaiting) this.#answer.break(error)
+  }
+
+  /** Nearly every event is like the one before, but for its piece of the text. */
+  #isLikeSample(chunk: Buffer): boolean {
+    if (this.#sample === undefined || this.#held !== undefined || !this.#isOpen) return false
+    const { before, behind } = this.#sample
+    const begin = before.length
+    const end = chunk.length - behind.length
+    const isLike =
+      end > begin &&
+      chunk.indexOf(QUOTE, begin) === end &&
+      chunk.indexOf(LF, begin) === chunk.length - 2 &&
+      before.compare(chunk, 0, begin) === 0 &&
+      behind.compare(chunk, end) === 0
+    const text = isLike ? parse(chunk.toString('utf8', begin - 1, end + 1)) : undefined
+    if (typeof text !== 'string') return false
+    this.#add(text)
     return true
   }
 
-  /** Returns what the client gets in its place, if it gets something. */
-  #take(event: Buffer): Buffer | undefined {
+  /** @param isAlone nothing came with it */
+  #take(event: Buffer, isAlone = false): void {
     const data = dataOf(event.toString())
-    if (data === undefined) return event
-    const said = parse(data)
-    if (data === '[DONE]' || said?.error) {
-      if (failureOf(data) !== undefined && this.#isCutShort('an error in its stream'))
-        return undefined
-      this.#isOpen = false
-      return event
+    if (data === undefined || data === '') return void this.#taken.push(event)
+    const json = parse(data)
+    const said: Event | undefined = isObject(json) ? json : undefined
+    const choices = said?.choices ?? []
+    const choice: Choice | undefined = Array.isArray(choices) ? choices[0] : undefined
+    const isBroken = failureOf(data) !== undefined || ABORTED.includes(choice?.finish_reason)
+    if (isBroken && this.#isOpen && this.#continuer.canContinue()) {
+      return this.#cut('an error in its stream')
     }
+    const isLast = data === '[DONE]' || isBroken || said?.error !== undefined
     const hadRole = this.#hasRole
-    const isText = said !== undefined && this.#read(said)
-    if (!isText) this.#isOpen = false
-    if (this.#before === undefined) return event
-    if (isText) return this.#joined(said, hadRole)
-    this.#pass()
-    this.#isDeaf = true
-    this.#continuer.abandon()
-    return undefined
+    const isText = said !== undefined && !isLast && this.#read(said, choices, choice)
+    if (this.#isOpen && !isText && !isLast && this.#before !== undefined) {
+      return this.#cut('something else than text')
+    }
+    if (this.#isOpen && (!isText || isSaid(choice?.finish_reason))) this.#close()
+    if (!isText || this.#before === undefined) {
+      this.#taken.push(event)
+      if (isText && isAlone && this.#before === undefined) this.#takeSample(event, choice)
+      return
+    }
+    const joined = this.#joined(said, choice, hadRole)
+    if (joined !== undefined) this.#taken.push(joined)
   }
 
   /** Returns whether it is text and no more. */
-  #read({ id, created, model, choices }: Event): boolean {
-    this.#head ??= { id, created, model }
-    const [choice, another] = choices ?? []
+  #read({ id, created, model }: Event, choices: unknown, choice: Choice | undefined): boolean {
+    if (!Array.isArray(choices) || choices.length > 1) return false
     if (choice === undefined) return true
-    const { index = 0, delta = {}, text, finish_reason } = choice
-    const { role, content = text, ...others } = delta
-    if (another !== undefined || index !== 0 || Object.values(others).some(isSaid)) return false
-    if (typeof content === 'string') this.text += content
-    else if (isSaid(content)) return false
+    if (choice === null || typeof choice !== 'object' || (choice.index ?? 0) !== 0) return false
+    const { role, content = choice.text, ...others } = choice.delta ?? {}
+    if (Object.values(others).some(isSaid)) return false
+    if (typeof content !== 'string' && isSaid(content)) return false
+    this.#head ??= { id, created, model }
     if (isSaid(role)) this.#hasRole = true
-    if (isSaid(finish_reason) || this.text.length > MAX_TEXT) this.#isOpen = false
+    if (typeof content === 'string') this.#add(content)
     return true
   }
 
+  #add(text: string): void {
+    if (!this.#isOpen) return
+    this.text += text
+    if (this.text.length > MAX_TEXT) this.#close()
+  }
+
+  #takeSample(event: Buffer, choice: Choice | undefined): void {
+    const text = choice?.delta?.content ?? choice?.text
+    const piece = Buffer.from(JSON.stringify(text ?? null))
+    const at = event.indexOf(piece)
+    if (piece.length < 3 || event.length > MAX_SAMPLE || event.at(-2) !== LF) return
+    if (at === -1 || at !== event.lastIndexOf(piece)) return
+    // Not from Node's pool, of which it would keep 8 KB for as long as the answer takes.
+    const kept = Buffer.allocUnsafeSlow(event.length)
+    event.copy(kept)
+    const [begin, end] = [at + 1, at + piece.length - 1]
+    this.#sample = { before: kept.subarray(0, begin), behind: kept.subarray(end) }
+  }
+
   /** An event of a backend that goes on, as one of the answer that was begun. */
-  #joined(said: Event, hadRole: boolean): Buffer | undefined {
-    const choice = said.choices?.[0]
+  #joined(said: Event, choice: Choice | undefined, hadRole: boolean): Buffer | undefined {
     if (hadRole) delete choice?.delta?.role
-    if (said.usage) said.usage = withTokensBefore(said.usage, this.#before!)
-    const isNews =
-      said.usage ||
-      [choice?.text, choice?.finish_reason, ...Object.values(choice?.delta ?? {})].some(isSaid)
-    if (!isNews) return undefined
-    return Buffer.from(`data: ${JSON.stringify({ ...said, ...this.#head })}\n\n`)
+    const usage = isObject(said.usage) ? withTokensBefore(said.usage, this.#before!) : said.usage
+    const news = [usage, choice?.text, choice?.finish_reason, ...Object.values(choice?.delta ?? {})]
+    if (!news.some(isSaid)) return undefined
+    const joined = { ...said, ...this.#head, ...(usage === undefined ? {} : { usage }) }
+    return Buffer.from(`data: ${JSON.stringify(joined)}\n\n`)
   }
 }
 
 /** Who goes on has read what was written before as a part of the prompt. */
 function withTokensBefore(usage: Record<string, unknown>, tokens: number): Record<string, unknown> {
-  const { prompt_tokens, completion_tokens } = usage
+  const { prompt_tokens, completion_tokens, prompt_tokens_details: details } = usage
   if (typeof prompt_tokens !== 'number' || typeof completion_tokens !== 'number') return usage
   const before = Math.min(tokens, prompt_tokens)
-  return {
+  const prompt = prompt_tokens - before
+  const changed = {
     ...usage,
-    prompt_tokens: prompt_tokens - before,
+    prompt_tokens: prompt,
     completion_tokens: completion_tokens + before
   }
+  if (!isObject(details) || typeof details.cached_tokens !== 'number') return changed
+  const cached_tokens = Math.min(details.cached_tokens, prompt)
+  return { ...changed, prompt_tokens_details: { ...details, cached_tokens } }
 }
 
 /** The data of an event (https://html.spec.whatwg.org/multipage/server-sent-events.html); undefined: it has none. */
 function dataOf(event: string): string | undefined {
-  const lines = event.split(/\r\n|\n|\r/).filter(line => line.startsWith('data:'))
-  if (lines.length === 0) return undefined
-  return lines.map(line => line.slice(line[5] === ' ' ? 6 : 5)).join('\n')
+  const lines = event.trimStart().split(/\r\n|\n|\r/)
+  const data = lines.filter(line => line.startsWith('data:'))
+  if (data.length === 0) return undefined
+  return data.map(line => line.slice(line[5] === ' ' ? 6 : 5)).join('\n')
 }
 
-function parse(json: string): Event | undefined {
+function parse(json: string): unknown {
   try {
-    const value: unknown = JSON.parse(json)
-    return typeof value === 'object' && value !== null ? value : undefined
+    return JSON.parse(json)
   } catch {
     return undefined
   }
 }
 
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null && !Array.isArray(value)
+}
+
+/** Is it more than an empty value? */
 function isSaid(value: unknown): boolean {
-  const isNothing = value === undefined || value === null || value === ''
-  return !isNothing && !(Array.isArray(value) && value.length === 0)
+  return typeof value === 'object' && value !== null
+    ? Object.keys(value).length > 0
+    : Boolean(value)
 }

@@ -10,6 +10,7 @@ export type PassedOver =
   | 'not_in_rule'
   | 'not_known_to_have_it'
   | 'pinned_elsewhere'
+  | 'cannot_go_on'
   | 'circuit_open'
   | 'tried'
   | 'other_model'

@@ -15,15 +15,7 @@ import {
   isOurs,
   type Progress
 } from './attempt.ts'
-import type { Backend } from './backend.ts'
-import {
-  asksForText,
-  Continuation,
-  type Continuer,
-  isOpenEnded,
-  requestForRest,
-  type Sink
-} from './continuation.ts'
+import { Continuation, type Continuer, openEnd, requestForRest, type Sink } from './continuation.ts'
 import { Choice, type Decision } from './decisions.ts'
 import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat.ts'
 import { type Candidate, type FailureKind, isAmong, type Lineup } from './lineup.ts'
@@ -33,6 +25,7 @@ import type { Priority, Waiter } from './queue.ts'
 import { Race, type Racer } from './race.ts'
 import type { Refusal } from './refusal.ts'
 import { withModel } from './renamed.ts'
+import { Retries } from './retries.ts'
 
 /** The exchange a request belongs to, as a property of its headers: reply-from hands it through. */
 export const EXCHANGE = Symbol('exchange')
@@ -80,7 +73,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   #call: Call | undefined
   readonly #exchange: Exchange
   deadline: number
-  #tried: Candidate[] = []
+  readonly #retries: Retries
   /** It counts among its caller's calls, and since it was given to a backend as this much. */
   #isCounted = false
   #share: Share | undefined
@@ -96,9 +89,6 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   #choice = new Choice()
   /** The one whose answer is the client's. */
   #delivered: Attempt | undefined
-  /** Times before which backends asked not to be tried again. */
-  #notBefore: Map<Backend, number> | undefined
-  #waits = 0
   #timer: NodeJS.Timeout | undefined
   #hasRepeated = false
   #isWithdrawn = false
@@ -117,6 +107,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.#front = front
     this.#call = { options, done }
     this.#exchange = options.headers[EXCHANGE]!
+    this.#retries = new Retries(pool.retryBudget)
     const { id, model } = this.#exchange
     this.#decision = pool.decisions.begin(id, model, this.#lineup.strategy)
     const isHedged = this.#lineup.hedges && this.#exchange.canBeHedged
@@ -172,12 +163,14 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   deliver(attempt: Attempt, head: Head, answer: Answer): Sink {
-    this.#race.win(attempt, head.statusCode < 300)
+    if (this.#gap !== undefined) return this.#goOn(attempt, head, answer)
+    const losers = this.#race.win(attempt, head.statusCode < 300)
+    this.#retries.forgive(losers.map(each => each.candidate))
     this.#attribute(attempt)
     this.deadline = Number.POSITIVE_INFINITY
-    if (this.#continuation !== undefined) return this.#goOn(this.#continuation, head, answer)
     this.#delivered = attempt
-    if (!this.#isContinuable(head)) return this.#handOver(head, answer)
+    if (!this.#isContinuable(attempt, head)) return this.#handOver(head, answer)
+    this.#exchange.begun = { model: attempt.candidate.model }
     const call = this.#call
     const early = answer.takeBack()
     this.#continuation = new Continuation(this, this.#answer ?? answer)
@@ -188,20 +181,12 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean {
     const { statusCode, headers } = refusal.head
-    this.#notBefore ??= new Map()
-    this.#notBefore.set(
-      attempt.backend,
-      performance.now() + parseRetryAfter(headers['retry-after'])
-    )
+    this.#retries.rest(attempt.backend, parseRetryAfter(headers['retry-after']))
     const goesOn = this.#race.goesOnWithout(attempt)
     const wait = goesOn ? 0 : this.#plan(kind, true)
     if (wait === undefined && this.#gap === undefined) return false
-    const isEvent = statusCode < 300
-    this.#logFailure(
-      attempt,
-      kind,
-      isEvent ? 'an error as its first event' : `status ${statusCode}`
-    )
+    const why = statusCode < 300 ? 'an error as its first event' : `status ${statusCode}`
+    this.#logFailure(attempt, kind, why)
     if (wait === undefined) {
       this.#giveUp(this.#gap!.error, this.#gap!.outcome)
       return true
@@ -233,27 +218,25 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     attempt.choice.outcome = 'broke_off'
     this.#logFailure(attempt, kind, `${reasonOf(error.cause as Error)}, in the middle of an answer`)
     const outcome = kind === 'timeout' ? 'timed_out' : 'backend_failed'
-    const canGoOn = !(error.cause instanceof TotalTimeoutError) && this.canContinue()
-    if (!canGoOn || !this.#pool.retryBudget.spend(performance.now())) {
+    attempt.cancel()
+    const isLate = error.cause instanceof TotalTimeoutError
+    if (isLate || !this.canContinue() || !this.#retries.spend()) {
+      if (this.#exchange.continuations > 0) this.#pool.continuations.failed++
       return this.#exchange.fail(outcome, error)
     }
     this.#gap = { outcome, error }
+    this.#lineup = this.#pool.renew(this.#lineup)
     this.#continuation!.wait()
-    attempt.cancel()
     this.#beat()
     this.#next()
   }
 
   canContinue(): boolean {
-    if (!this.#continuation?.isOpen || this.#exchange.closed) return false
-    if (!isOpenEnded(this.#call!.options.body as Buffer)) return false
-    const candidates = this.#lineup.candidates(this.#exchange)
-    const { model } = this.#exchange.served!
-    const able = candidates.filter(
-      each => each.model === model && each.backend.config.continuation !== undefined
-    )
-    this.#tried.push(...candidates.filter(each => !able.includes(each)))
-    return able.some(each => !isAmong(this.#tried, each))
+    const { closed, request } = this.#exchange
+    if (closed || this.#call === undefined || !this.#continuation?.isOpen) return false
+    if (this.#passed >= (request.payload?.maxTokens ?? Number.POSITIVE_INFINITY)) return false
+    const { tried } = this.#retries
+    return this.#pool.candidates(this.#exchange).some(each => !isAmong(tried, each))
   }
 
   forget(): void {
@@ -261,19 +244,10 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.#exchange.forgetBody()
   }
 
-  abandon(): void {
-    this.#cancel()
-    this.#pool.continuations.failed++
-    const message = 'The backend that was to go on with the answer did something else.'
-    const error = new GatewayError('backend_failed', message)
-    this.#exchange.fail('backend_failed', error)
-    this.#answer!.break(error)
-  }
-
   late({ candidate: { tier } }: Attempt): Attempt | undefined {
     if (!this.#canResend()) return undefined
     const choice = new Choice()
-    const other = this.#lineup.pick(this.#tried, this.#exchange, performance.now(), choice)
+    const other = this.#lineup.pick(this.#retries.tried, this.#exchange, performance.now(), choice)
     if (other === undefined || other === 'full' || other.tier !== tier) return undefined
     if (!this.#pool.hedges.spend()) return undefined
     this.#pool.decisions.add(this.#decision, choice)
@@ -292,46 +266,21 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.#front.attempted(attempt.backend.name, result)
   }
 
-  /** Time in ms until another attempt may be made, or undefined if there is to be none. */
   #plan(kind: FailureKind, isSent: boolean): number | undefined {
     if (this.#exchange.closed || !this.#canResend()) return undefined
-    const { enabled, retryOn, maxRetries, fallsBack } = this.#lineup.retry
-    const candidates = this.#lineup.candidates(this.#exchange)
-    const others = candidates.filter(each => !isAmong(this.#tried, each))
-    if (this.#gap !== undefined && others.length === 0) return undefined
-    // A connection that was refused has cost nobody anything.
-    if (!isSent && others.length > 0) return 0
-    if (!retryOn.includes(kind)) return undefined
-    if (enabled && this.#exchange.attempts - this.#race.hedged <= maxRetries) {
-      const wait = others.length > 0 ? 0 : this.#waitFor(candidates)
-      const isFree = wait === undefined || !isSent
-      if (isFree || this.#pool.retryBudget.spend(performance.now())) return wait
-    }
-    // Who says where calls go when a backend fails means them to go there: each tier is asked once.
-    const { tier } = this.#tried.at(-1)!
-    if (!fallsBack || !others.some(each => each.tier !== tier)) return undefined
-    this.#tried.push(...others.filter(each => each.tier === tier))
-    return 0
-  }
-
-  /** Time in ms until one that was tried before may be tried again, or undefined if that is too late. */
-  #waitFor(candidates: Candidate[]): number | undefined {
-    const { maxWait, initialWait, multiplier } = this.#lineup.retry
-    const soonest = Math.min(...candidates.map(each => this.#askedWait(each.backend)))
-    const wait = Math.max(Math.min(initialWait * multiplier ** this.#waits, maxWait), soonest)
-    return soonest > maxWait || performance.now() + wait > this.deadline ? undefined : wait
-  }
-
-  /** How long (ms) the backend still asks not to be tried again. */
-  #askedWait(backend: Backend): number {
-    return Math.max(0, (this.#notBefore?.get(backend) ?? 0) - performance.now())
+    return this.#retries.plan(kind, {
+      lineup: this.#lineup,
+      wanted: this.#exchange,
+      attempts: this.#exchange.attempts - this.#race.hedged,
+      isSent,
+      deadline: this.deadline
+    })
   }
 
   #retry(wait: number): void {
     this.#exchange.isWaiting = false
     if (wait === 0) return this.#next()
-    this.#waits++
-    this.#tried = this.#tried.filter(each => this.#askedWait(each.backend) > wait)
+    this.#retries.wait(wait)
     this.#timer = setTimeout(() => this.#next(), wait)
   }
 
@@ -353,7 +302,12 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 
   #choose(): Candidate | 'full' | undefined {
     this.#choice = new Choice()
-    const chosen = this.#lineup.pick(this.#tried, this.#exchange, performance.now(), this.#choice)
+    const chosen = this.#lineup.pick(
+      this.#retries.tried,
+      this.#exchange,
+      performance.now(),
+      this.#choice
+    )
     this.#decision.strategy = this.#lineup.strategy
     this.#pool.decisions.add(this.#decision, this.#choice)
     return chosen
@@ -366,7 +320,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.since ||= this.#queuedAt
     const { id, pinned = '', model = '', request, question } = this.#exchange
     // Who has tried some already waits for others than the rest.
-    this.lane = this.#tried.length === 0 ? `${pinned} ${model}` : id
+    this.lane = this.#retries.tried.length === 0 ? `${pinned} ${model}` : id
     this.bytes = (request.payload?.bytes.length ?? 0) + (question?.bytes.length ?? 0)
     const refused = this.#pool.queue.join(this, this.#queuedAt)
     if (refused !== undefined) this.turnAway(refused)
@@ -383,7 +337,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 
   isReady(): boolean {
     if (this.#exchange.attempts === 0) this.#lineup = this.#pool.renew(this.#lineup)
-    return this.#lineup.isReady(this.#tried, this.#exchange)
+    return this.#lineup.isReady(this.#retries.tried, this.#exchange)
   }
 
   proceed(): void {
@@ -415,7 +369,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   #send(chosen: Candidate, choice: Choice, fresh = false): Attempt {
-    this.#tried.push(chosen)
+    this.#retries.tried.push(chosen)
     const attempt = new Attempt(this, chosen, choice, this.#lineup.timeLimits(chosen))
     const request = this.#request(attempt)
     this.#attribute(attempt)
@@ -471,10 +425,10 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   /** Is it an answer that another backend could go on with? */
-  #isContinuable(head: Head): boolean {
+  #isContinuable({ candidate }: Attempt, head: Head): boolean {
     const { body } = this.#call!.options
-    if (!this.#lineup.continues || !this.#exchange.endpoint?.asksForUsage) return false
-    return isEventStream(head) && Buffer.isBuffer(body) && asksForText(body)
+    if (!this.#exchange.endpoint?.asksForUsage || !this.#lineup.continues(candidate)) return false
+    return isEventStream(head) && Buffer.isBuffer(body) && openEnd(body) !== undefined
   }
 
   /** How many tokens the client has had. */
@@ -484,22 +438,30 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   /** A backend answers that was asked to go on. */
-  #goOn(continuation: Continuation, head: Head, answer: Answer): Sink {
+  #goOn(attempt: Attempt, head: Head, answer: Answer): Sink {
     if (!isEventStream(head)) {
-      answer.destroy()
-      const { error, outcome } = this.#gap!
-      this.#giveUp(error, outcome)
+      attempt.cancel()
+      this.#logFailure(attempt, '5xx', `status ${head.statusCode} where a stream was to go on`)
+      this.#tryOther('5xx')
       return answer
     }
     const tokens = this.#passed
     this.#gap = undefined
+    this.#delivered = attempt
     this.#heartbeat?.stop()
     this.#exchange.isWaiting = false
     this.#exchange.continuations++
     if (tokens > 0) this.#exchange.isDivided = true
     this.#pool.continuations.continued++
-    continuation.goOn(answer, tokens)
-    return continuation
+    this.#continuation!.goOn(answer, tokens)
+    return this.#continuation!
+  }
+
+  /** Another one is asked to go on, or it ends as it broke off. */
+  #tryOther(kind: FailureKind): void {
+    const wait = this.#plan(kind, true)
+    if (wait !== undefined) this.#retry(wait)
+    else this.#giveUp(this.#gap!.error, this.#gap!.outcome)
   }
 
   /** Nothing will be sent again, unless `call` is kept for that: it is not kept beside a long answer. */
@@ -570,6 +532,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     if (this.#gap !== undefined) {
       this.#heartbeat?.stop()
       this.#pool.continuations.failed++
+      this.#attribute(this.#delivered!)
       this.#exchange.fail(this.#gap.outcome, this.#gap.error)
       return this.#answer!.break(this.#gap.error)
     }

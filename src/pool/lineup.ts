@@ -39,6 +39,8 @@ export interface Wanted extends Call {
   /** Name of the backend that holds what it is about. */
   pinned: string | undefined
   isStream: boolean
+  /** Another backend has begun with the answer: only one that can go on with the same model is wanted. */
+  begun: { model: string | undefined } | undefined
   /** May the caller use this model in its place? */
   mayUse(model: string): boolean
 }
@@ -65,8 +67,6 @@ export class Lineup {
   readonly backends: Backend[]
   readonly retry: RetryPolicy
   readonly hedges: boolean
-  /** Some of them can go on with an answer that another one has begun. */
-  readonly continues: boolean
   /** Some of them take only so many calls at once. */
   readonly isBounded: boolean
   readonly strategy: StrategyName
@@ -83,7 +83,6 @@ export class Lineup {
     this.isBounded = backends.some(each => each.config.maxConcurrent > 0)
     this.retry = config.retry
     this.hedges = config.hedges
-    this.continues = backends.some(each => each.config.continuation !== undefined)
     this.#modelFallbacks = config.modelFallbacks
     this.#fallback = config.fallback
     this.#modelTimeouts = config.modelTimeouts
@@ -105,7 +104,23 @@ export class Lineup {
       model === undefined
         ? this.#serving(undefined, 0, choice)
         : this.names(model, wanted).flatMap((each, at) => this.#serving(each, at * TIERS, choice))
-    return left(all, inService(all), 'circuit_open', choice)
+    const able = left(
+      all,
+      all.filter(each => canGoOn(each, wanted)),
+      'cannot_go_on',
+      choice
+    )
+    return left(able, inService(able), 'circuit_open', choice)
+  }
+
+  /** Could another backend go on with what this one begins to write? */
+  continues({ backend, model }: Candidate): boolean {
+    return this.backends.some(
+      each =>
+        each !== backend &&
+        each.config.continuation !== undefined &&
+        (model === undefined || upstreamModel(each, model) !== undefined)
+    )
   }
 
   /** The model, and those that may take its place for this caller. */
@@ -218,7 +233,13 @@ export class Lineup {
 }
 
 export function isAmong(candidates: readonly Candidate[], one: Candidate): boolean {
-  return candidates.some(each => each.backend === one.backend && each.upstream === one.upstream)
+  const { backend, upstream } = one
+  return candidates.some(each => each.backend.live === backend.live && each.upstream === upstream)
+}
+
+function canGoOn({ backend, model }: Candidate, { begun }: Wanted): boolean {
+  if (begun === undefined) return true
+  return backend.config.continuation !== undefined && model === begun.model
 }
 
 /** Takes down why some are no more among those that are left, which are in the same order. */

@@ -130,9 +130,13 @@ export class Pool {
     return [...all].map(([live, name]) => ({ name, live }))
   }
 
+  candidates(wanted: Wanted): Candidate[] {
+    return this.#current.candidates(wanted)
+  }
+
   /** The backend that a call would likely be given now. */
   expect(wanted: Wanted): Candidate | undefined {
-    return this.#current.candidates(wanted)[0]
+    return this.candidates(wanted)[0]
   }
 
   /** Is there a backend for this model, or for one that may take its place, whether or not it is available now? */

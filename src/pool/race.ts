@@ -55,12 +55,13 @@ export class Race {
     return this.#attempts.some(each => each !== attempt && each.isPending)
   }
 
-  /** This one gives the answer: the others are stopped. */
-  win(winner: Attempt, isSuccess: boolean): void {
+  /** This one gives the answer: the others are stopped. Returns those that might have given it, too. */
+  win(winner: Attempt, isSuccess: boolean): Attempt[] {
     clearTimeout(this.#timer)
     if (isSuccess && !this.#isWon) this.#learn(winner)
     this.#isWon = true
     const isHedge = this.#second !== undefined && winner === this.#second
+    const losers = this.#attempts.filter(each => each !== winner && each.isPending)
     for (const other of this.#attempts) {
       if (other === winner) continue
       const isLate = isHedge && other.isPending
@@ -72,6 +73,7 @@ export class Race {
       other.cancel(this.#second === undefined ? 'cancelled' : 'hedged')
     }
     this.#count(isHedge ? 'won' : 'lost')
+    return losers
   }
 
   cancel(): void {
