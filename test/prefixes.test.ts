@@ -76,6 +76,8 @@ test('where Anthropic’s clients want the cache is no part of the prompt', () =
   const bare = '[{"text": "x"}]'
   const ofText = (list: string) => prefixesOf(Buffer.from(`{"system":${list}}`), 'm').low
   assert.deepEqual(ofText(marks), ofText(bare))
+  const nested = '[{"text": "x", "cache_control": {"cache_control": {"ttl": "1h"}}}]'
+  assert.deepEqual(ofText(nested), ofText(bare))
   // In a text it is text.
   const said = { messages: [user('{"cache_control": {"type": "ephemeral"}}')] }
   assert.equal(bytesOf(said), Buffer.byteLength(JSON.stringify(said.messages[0])))
@@ -147,10 +149,14 @@ test('a prompt of 1 MB is hashed within milliseconds, whatever is in it', () => 
     prose: text('All happy families are alike. ', 1_000_000),
     code: JSON.stringify(text('{"name": "value", "list": [1, 2]}\n', 800_000))
   }
-  for (const [kind, content] of Object.entries(kinds)) {
-    const body = Buffer.from(
-      JSON.stringify({ model: 'm', messages: [user(content)], stream: true })
-    )
+  const bodies = Object.entries(kinds).map(([kind, content]) => [
+    kind,
+    JSON.stringify({ model: 'm', messages: [user(content)], stream: true })
+  ])
+  const deep = '{"cache_control":'.repeat(55_000)
+  bodies.push(['marks in marks', `{"messages":[${deep}1${'}'.repeat(55_000)}]}`])
+  for (const [kind, content] of bodies) {
+    const body = Buffer.from(content!)
     const times = Array.from({ length: 20 }, () => {
       const start = performance.now()
       const prefixes = prefixesOf(body, 'm')

@@ -155,7 +155,9 @@ function skipElements(bytes: Buffer, list: number, places: number[]): number {
 function withoutMarks(bytes: Buffer): Buffer {
   const kept: Buffer[] = []
   let from = 0
-  for (let at = bytes.indexOf(CACHE_MARK); at !== -1; at = bytes.indexOf(CACHE_MARK, at + 1)) {
+  let next = 0
+  for (let at = bytes.indexOf(CACHE_MARK); at !== -1; at = bytes.indexOf(CACHE_MARK, next)) {
+    next = at + 1
     const value = skipSpace(bytes, at + CACHE_MARK.length)
     // As a value, or at the end of a text, it is no member.
     if (bytes[value] !== COLON || bytes[at - 1] === BACKSLASH) continue
@@ -166,6 +168,8 @@ function withoutMarks(bytes: Buffer): Buffer {
     else if (bytes[end] === COMMA) end = skipSpace(bytes, end + 1)
     kept.push(bytes.subarray(from, begin))
     from = end
+    // Not into the value: one mark within another, and so on, would be read again for each of them.
+    next = end
   }
   kept.push(bytes.subarray(from))
   return Buffer.concat(kept)
