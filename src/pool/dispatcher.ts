@@ -365,8 +365,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.#queuedAt = performance.now()
     this.since ||= this.#queuedAt
     const { id, pinned = '', model = '', request, question } = this.#exchange
-    // Who has tried some already waits for others than the rest.
-    this.lane = this.#tried.length === 0 ? `${pinned} ${model}` : id
+    const models = this.#lineup.names(model, this.#exchange)
+    // Who has tried some already, or knows others than are configured now, waits for others than the rest.
+    this.lane = this.#exchange.attempts === 0 ? `${pinned} ${models.join(' ')}` : id
     this.bytes = (request.payload?.bytes.length ?? 0) + (question?.bytes.length ?? 0)
     const refused = this.#pool.queue.join(this, this.#queuedAt)
     if (refused !== undefined) this.turnAway(refused)
