@@ -234,6 +234,35 @@ test('speeds are learned from answers, of each model', () => {
   assert.notEqual(load.speedWith('unheard of').prefillRate, 8, 'as others are')
 })
 
+test('one answer that stood still, or came at once, says little of a speed', () => {
+  const load = new Load(new Speeds())
+  const answer = (ttft: number, tokens: number, writing: number) => {
+    const job = load.begin({ model: 'm', tokens: 4000, cached: NOT_CACHED, isStream: true }, 0)
+    job.begun(ttft)
+    job.end()
+    job.learn({
+      promptTokens: 4000,
+      completionTokens: tokens,
+      cachedTokens: undefined,
+      firstTokenAt: ttft,
+      lastTokenAt: ttft + writing
+    })
+  }
+  for (let count = 0; count < 200; count++) answer(500, 101, 3000)
+  // Its reader was asleep for four minutes.
+  answer(500, 2, 240_000)
+  assert.ok(load.speedWith('m').tpot < 40, `${load.speedWith('m').tpot} ms`)
+  for (const [ttft, tokens, writing] of [
+    [0, 1, 0],
+    [600_000, 1_000_000, 0.001]
+  ] as const) {
+    answer(ttft, tokens, writing)
+  }
+  const { tpot, prefillRate } = load.speedWith('m')
+  assert.ok(tpot > 28 && tpot < 40, `${tpot} ms`)
+  assert.ok(prefillRate > 7 && prefillRate < 9, `${prefillRate} tokens a ms`)
+})
+
 test('speeds of models that answer are kept, and of no more than 64', () => {
   const load = new Load(new Speeds())
   for (let model = 0; model < 100; model++) {
