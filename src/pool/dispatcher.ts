@@ -4,6 +4,7 @@ import { type Dispatcher, errors } from 'undici'
 import { GatewayError, reasonOf } from '../errors.ts'
 import { BYTES_PER_TOKEN, type Exchange, type Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
+import { LONGEST } from '../options.ts'
 import type { Answer } from './answer.ts'
 import type { Share } from './attained.ts'
 import {
@@ -604,7 +605,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 /** How long (ms) the client waits for the head of an answer, if it says so; in seconds, as OpenAI's SDKs do. */
 function patienceOf(headers: Headers): number {
   const seconds = Number(headers['x-request-timeout'] ?? headers['x-stainless-timeout'])
-  return seconds > 0 ? seconds * 1000 : Number.POSITIVE_INFINITY
+  const ms = seconds * 1000
+  return ms > 0 && ms < LONGEST ? ms : Number.POSITIVE_INFINITY
 }
 
 function toGatewayError(kind: FailureKind, error: Error): GatewayError {
