@@ -74,6 +74,22 @@ test('round_robin never loses a backend that was away', t => {
   assert.match(picks('round_robin', [a, b], 22), /A.*B|B.*A/)
 })
 
+test('round_robin begins anew with other weights: nobody has to make up for the old ones', t => {
+  const config = (...weights: number[]): PoolConfig => ({
+    ...configOf(...weights.map((weight, at) => ({ name: 'ABC'[at]!, weight }))),
+    loadBalance: 'round_robin'
+  })
+  const pool = new Pool(config(1000, 1))
+  t.after(() => pool.destroy())
+  picks('round_robin', pool.backends, 500)
+  pool.update(config(1, 1))
+  assert.equal(picks('round_robin', pool.backends, 4), 'ABAB')
+  picks('round_robin', pool.backends, 1)
+  pool.update(config(1))
+  pool.update(config(1, 1))
+  assert.equal(pool.backends[0]!.live.currentWeight, 0)
+})
+
 test('least_connections counts what is in flight, for each weight', t => {
   const [a, b] = backends(t, 2, 1) as [Backend, Backend]
   const order = Array.from({ length: 6 }, () => {
