@@ -40,6 +40,12 @@ test('a long message shares the blocks that are the same', () => {
   assert.ok(shared(prompt('Who?'), prompt('Where?')) > 48_000)
 })
 
+test('a prompt of tokens is as one of text', () => {
+  const ofTokens = (count: number) => ({ prompt: Array.from({ length: count }, (_, at) => at) })
+  const both = shared(ofTokens(1000), ofTokens(2000))
+  assert.ok(both > bytesOf(ofTokens(1000)) - 1024, String(both))
+})
+
 test('what stands before the messages comes first, wherever it stands', () => {
   const messages = [user(text('long ', 4000))]
   const tools = [{ type: 'function', function: { name: 'read', description: text('x', 2000) } }]
@@ -153,6 +159,7 @@ test('a prompt of 1 MB is hashed within milliseconds, whatever is in it', () => 
     kind,
     JSON.stringify({ model: 'm', messages: [user(content)], stream: true })
   ])
+  bodies.push(['tokens', `{"prompt":[${'15339,'.repeat(170_000)}0]}`])
   const deep = '{"cache_control":'.repeat(55_000)
   bodies.push(['marks in marks', `{"messages":[${deep}1${'}'.repeat(55_000)}]}`])
   for (const [kind, content] of bodies) {

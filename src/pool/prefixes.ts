@@ -127,7 +127,8 @@ function findParts(bytes: Buffer): Map<string, number[]> {
     const places: number[] = []
     if (!PARTS.includes(name)) at = skipValue(bytes, begin)
     else {
-      if (bytes[begin] === BRACKET) at = skipElements(bytes, begin, places)
+      if (bytes[begin] === BRACKET && !isDigit(bytes[skipSpace(bytes, begin + 1)]))
+        at = skipElements(bytes, begin, places)
       else {
         at = skipValue(bytes, begin)
         places.push(begin, at)
@@ -188,6 +189,11 @@ const COLON = 0x3a
 const BRACKET = 0x5b
 const BRACKET_END = 0x5d
 const BACKSLASH = 0x5c
+
+/** Does a token begin here? Of a prompt of tokens each would be a message. */
+function isDigit(byte: number | undefined): boolean {
+  return byte !== undefined && byte >= 0x30 && byte <= 0x39
+}
 
 function isSpace(byte: number | undefined): boolean {
   return byte === 0x20 || byte === 0x0a || byte === 0x0d || byte === 0x09
