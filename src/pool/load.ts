@@ -2,7 +2,7 @@ import { Lru } from '../keys/lru.ts'
 
 /** What a call asks of a backend. */
 export interface Demand {
-  /** As the backend calls it. */
+  /** As its caller calls it. */
   model: string
   /** Of the prompt. */
   tokens: number
