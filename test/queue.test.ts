@@ -219,6 +219,34 @@ test('the queue has an end, and waiting too', async t => {
   assert.equal((await first).status, 200)
 })
 
+test('the time that a backend had a call is no time in the queue', async t => {
+  let fail = () => {}
+  const failing = await fakeBackend(t, (_request, response) => {
+    fail = () => response.writeHead(500).end()
+  })
+  const retry = { enabled: true, max_retries: 1 }
+  const { backend, gateway } = await full(
+    t,
+    { routing: { retry, queue: { timeout: '1500ms' }, circuit_breaker: { enabled: false } } },
+    [{ name: 'bad', url: failing.url, priority: 1, max_concurrent: 1 }]
+  )
+  const answers = [ask(gateway, 'a1')]
+  await backend.request(0)
+  const leaver = new AbortController()
+  const left = ask(gateway, 'b1', {}, leaver.signal)
+  await failing.request(0)
+  answers.push(ask(gateway, 'a2'))
+  await waiting(gateway, 1)
+  leaver.abort()
+  await assert.rejects(left)
+  await failing.request(1)
+  await sleep(1600)
+  fail()
+  await waiting(gateway, 1)
+  assert.deepEqual([await backend.next(), await backend.next()], ['a1', 'a2'])
+  for (const answer of await Promise.all(answers)) assert.equal(answer.status, 200)
+})
+
 test('an Anthropic client reads that the server is overloaded', async t => {
   const { backend, gateway } = await full(t, { routing: { queue: { max_size: 0 } } })
   const first = ask(gateway, 'a1')

@@ -85,7 +85,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   /** It counts among its caller's calls, and since it was given to a backend as this much. */
   #isCounted = false
   #share: Share | undefined
-  /** Since when it waits, for the first time and now. */
+  /** Since when it waits: as if all its waiting had been at a stretch, and really. */
   since = 0
   #queuedAt = 0
   /** For which backends it waits, and what is kept meanwhile. */
@@ -364,7 +364,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   #queue(): void {
     this.#choice.outcome = 'queued'
     this.#queuedAt = performance.now()
-    this.since ||= this.#queuedAt
+    // What it has spent at backends meanwhile is no waiting.
+    this.since = this.#queuedAt - this.#exchange.queuedMs
     const { id, pinned = '', model = '', request, question } = this.#exchange
     const models = this.#lineup.names(model, this.#exchange)
     // Who has tried some already, or knows others than are configured now, waits for others than the rest.

@@ -23,7 +23,10 @@ export interface Waiter {
   readonly lane: string
   /** Bytes that are kept while it waits. */
   readonly bytes: number
-  /** When it began to wait for the first time, and when its client will have waited for long enough (monotonic, ms). */
+  /**
+   * When it began to wait, as if all its waiting had been at a stretch, and when its client will have waited
+   * for long enough (monotonic, ms).
+   */
   readonly since: number
   readonly deadline: number
   /** Is there room for it, or nothing left to wait for? */
