@@ -19,8 +19,8 @@ const UNITS = {
   bytes: { b: 1, kb: 1024, mb: 1024 ** 2, gb: 1024 ** 3 }
 } as const
 
-/** The longest time that a timer can take. */
-const LONGEST = 2 ** 31 - 1
+/** The longest time (ms) that a timer can take. */
+export const LONGEST = 2 ** 31 - 1
 
 /**
  * A length of time: text with a unit in a file (`100ms`, `30s`, `1m30s`), milliseconds in code.

@@ -202,6 +202,14 @@ for (const header of ['x-stainless-timeout', 'x-request-timeout']) {
   })
 }
 
+test('a client that waits for longer than a timer can is waited with, also for a backend without a limit', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const gateway = await startGateway(t, { backends: [{ url: backend.url, timeout: 0 }] })
+  const months = { 'x-request-timeout': '9999999' }
+  const answer = await post(`${gateway.url}/v1/chat/completions`, CHAT, months)
+  assert.equal(answer.status, 200)
+})
+
 test('nothing is tried again once the client has had a byte', async t => {
   const bad = await fakeBackend(t, (_request, response, raw) => {
     response.writeHead(200, { 'content-type': 'text/event-stream' })

@@ -23,6 +23,7 @@ const BODIES: [string, string][] = [
   ['a byte order mark', '\ufeff{"model":"m"}'],
   ['a single quote', "{'model':'m'}"],
   ['a number as model', '{"model": 1}'],
+  ['a book as model', `{"model": "${'m'.repeat(1001)}"}`],
   ['text as stream', '{"stream": "true"}'],
   ['deep nesting', '['.repeat(100_000)]
 ]

@@ -40,6 +40,12 @@ test('a long message shares the blocks that are the same', () => {
   assert.ok(shared(prompt('Who?'), prompt('Where?')) > 48_000)
 })
 
+test('a prompt of tokens is as one of text', () => {
+  const ofTokens = (count: number) => ({ prompt: Array.from({ length: count }, (_, at) => at) })
+  const both = shared(ofTokens(1000), ofTokens(2000))
+  assert.ok(both > bytesOf(ofTokens(1000)) - 1024, String(both))
+})
+
 test('what stands before the messages comes first, wherever it stands', () => {
   const messages = [user(text('long ', 4000))]
   const tools = [{ type: 'function', function: { name: 'read', description: text('x', 2000) } }]
@@ -76,6 +82,8 @@ test('where Anthropic’s clients want the cache is no part of the prompt', () =
   const bare = '[{"text": "x"}]'
   const ofText = (list: string) => prefixesOf(Buffer.from(`{"system":${list}}`), 'm').low
   assert.deepEqual(ofText(marks), ofText(bare))
+  const nested = '[{"text": "x", "cache_control": {"cache_control": {"ttl": "1h"}}}]'
+  assert.deepEqual(ofText(nested), ofText(bare))
   // In a text it is text.
   const said = { messages: [user('{"cache_control": {"type": "ephemeral"}}')] }
   assert.equal(bytesOf(said), Buffer.byteLength(JSON.stringify(said.messages[0])))
@@ -147,10 +155,15 @@ test('a prompt of 1 MB is hashed within milliseconds, whatever is in it', () => 
     prose: text('All happy families are alike. ', 1_000_000),
     code: JSON.stringify(text('{"name": "value", "list": [1, 2]}\n', 800_000))
   }
-  for (const [kind, content] of Object.entries(kinds)) {
-    const body = Buffer.from(
-      JSON.stringify({ model: 'm', messages: [user(content)], stream: true })
-    )
+  const bodies = Object.entries(kinds).map(([kind, content]) => [
+    kind,
+    JSON.stringify({ model: 'm', messages: [user(content)], stream: true })
+  ])
+  bodies.push(['tokens', `{"prompt":[${'15339,'.repeat(170_000)}0]}`])
+  const deep = '{"cache_control":'.repeat(55_000)
+  bodies.push(['marks in marks', `{"messages":[${deep}1${'}'.repeat(55_000)}]}`])
+  for (const [kind, content] of bodies) {
+    const body = Buffer.from(content!)
     const times = Array.from({ length: 20 }, () => {
       const start = performance.now()
       const prefixes = prefixesOf(body, 'm')

@@ -143,6 +143,45 @@ test('another model does not take the place of one that is only waited for', asy
   await Promise.all(answers)
 })
 
+for (const users of ['b2 a3', 'a3 b2']) {
+  test(`whoever nobody is left for is told so, while another model may serve others: ${users}`, async t => {
+    const other = await held(t)
+    const { backend, gateway } = await full(
+      t,
+      {
+        routing: { model_fallbacks: { m: ['n'] } },
+        admin: { enabled: true, token: 't' },
+        auth: {
+          enabled: true,
+          skip_paths: ['/metrics'],
+          keys: [
+            { key: 'sk-a', name: 'a' },
+            { key: 'sk-b', name: 'b', models: ['m'], priority: 'batch' }
+          ]
+        }
+      },
+      [{ name: 'small', url: other.url, models: ['n'], max_concurrent: 1 }]
+    )
+    const key = { authorization: 'Bearer sk-a' }
+    const first = post(`${gateway.url}/v1/embeddings`, { model: 'n', user: 'a0' }, key)
+    const second = ask(gateway, 'b1')
+    await Promise.all([other.request(0), backend.request(0)])
+    const answers: Record<string, Promise<Response>> = {}
+    for (const user of users.split(' ')) {
+      answers[user] = ask(gateway, user)
+      await waiting(gateway, 1, user === 'a3' ? 'interactive' : 'batch')
+    }
+    await fetch(`${gateway.url}/admin/backends/gpu/drain`, {
+      method: 'POST',
+      headers: { authorization: 'Bearer t' }
+    })
+    assert.equal((await (await answers.b2!).json()).error.code, 'no_backend')
+    assert.deepEqual([await other.next(), await other.next()], ['a0', 'a3'])
+    assert.equal(await backend.next(), 'b1')
+    for (const answer of [first, second, answers.a3!]) assert.equal((await answer).status, 200)
+  })
+}
+
 test('who leaves the queue costs nothing, and holds nobody up', async t => {
   const { backend, gateway } = await full(t)
   const first = ask(gateway, 'a1')
@@ -178,6 +217,34 @@ test('the queue has an end, and waiting too', async t => {
   assert.equal(await gateway.metric('llmproxy_queue_turned_away_total', { reason: 'timeout' }), 1)
   await backend.next()
   assert.equal((await first).status, 200)
+})
+
+test('the time that a backend had a call is no time in the queue', async t => {
+  let fail = () => {}
+  const failing = await fakeBackend(t, (_request, response) => {
+    fail = () => response.writeHead(500).end()
+  })
+  const retry = { enabled: true, max_retries: 1 }
+  const { backend, gateway } = await full(
+    t,
+    { routing: { retry, queue: { timeout: '1500ms' }, circuit_breaker: { enabled: false } } },
+    [{ name: 'bad', url: failing.url, priority: 1, max_concurrent: 1 }]
+  )
+  const answers = [ask(gateway, 'a1')]
+  await backend.request(0)
+  const leaver = new AbortController()
+  const left = ask(gateway, 'b1', {}, leaver.signal)
+  await failing.request(0)
+  answers.push(ask(gateway, 'a2'))
+  await waiting(gateway, 1)
+  leaver.abort()
+  await assert.rejects(left)
+  await failing.request(1)
+  await sleep(1600)
+  fail()
+  await waiting(gateway, 1)
+  assert.deepEqual([await backend.next(), await backend.next()], ['a1', 'a2'])
+  for (const answer of await Promise.all(answers)) assert.equal(answer.status, 200)
 })
 
 test('an Anthropic client reads that the server is overloaded', async t => {
@@ -323,6 +390,31 @@ test('calls for other backends do not wait behind those that must', t => {
   join(waiter('b', some, served, { lane: 'fast' }), 0)
   queue.serve(1)
   assert.deepEqual(served, ['b'])
+})
+
+test('one that must wait again as it goes on does not keep the others from their turn', t => {
+  const { queue, join } = queueOf(t)
+  const room = { left: 1 }
+  const served: string[] = []
+  const again = waiter('again', room, served, {
+    proceed() {
+      served.push('again')
+      if (served.length < 10) join(again, 1)
+    }
+  })
+  join(waiter('batch', room, served, { priority: 'batch' }), 0)
+  join(again, 0)
+  queue.serve(1)
+  assert.deepEqual(served, ['again', 'batch'])
+  assert.equal(queue.size, 1)
+})
+
+test('a call that is too large for the queue drives nobody out of it', t => {
+  const { queue, join } = queueOf(t)
+  const room = { left: 0 }
+  for (const since of [1, 2]) join(waiter('a', room, [], { since, bytes: 400 }), since)
+  assert.equal(join(waiter('b', room, [], { since: 3, bytes: 1001 }), 3)!.code, 'overloaded')
+  assert.equal(queue.size, 2)
 })
 
 test('one that fails as it goes on is told so, and holds nobody up', t => {

@@ -74,6 +74,22 @@ test('round_robin never loses a backend that was away', t => {
   assert.match(picks('round_robin', [a, b], 22), /A.*B|B.*A/)
 })
 
+test('round_robin begins anew with other weights: nobody has to make up for the old ones', t => {
+  const config = (...weights: number[]): PoolConfig => ({
+    ...configOf(...weights.map((weight, at) => ({ name: 'ABC'[at]!, weight }))),
+    loadBalance: 'round_robin'
+  })
+  const pool = new Pool(config(1000, 1))
+  t.after(() => pool.destroy())
+  picks('round_robin', pool.backends, 500)
+  pool.update(config(1, 1))
+  assert.equal(picks('round_robin', pool.backends, 4), 'ABAB')
+  picks('round_robin', pool.backends, 1)
+  pool.update(config(1))
+  pool.update(config(1, 1))
+  assert.equal(pool.backends[0]!.live.currentWeight, 0)
+})
+
 test('least_connections counts what is in flight, for each weight', t => {
   const [a, b] = backends(t, 2, 1) as [Backend, Backend]
   const order = Array.from({ length: 6 }, () => {
@@ -232,6 +248,35 @@ test('speeds are learned from answers, of each model', () => {
   near(load.speedWith('large').prefillRate, 2)
   near(load.speedWith('large').tpot, 50)
   assert.notEqual(load.speedWith('unheard of').prefillRate, 8, 'as others are')
+})
+
+test('one answer that stood still, or came at once, says little of a speed', () => {
+  const load = new Load(new Speeds())
+  const answer = (ttft: number, tokens: number, writing: number) => {
+    const job = load.begin({ model: 'm', tokens: 4000, cached: NOT_CACHED, isStream: true }, 0)
+    job.begun(ttft)
+    job.end()
+    job.learn({
+      promptTokens: 4000,
+      completionTokens: tokens,
+      cachedTokens: undefined,
+      firstTokenAt: ttft,
+      lastTokenAt: ttft + writing
+    })
+  }
+  for (let count = 0; count < 200; count++) answer(500, 101, 3000)
+  // Its reader was asleep for four minutes.
+  answer(500, 2, 240_000)
+  assert.ok(load.speedWith('m').tpot < 40, `${load.speedWith('m').tpot} ms`)
+  for (const [ttft, tokens, writing] of [
+    [0, 1, 0],
+    [600_000, 1_000_000, 0.001]
+  ] as const) {
+    answer(ttft, tokens, writing)
+  }
+  const { tpot, prefillRate } = load.speedWith('m')
+  assert.ok(tpot > 28 && tpot < 40, `${tpot} ms`)
+  assert.ok(prefillRate > 7 && prefillRate < 9, `${prefillRate} tokens a ms`)
 })
 
 test('speeds of models that answer are kept, and of no more than 64', () => {

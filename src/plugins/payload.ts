@@ -24,6 +24,8 @@ declare module 'fastify' {
 
 /** Members whose meaning must be the same for the gateway and for every backend's JSON parser. */
 const READ = ['model', 'stream', 'stream_options']
+/** What is known of models is kept by their names: a longer text (characters) is none. */
+const LONGEST_MODEL = 1_000
 
 const payloadPlugin: FastifyPluginAsync = async function payload(fastify) {
   withExchanges(fastify)
@@ -59,6 +61,9 @@ function readPayload(request: FastifyRequest, endpoint: Endpoint): Payload {
   const { model, stream, stream_options, previous_response_id } = body
   if (model !== undefined && model !== null && typeof model !== 'string') {
     throw new GatewayError('invalid_request', 'model must be a string.')
+  }
+  if (model && model.length > LONGEST_MODEL) {
+    throw new GatewayError('invalid_request', 'model is too long for the name of a model.')
   }
   if (stream !== undefined && stream !== null && typeof stream !== 'boolean') {
     throw new GatewayError('invalid_request', 'stream must be true or false.')

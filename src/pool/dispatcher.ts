@@ -4,6 +4,7 @@ import { type Dispatcher, errors } from 'undici'
 import { GatewayError, reasonOf } from '../errors.ts'
 import { BYTES_PER_TOKEN, type Exchange, type Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
+import { LONGEST } from '../options.ts'
 import type { Answer } from './answer.ts'
 import type { Share } from './attained.ts'
 import {
@@ -77,7 +78,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   /** It counts among its caller's calls, and since it was given to a backend as this much. */
   #isCounted = false
   #share: Share | undefined
-  /** Since when it waits, for the first time and now. */
+  /** Since when it waits: as if all its waiting had been at a stretch, and really. */
   since = 0
   #queuedAt = 0
   /** For which backends it waits, and what is kept meanwhile. */
@@ -317,10 +318,12 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   #queue(): void {
     this.#choice.outcome = 'queued'
     this.#queuedAt = performance.now()
-    this.since ||= this.#queuedAt
+    // What it has spent at backends meanwhile is no waiting.
+    this.since = this.#queuedAt - this.#exchange.queuedMs
     const { id, pinned = '', model = '', request, question } = this.#exchange
-    // Who has tried some already waits for others than the rest.
-    this.lane = this.#retries.tried.length === 0 ? `${pinned} ${model}` : id
+    const models = this.#lineup.names(model, this.#exchange)
+    // Who has tried some already, or knows others than are configured now, waits for others than the rest.
+    this.lane = this.#exchange.attempts === 0 ? `${pinned} ${models.join(' ')}` : id
     this.bytes = (request.payload?.bytes.length ?? 0) + (question?.bytes.length ?? 0)
     const refused = this.#pool.queue.join(this, this.#queuedAt)
     if (refused !== undefined) this.turnAway(refused)
@@ -566,7 +569,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 /** How long (ms) the client waits for the head of an answer, if it says so; in seconds, as OpenAI's SDKs do. */
 function patienceOf(headers: Headers): number {
   const seconds = Number(headers['x-request-timeout'] ?? headers['x-stainless-timeout'])
-  return seconds > 0 ? seconds * 1000 : Number.POSITIVE_INFINITY
+  const ms = seconds * 1000
+  return ms > 0 && ms < LONGEST ? ms : Number.POSITIVE_INFINITY
 }
 
 function toGatewayError(kind: FailureKind, error: Error): GatewayError {

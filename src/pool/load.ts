@@ -2,7 +2,7 @@ import { Lru } from '../keys/lru.ts'
 
 /** What a call asks of a backend. */
 export interface Demand {
-  /** As the backend calls it. */
+  /** As its caller calls it. */
   model: string
   /** Of the prompt. */
   tokens: number
@@ -37,6 +37,8 @@ const TPOT = 30
 /** So many observations are averaged at first; then each moves what is believed so far. */
 const FIRST = 40
 const STEP = 0.01
+/** A slower token than so many times what is believed counts no more: its reader may have stopped reading. */
+const MOST_TPOT = 10
 /** A shorter prompt says more about the round trip than about the rate; a longer one counts fully. */
 const LEAST_TOKENS = 64
 const FULL_TOKENS = 1024
@@ -70,7 +72,7 @@ export class Speed {
 
   learnTpot(ms: number): void {
     this.#tpots = Math.min(this.#tpots + 1, 2 * FIRST)
-    this.tpot += (ms - this.tpot) / this.#tpots
+    this.tpot += (Math.min(ms, MOST_TPOT * this.tpot) - this.tpot) / this.#tpots
   }
 }
 

@@ -78,6 +78,8 @@ export class Pool {
       return isDeepStrictEqual(same.config, each) ? same : new Backend(each, same.live)
     })
     welcome(backends, before.backends)
+    // Places under other weights, or beside those that have left, would take many turns to make up for.
+    for (const { live } of backends) live.currentWeight = 0
     this.#current = new Lineup(backends, config)
     this.#lineups.add(this.#current)
     this.queue.policy = config.queue

@@ -127,7 +127,8 @@ function findParts(bytes: Buffer): Map<string, number[]> {
     const places: number[] = []
     if (!PARTS.includes(name)) at = skipValue(bytes, begin)
     else {
-      if (bytes[begin] === BRACKET) at = skipElements(bytes, begin, places)
+      if (bytes[begin] === BRACKET && !isDigit(bytes[skipSpace(bytes, begin + 1)]))
+        at = skipElements(bytes, begin, places)
       else {
         at = skipValue(bytes, begin)
         places.push(begin, at)
@@ -155,7 +156,9 @@ function skipElements(bytes: Buffer, list: number, places: number[]): number {
 function withoutMarks(bytes: Buffer): Buffer {
   const kept: Buffer[] = []
   let from = 0
-  for (let at = bytes.indexOf(CACHE_MARK); at !== -1; at = bytes.indexOf(CACHE_MARK, at + 1)) {
+  let next = 0
+  for (let at = bytes.indexOf(CACHE_MARK); at !== -1; at = bytes.indexOf(CACHE_MARK, next)) {
+    next = at + 1
     const value = skipSpace(bytes, at + CACHE_MARK.length)
     // As a value, or at the end of a text, it is no member.
     if (bytes[value] !== COLON || bytes[at - 1] === BACKSLASH) continue
@@ -166,6 +169,8 @@ function withoutMarks(bytes: Buffer): Buffer {
     else if (bytes[end] === COMMA) end = skipSpace(bytes, end + 1)
     kept.push(bytes.subarray(from, begin))
     from = end
+    // Not into the value: one mark within another, and so on, would be read again for each of them.
+    next = end
   }
   kept.push(bytes.subarray(from))
   return Buffer.concat(kept)
@@ -184,6 +189,11 @@ const COLON = 0x3a
 const BRACKET = 0x5b
 const BRACKET_END = 0x5d
 const BACKSLASH = 0x5c
+
+/** Does a token begin here? Of a prompt of tokens each would be a message. */
+function isDigit(byte: number | undefined): boolean {
+  return byte !== undefined && byte >= 0x30 && byte <= 0x39
+}
 
 function isSpace(byte: number | undefined): boolean {
   return byte === 0x20 || byte === 0x0a || byte === 0x0d || byte === 0x09

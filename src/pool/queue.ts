@@ -23,7 +23,10 @@ export interface Waiter {
   readonly lane: string
   /** Bytes that are kept while it waits. */
   readonly bytes: number
-  /** When it began to wait for the first time, and when its client will have waited for long enough (monotonic, ms). */
+  /**
+   * When it began to wait, as if all its waiting had been at a stretch, and when its client will have waited
+   * for long enough (monotonic, ms).
+   */
   readonly since: number
   readonly deadline: number
   /** Is there room for it, or nothing left to wait for? */
@@ -162,19 +165,25 @@ export class Queue {
     // One that goes on and fails at once makes room again.
     if (this.#isServing) return
     this.#isServing = true
-    for (let line = this.#next(now); line !== undefined; line = this.#next(now)) {
+    // One that must wait again, since what its lane has waited for was not for it, is not asked twice.
+    const served = new Set<Waiter>()
+    for (;;) {
+      const line = this.#next(now, served)
+      if (line === undefined) break
+      served.add(line.waiters[0]!)
       this.#proceed(line, now)
     }
     this.#isServing = false
   }
 
   /** The line whose turn it is, of those that there is room for. */
-  #next(now: number): Line | undefined {
+  #next(now: number, served: ReadonlySet<Waiter>): Line | undefined {
     let next: Line | undefined
     for (const { lines } of this.#lanes.values()) {
       const [some] = lines.values()
       if (!some!.waiters[0]!.isReady()) continue
       for (const line of lines.values()) {
+        if (served.has(line.waiters[0]!)) continue
         if (next === undefined || this.#isBefore(line, next, now)) next = line
       }
     }
@@ -243,6 +252,7 @@ export class Queue {
 
   #makeRoom(waiter: Waiter, now: number): boolean {
     const { maxSize, maxBytes } = this.policy
+    if (waiter.bytes > maxBytes) return false
     while (this.size >= maxSize || this.#bytes + waiter.bytes > maxBytes) {
       const longest = this.#longest()
       if (longest === undefined) return false
