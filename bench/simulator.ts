@@ -71,6 +71,7 @@ function replay(
     const turn = session.turns[at]!
     const wanted: Wanted = {
       pinned: undefined,
+      begun: undefined,
       model: MODEL,
       promptTokens: turn.bytes / BYTES_PER_TOKEN,
       mayUse: () => true,

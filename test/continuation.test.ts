@@ -790,7 +790,9 @@ test('one that was slower than another may go on with what that one has begun', 
       if (request.body.includes('continue_final_message')) {
         return says([piece('C'), END])(request, response, raw)
       }
-      if (late++ > 0) says([piece('A'), piece('B')], 'breaks')(request, response, raw)
+      return late++ > 0
+        ? says([piece('A'), piece('B')], 'breaks')(request, response, raw)
+        : undefined
     }
   const backends = await Promise.all([answer('a'), answer('b')].map(each => fakeBackend(t, each)))
   const gateway = await startGateway(t, {
