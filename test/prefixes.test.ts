@@ -150,27 +150,18 @@ test('an index keeps what was used last, and is bounded', () => {
   assert.equal(index.shared(kept).sent, 0)
 })
 
-test('a prompt of 1 MB is hashed within milliseconds, whatever is in it', () => {
-  const kinds = {
-    prose: text('All happy families are alike. ', 1_000_000),
-    code: JSON.stringify(text('{"name": "value", "list": [1, 2]}\n', 800_000))
+test('a long prompt is read once, whatever is in it: to read parts again and again would take minutes', () => {
+  const prose = text('All happy families are alike. ', 8_000_000)
+  const code = JSON.stringify(text('{"name": "value", "list": [1, 2]}\n', 4_000_000))
+  const deep = '{"cache_control":'.repeat(500_000)
+  const bodies = {
+    prose: JSON.stringify({ model: 'm', messages: [user(prose)] }),
+    code: JSON.stringify({ model: 'm', messages: [user(code)] }),
+    tokens: `{"prompt":[${'15339,'.repeat(1_000_000)}0]}`,
+    marks: `{"messages":[${deep}1${'}'.repeat(500_000)}]}`
   }
-  const bodies = Object.entries(kinds).map(([kind, content]) => [
-    kind,
-    JSON.stringify({ model: 'm', messages: [user(content)], stream: true })
-  ])
-  bodies.push(['tokens', `{"prompt":[${'15339,'.repeat(170_000)}0]}`])
-  const deep = '{"cache_control":'.repeat(55_000)
-  bodies.push(['marks in marks', `{"messages":[${deep}1${'}'.repeat(55_000)}]}`])
-  for (const [kind, content] of bodies) {
-    const body = Buffer.from(content!)
-    const times = Array.from({ length: 20 }, () => {
-      const start = performance.now()
-      const prefixes = prefixesOf(body, 'm')
-      assert.ok(prefixes.ends.length < 500, String(prefixes.ends.length))
-      return performance.now() - start
-    }).sort((a, b) => a - b)
-    // 2 ms are promised; a machine that runs other tests beside it gets more.
-    assert.ok(times[5]! < 10, `${kind}: ${times[5]} ms`)
+  for (const [kind, body] of Object.entries(bodies)) {
+    const { ends } = prefixesOf(Buffer.from(body), 'm')
+    assert.ok(ends.length < 4_096, `${kind}: ${ends.length}`)
   }
 })
