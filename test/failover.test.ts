@@ -542,6 +542,30 @@ test('an answer may take only so long, however busily it comes', async t => {
   assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'timed_out')
 })
 
+test('a connection is waited for as long as its model allows', async t => {
+  const full = `http://127.0.0.1:${await fullPort(t)}`
+  const backend = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const gateway = await startGateway(t, {
+    backends: [
+      { url: full, priority: 0, connect_timeout: '1h' },
+      { url: backend.url, priority: 1 }
+    ],
+    routing: {
+      model_timeouts: { hasty: { connect_timeout: '30ms' } },
+      circuit_breaker: { enabled: false }
+    }
+  })
+  assert.equal((await post(`${gateway.url}/v1/embeddings`, { model: 'hasty' })).status, 200)
+  const { reason } = await gateway.logged({ msg: 'attempt failed' })
+  assert.match(String(reason), /UND_ERR_CONNECT_TIMEOUT/)
+  const slow = new AbortController()
+  const other = post(`${gateway.url}/v1/embeddings`, { model: 'patient' }, {}, slow.signal)
+  assert.equal((await post(`${gateway.url}/v1/embeddings`, { model: 'hasty' })).status, 200)
+  assert.equal(backend.requests.length, 2)
+  slow.abort()
+  await assert.rejects(other)
+})
+
 test('some models are waited for otherwise than others', async t => {
   const backend = await fakeBackend(t, ({ body }, response) => {
     if (JSON.parse(body).model === 'dead') return

@@ -65,7 +65,7 @@ test('one call in fifty may be hedged, and at most ten are saved up', () => {
 })
 
 test('of a first attempt that lost it is known that it took longer', () => {
-  const live = () => new Live({ url: 'http://127.0.0.1:1', connectTimeout: 1 })
+  const live = () => new Live({ url: 'http://127.0.0.1:1', longestConnect: 1 })
   const hedges = new Hedges()
   const [slow, fast] = [live(), live()]
   const attempt = (backend: Live, age: number) => {

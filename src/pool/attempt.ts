@@ -7,6 +7,7 @@ import { Answer } from './answer.ts'
 import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
 import type { Sink } from './continuation.ts'
 import type { Choice } from './decisions.ts'
+import { brokenOff, failureKind, isOurs, statusFailure } from './failures.ts'
 import { FirstEvent } from './first-event.ts'
 import type { Candidate, FailureKind } from './lineup.ts'
 import type { Demand, Facts, Job } from './load.ts'
@@ -108,7 +109,10 @@ export class Attempt implements BackendHandler {
   #holding: NodeJS.Timeout | undefined
   /** It began with an error, and is the client's all the same. */
   #failure: FailureKind | undefined
+  readonly #limits: TimeLimits
   readonly #patience: Patience
+  /** Waits for a connection, where undici would wait for longer. */
+  #connecting: NodeJS.Timeout | undefined
   #isDelivered = false
   #isOver = false
   /** The breaker's era in which it began; {@link JUDGED} when the breaker has had its verdict. */
@@ -125,6 +129,7 @@ export class Attempt implements BackendHandler {
     this.choice = choice
     this.candidate = candidate
     this.backend = candidate.backend
+    this.#limits = limits
     this.#patience = new Patience(limits)
   }
 
@@ -133,6 +138,11 @@ export class Attempt implements BackendHandler {
     this.backend.live.begin()
     this.#job = this.backend.live.load.begin(demand, this.#startedAt)
     this.#era = this.backend.live.breaker.begin(this.#startedAt)
+    const { connectTimeout } = this.#limits
+    if (connectTimeout < this.backend.config.longestConnect) {
+      const late = () => this.socket?.destroy(new errors.ConnectTimeoutError())
+      this.#connecting = setTimeout(late, connectTimeout).unref()
+    }
     this.backend.dispatch(options, this, fresh)
   }
 
@@ -175,6 +185,7 @@ export class Attempt implements BackendHandler {
 
   onRequestStart(controller: Dispatcher.DispatchController): void {
     this.#controller = controller
+    clearTimeout(this.#connecting)
     if (this.#isCancelled) return controller.abort(new Error('cancelled before it began'))
     this.#sentAt = performance.now()
     this.#owner.sent()
@@ -240,7 +251,7 @@ export class Attempt implements BackendHandler {
     if (this.#isCancelled || (this.#sink ?? this.#answer)?.destroyed) return
     if (this.#isDelivered) return this.#sink!.break(this.#broke(error))
     if (this.#refusal !== undefined && !this.#isInDoubt) return this.#refusal.lose()
-    const kind = isTimeout(error) ? 'timeout' : 'connect_failure'
+    const kind = failureKind(error)
     const isStale =
       kind === 'connect_failure' &&
       this.socket === undefined &&
@@ -353,18 +364,13 @@ export class Attempt implements BackendHandler {
   }
 
   #broke(error: Error): GatewayError {
-    const kind = isTimeout(error) ? 'timeout' : 'connect_failure'
-    const gatewayError = new GatewayError(
-      kind === 'timeout' ? 'backend_timeout' : 'backend_failed',
-      brokenOff(error, kind),
-      { cause: error }
-    )
+    const gatewayError = brokenOff(error)
     // It was busy, and longer than is allowed.
     if (!(error instanceof TotalTimeoutError)) {
       this.#penalise()
       this.#fail()
     }
-    this.#owner.broke(this, kind, gatewayError)
+    this.#owner.broke(this, failureKind(error), gatewayError)
     return gatewayError
   }
 
@@ -401,6 +407,7 @@ export class Attempt implements BackendHandler {
     if (this.#isOver) return
     this.#isOver = true
     this.#patience.end()
+    clearTimeout(this.#connecting)
     clearTimeout(this.#holding)
     this.backend.live.end()
     this.#job?.end()
@@ -413,31 +420,4 @@ function firstEventOf({ statusCode, headers }: Head): FirstEvent | undefined {
   if (statusCode > 299 || headers['content-encoding'] !== undefined) return undefined
   const framing = framingOf(headers['content-type'])
   return framing === undefined || framing === 'json' ? undefined : new FirstEvent(framing)
-}
-
-function statusFailure(statusCode: number): FailureKind | undefined {
-  if (statusCode >= 500) return '5xx'
-  return statusCode === 429 ? '429' : undefined
-}
-
-/** undici refused to send the request at all: no backend is to blame. */
-export function isOurs(error: Error & { code?: string }): boolean {
-  return error.code === 'UND_ERR_INVALID_ARG' || error.code === 'UND_ERR_NOT_SUPPORTED'
-}
-
-function isTimeout(error: Error & { code?: string }): boolean {
-  return TIMEOUTS.includes(error.code)
-}
-
-const TIMEOUTS: unknown[] = [
-  'UND_ERR_HEADERS_TIMEOUT',
-  'UND_ERR_BODY_TIMEOUT',
-  TotalTimeoutError.CODE
-]
-
-function brokenOff(error: Error, kind: FailureKind): string {
-  if (error instanceof TotalTimeoutError) return 'The answer took longer than it may.'
-  return kind === 'timeout'
-    ? 'The backend fell silent in the middle of its answer.'
-    : 'The backend broke off in the middle of its answer.'
 }

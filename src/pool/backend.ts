@@ -10,6 +10,8 @@ import { Reputation } from './reputation.ts'
 
 /** How long a backend is waited for, in milliseconds; 0: for ever. */
 export interface TimeLimits {
+  /** To a connection; never 0. */
+  connectTimeout: number
   /** To the first byte of the answer's body. */
   timeout: number
   /** Between two chunks. */
@@ -36,8 +38,8 @@ export interface BackendConfig extends TimeLimits {
   continuation: ContinuationWay | undefined
   /** Sent with every request, over the client's own. */
   headers: Record<string, string>
-  /** Time to a connection. */
-  connectTimeout: number
+  /** Time to a connection for those who wait longest. */
+  longestConnect: number
 }
 
 /** Sees one request through; a connection that is being opened for it shows up in `socket`. */
@@ -138,14 +140,14 @@ export class Live {
 
   /** @param fleet what is known of the speed of all backends */
   constructor(
-    { url, connectTimeout }: Pick<BackendConfig, 'url' | 'connectTimeout'>,
+    { url, longestConnect }: Pick<BackendConfig, 'url' | 'longestConnect'>,
     fleet = new Speeds()
   ) {
     this.load = new Load(fleet)
     const { origin, pathname } = new URL(url)
     this.origin = origin
     this.basePath = pathname.replace(/\/+$/, '').replace(/\/v1$/, '')
-    const connect = buildConnector({ timeout: connectTimeout, allowH2: false }) as (
+    const connect = buildConnector({ timeout: longestConnect, allowH2: false }) as (
       ...args: Parameters<buildConnector.connector>
     ) => Socket
     // No cap on connections: admission is the limits' work, and undici's own queue can't be seen.

@@ -1,6 +1,6 @@
 import { Readable } from 'node:stream'
 import type { FastifyBaseLogger } from 'fastify'
-import { type Dispatcher, errors } from 'undici'
+import type { Dispatcher } from 'undici'
 import { GatewayError, reasonOf } from '../errors.ts'
 import { BYTES_PER_TOKEN, type Exchange, type Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
@@ -13,11 +13,11 @@ import {
   type AttemptResult,
   type Head,
   type Headers,
-  isOurs,
   type Progress
 } from './attempt.ts'
 import { Continuation, type Continuer, openEnd, requestForRest, type Sink } from './continuation.ts'
 import { Choice, type Decision } from './decisions.ts'
+import { isOurs, withoutAnswer } from './failures.ts'
 import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat.ts'
 import { type Candidate, type FailureKind, isAmong, type Lineup } from './lineup.ts'
 import { TotalTimeoutError } from './patience.ts'
@@ -212,7 +212,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     if (this.#race.goesOnWithout(attempt)) return
     const wait = isOurs(error) ? undefined : this.#plan(kind, progress.isSent)
     if (wait !== undefined) return this.#retry(wait)
-    this.#giveUp(toGatewayError(kind, error), kind === 'timeout' ? 'timed_out' : 'backend_failed')
+    this.#giveUp(withoutAnswer(kind, error), kind === 'timeout' ? 'timed_out' : 'backend_failed')
   }
 
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void {
@@ -407,16 +407,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     }
     if (upstream !== this.#exchange.model && Buffer.isBuffer(body))
       body = withModel(body, upstream!)
-    const headers: (string | string[])[] = []
-    for (const name in given) {
-      const value = given[name]
-      if (value === undefined || name === 'host' || own[name] !== undefined) continue
-      headers.push(
-        name,
-        name === 'content-length' && Buffer.isBuffer(body) ? String(body.length) : value
-      )
-    }
-    for (const name in own) headers.push(name, own[name]!)
+    const headers = withOwn(given, own, body)
     return { path, method, body, headers } as Dispatcher.DispatchOptions
   }
 
@@ -573,21 +564,15 @@ function patienceOf(headers: Headers): number {
   return ms > 0 && ms < LONGEST ? ms : Number.POSITIVE_INFINITY
 }
 
-function toGatewayError(kind: FailureKind, error: Error): GatewayError {
-  if (isOurs(error)) {
-    return new GatewayError('invalid_request', 'The request cannot be forwarded as it is.', {
-      cause: error
-    })
+/** The client's headers and the backend's own, which count more, as undici takes them: names and values in turn. */
+function withOwn(given: Headers, own: Record<string, string>, body: unknown) {
+  const headers: (string | string[])[] = []
+  const length = Buffer.isBuffer(body) ? String(body.length) : undefined
+  for (const name in given) {
+    const value = name === 'content-length' ? (length ?? given[name]) : given[name]
+    if (value === undefined || name === 'host' || own[name] !== undefined) continue
+    headers.push(name, value)
   }
-  if (isInvalid(error)) {
-    const message = 'The backend gave an answer that is not valid HTTP, or has too large a head.'
-    return new GatewayError('backend_failed', message, { cause: error })
-  }
-  return kind === 'timeout'
-    ? new GatewayError('backend_timeout', 'The backend did not answer in time.', { cause: error })
-    : new GatewayError('backend_unreachable', 'No backend could be reached.', { cause: error })
-}
-
-function isInvalid(error: Error): boolean {
-  return error instanceof errors.HTTPParserError || error instanceof errors.HeadersOverflowError
+  for (const name in own) headers.push(name, own[name]!)
+  return headers
 }

@@ -21,6 +21,7 @@ export const MAX_PRIORITY = 100
 const ModelName = Type.String({ minLength: 1 })
 const ModelTimeouts = Type.Object(
   {
+    connect_timeout: Type.Optional(Duration(undefined, 'Time to a connection')),
     timeout: Type.Optional(Duration(undefined, 'Time to the first byte of the answer', 0)),
     idle_timeout: Type.Optional(Duration(undefined, 'Time between two chunks', 0)),
     total_timeout: Type.Optional(Duration(undefined, 'Time to the end of the answer', 0))
@@ -283,6 +284,10 @@ export function toPool(
       },
       timeout: backend.timeout ?? routing.timeout,
       connectTimeout: backend.connect_timeout ?? routing.connect_timeout,
+      longestConnect: Math.max(
+        backend.connect_timeout ?? routing.connect_timeout,
+        ...Object.values(routing.model_timeouts).map(each => each.connect_timeout ?? 0)
+      ),
       idleTimeout: backend.idle_timeout ?? routing.idle_timeout,
       totalTimeout: backend.total_timeout ?? routing.total_timeout
     })),
@@ -373,9 +378,13 @@ function findBackend(backends: BackendOptions[], nameOrUrl: string): string | un
 }
 
 function toTimeLimits(limits: Static<typeof ModelTimeouts>): Partial<TimeLimits> {
-  const { timeout, idle_timeout: idleTimeout, total_timeout: totalTimeout } = limits
-  const given = Object.entries({ timeout, idleTimeout, totalTimeout })
-  return Object.fromEntries(given.filter(([, ms]) => ms !== undefined))
+  const given = {
+    connectTimeout: limits.connect_timeout,
+    timeout: limits.timeout,
+    idleTimeout: limits.idle_timeout,
+    totalTimeout: limits.total_timeout
+  }
+  return Object.fromEntries(Object.entries(given).filter(([, ms]) => ms !== undefined))
 }
 
 type ConfiguredModel = NonNullable<BackendOptions['models']>[number]

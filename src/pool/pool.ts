@@ -209,6 +209,6 @@ function isSame(before: BackendConfig, after: BackendConfig): boolean {
   return (
     before.name === after.name &&
     before.url === after.url &&
-    before.connectTimeout === after.connectTimeout
+    before.longestConnect === after.longestConnect
   )
 }

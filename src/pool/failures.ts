@@ -1,0 +1,55 @@
+import { errors } from 'undici'
+import { GatewayError } from '../errors.ts'
+import type { FailureKind } from './lineup.ts'
+import { TotalTimeoutError } from './patience.ts'
+
+/** How backends fail, and what clients are told of it. */
+
+const TIMEOUTS: unknown[] = [
+  'UND_ERR_HEADERS_TIMEOUT',
+  'UND_ERR_BODY_TIMEOUT',
+  TotalTimeoutError.CODE
+]
+
+export function statusFailure(statusCode: number): FailureKind | undefined {
+  if (statusCode >= 500) return '5xx'
+  return statusCode === 429 ? '429' : undefined
+}
+
+export function failureKind(error: Error & { code?: string }): 'timeout' | 'connect_failure' {
+  return TIMEOUTS.includes(error.code) ? 'timeout' : 'connect_failure'
+}
+
+/** undici refused to send the request at all: no backend is to blame. */
+export function isOurs(error: Error & { code?: string }): boolean {
+  return error.code === 'UND_ERR_INVALID_ARG' || error.code === 'UND_ERR_NOT_SUPPORTED'
+}
+
+/** There is no answer. */
+export function withoutAnswer(kind: FailureKind, cause: Error): GatewayError {
+  if (isOurs(cause)) {
+    return new GatewayError('invalid_request', 'The request cannot be forwarded as it is.', {
+      cause
+    })
+  }
+  if (cause instanceof errors.HTTPParserError || cause instanceof errors.HeadersOverflowError) {
+    const message = 'The backend gave an answer that is not valid HTTP, or has too large a head.'
+    return new GatewayError('backend_failed', message, { cause })
+  }
+  return kind === 'timeout'
+    ? new GatewayError('backend_timeout', 'The backend did not answer in time.', { cause })
+    : new GatewayError('backend_unreachable', 'No backend could be reached.', { cause })
+}
+
+/** The client has some of an answer. */
+export function brokenOff(cause: Error): GatewayError {
+  if (failureKind(cause) === 'connect_failure') {
+    const message = 'The backend broke off in the middle of its answer.'
+    return new GatewayError('backend_failed', message, { cause })
+  }
+  const message =
+    cause instanceof TotalTimeoutError
+      ? 'The answer took longer than it may.'
+      : 'The backend fell silent in the middle of its answer.'
+  return new GatewayError('backend_timeout', message, { cause })
+}
