@@ -1,7 +1,7 @@
+import { createRequire } from 'node:module'
 import { resolve } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import { type Logger, pino } from 'pino'
-import { prettyFactory } from 'pino-pretty'
 import { type Static, Type } from 'typebox'
 import { Section } from '../options.ts'
 import { fileOptions, RotatingFile } from './rotating-file.ts'
@@ -87,6 +87,10 @@ function openOutlet({ output, format, file }: LogOptions, dataDir: string): Outl
   const sink = new LogSink(output === 'stdout' ? 1 : 2, 'log')
   const isText = format === 'text' || (format === 'auto' && isTTY)
   if (!isText) return { sink, format: line => line }
+  // Only for text: it takes a tenth of a start.
+  const { prettyFactory }: typeof import('pino-pretty') = createRequire(import.meta.url)(
+    'pino-pretty'
+  )
   const pretty = prettyFactory({
     colorize: isTTY,
     singleLine: true,
