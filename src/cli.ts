@@ -93,9 +93,9 @@ async function serve(file: string): Promise<void> {
   const starting = start(config, DATA_DIR)
   const following = starting.then(server => followFile(file, config, server))
   closeOnSignals(starting, async () => (await following).stop())
-  const followed = await following
   // What went wrong is in the log.
-  process.on('SIGHUP', () => void followed.reload().catch(() => {}))
+  process.on('SIGHUP', () => void following.then(each => each.reload()).catch(() => {}))
+  await following
   stopWithNpm()
 }
 

@@ -38,7 +38,7 @@ export const DnsOptions = Type.Object(
     interval: Type.Optional(
       Duration(undefined, 'Longest time between two questions; else discovery.interval')
     ),
-    timeout: Duration('5s', 'How long an answer may take')
+    timeout: Duration('5s', 'How long an answer may take, before the question is asked once more')
   },
   {
     additionalProperties: false,

@@ -17,6 +17,8 @@ export const DEMO = 'demo://'
 const DEMO_MODELS = ['demo', '*']
 
 export const MAX_PRIORITY = 100
+/** Weights are added up: with larger ones nothing would be left of small ones. */
+const MAX_WEIGHT = 1_000_000
 
 const ModelName = Type.String({ minLength: 1 })
 const ModelTimeouts = Type.Object(
@@ -44,7 +46,12 @@ export const BackendOptions = Type.Object(
       expects: 'a URL such as http://host:8000',
       description: 'Base URL, with or without /v1; demo:// is a backend that is built in'
     }),
-    weight: Type.Integer({ minimum: 1, default: 1, description: 'Share of the calls' }),
+    weight: Type.Integer({
+      minimum: 1,
+      maximum: MAX_WEIGHT,
+      default: 1,
+      description: 'Share of the calls'
+    }),
     priority: Type.Integer({
       minimum: 0,
       maximum: MAX_PRIORITY,
