@@ -209,7 +209,7 @@ test('llmproxy diff: lines for people, JSON for programs; 0 is no difference, 1 
     stdout: '',
     stderr:
       `${bad} cannot be used\n` +
-      'config.yaml:3:5 backends[0].weight: must be a positive integer (got "ten")\n'
+      'config.yaml:3:5 backends[0].weight: must be an integer from 1 to 1000000 (got "ten")\n'
   })
   assert.match(missing.stderr, /none\.yaml: cannot be read \(ENOENT\)/)
   assert.match(few.stderr, /diff needs two files/)

@@ -50,7 +50,7 @@ test('check says whether a file is valid; serve exits with 1 and says why, withi
   const bad = join(path, 'config.yaml')
   writeFileSync(bad, 'backends:\n  - url: http://a:1\n    weight: ten\n    wieght: 1\n')
   const lines =
-    'config.yaml:3:5 backends[0].weight: must be a positive integer (got "ten")\n' +
+    'config.yaml:3:5 backends[0].weight: must be an integer from 1 to 1000000 (got "ten")\n' +
     'config.yaml:4:5 backends[0].wieght: is not known; did you mean "weight"?\n'
   assert.deepEqual(run('check', bad), { status: 1, stdout: '', stderr: lines })
   const start = performance.now()

@@ -59,7 +59,7 @@ backends:
     weight: ten
 `
   assert.deepEqual(complaint(yaml), [
-    'config.yaml:12:5 backends[1].weight: must be a positive integer (got "ten")'
+    'config.yaml:12:5 backends[1].weight: must be an integer from 1 to 1000000 (got "ten")'
   ])
 })
 
@@ -95,7 +95,7 @@ nonsense: 1
     'config.yaml:4:3 server.max_body_size: must be a size such as 64MB (got "3 apples")',
     'config.yaml:5:3 server.wite_timeout: is not known; did you mean "write_timeout"?',
     'config.yaml:7:3 log.level: must be one of trace, debug, info, warn, error, fatal, silent (got "loud")',
-    'config.yaml:10:5 backends[0].weight: must be a positive integer (got 0)',
+    'config.yaml:10:5 backends[0].weight: must be an integer from 1 to 1000000 (got 0)',
     'config.yaml:11:5 backends[1].url: is missing',
     'config.yaml:12:5 backends[2].url: must be a URL such as http://host:8000 (got "ftp://x")',
     'config.yaml:13:5 backends[3]: has the same name as backends[0]',
@@ -228,7 +228,7 @@ test('values from the environment, keys and headers are not shown in errors', ()
   ).join('\n')
   assert.match(
     shown,
-    /weight: must be a positive integer \(got the value of an environment variable\)/
+    /weight: must be an integer from 1 to 1000000 \(got the value of an environment variable\)/
   )
   assert.doesNotMatch(shown, /hunter2/)
 })

@@ -178,7 +178,7 @@ test('an entry that is of no use is left out and named, and the others hold', as
     complaints().map(({ entry }) => entry),
     wanted
   )
-  assert.match(String(complaints()[4]!.reason), /^weight: must be a positive integer$/)
+  assert.match(String(complaints()[4]!.reason), /^weight: must be an integer from 1 to 1000000$/)
   assert.match(String(complaints()[5]!.reason), /^timeout: must be a duration such as/)
   assert.doesNotMatch(JSON.stringify(gateway.lines), /secret/)
 
