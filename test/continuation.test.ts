@@ -178,7 +178,7 @@ function read(stream: string) {
     .filter(line => line.startsWith('data: '))
     .map(line => line.slice(6))
   const said: Said[] = data.filter(each => /^\{.*\}$/.test(each)).map(each => JSON.parse(each))
-  const answers = said.filter(each => each.error === undefined && Array.isArray(each.choices))
+  const answers = said.filter(each => !each.error && Array.isArray(each.choices))
   const choices = answers.flatMap(each => each.choices).filter(each => each !== null)
   return {
     text: choices.map(each => each.delta?.content ?? each.text ?? '').join(''),
@@ -693,6 +693,13 @@ describe('what backends may say', { concurrency: true }, () => {
       ],
       text: 'AB'
     },
+    'an error that is null': {
+      answers: [
+        says([said({ delta: { content: 'A' } }, { error: null })], 'breaks'),
+        says([said({ delta: { content: 'B' } }, { error: null, id: 'two' }), END])
+      ],
+      text: 'AB'
+    },
     'an empty extra member': {
       answers: [
         says([said({ delta: { content: 'A', provider_specific_fields: {} } })], 'breaks'),
@@ -730,6 +737,23 @@ test('a request for nothing brings nobody down', async t => {
   assert.match(read(answer).error!.message, /broke off/)
   assert.equal(backends[1]!.requests.length, 0)
   await recorded()
+})
+
+test('tokens that only the first backend has told are not those of the whole answer', async t => {
+  const usage = (tokens: number) => ({
+    usage: { prompt_tokens: 7, completion_tokens: tokens, total_tokens: 7 + tokens }
+  })
+  const first = ['A', ' B'].map((content, at) => said({ delta: { content } }, usage(at + 1)))
+  const { gateway, recorded } = await pool(t, [
+    says(first, 'breaks'),
+    says([piece(' C'), piece(' D'), piece(' E'), piece(' F'), END])
+  ])
+  const body = { ...STREAM, stream_options: { include_usage: true, continuous_usage_stats: true } }
+  await ask(`${gateway.url}/v1/chat/completions`, body)
+  const record = await recorded()
+  assert.equal(record.prompt_tokens, 7)
+  assert.ok((record.completion_tokens as number) >= 4, String(record.completion_tokens))
+  assert.equal(record.exactness, 'counted')
 })
 
 test('no more is written than was asked for', async t => {

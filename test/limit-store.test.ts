@@ -535,6 +535,60 @@ test('redis: what it has heard without being heard is counted once', {
   assert.equal((await refused(other, call([limited], tokens(1)))).limit, 'reserved_quota')
 })
 
+test('redis: a process joins again while its calls go on', { skip: REDIS.skip }, async t => {
+  const way = await door(t, REDIS)
+  const near = { host: '127.0.0.1', port: way.port }
+  const store = await joinRedis(t, near, uniqueName('busy'), { onError: 'local' })
+  const wanted = call([account({ total_quota: 1e9 })], tokens(1))
+  let isOver = false
+  let calls = 0
+  const callers = Array.from({ length: 8 }, async () => {
+    while (!isOver) {
+      store.settle(await granted(store, wanted), tokens(1))
+      calls++
+      await new Promise(setImmediate)
+    }
+  })
+  way.set('shut')
+  while (store.isJoined) await new Promise(setImmediate)
+  way.set('open')
+  while (!store.isJoined) await store.beat()
+  const before = calls
+  while (calls < before + 100) await new Promise(setImmediate)
+  assert.ok(store.isJoined)
+  isOver = true
+  await Promise.all(callers)
+})
+
+test('redis: what it has lost, and was given back unheard, is counted once', {
+  skip: REDIS.skip
+}, async t => {
+  const way = await door(t, REDIS)
+  const near = { host: '127.0.0.1', port: way.port }
+  const prefix = uniqueName('given-back')
+  const store = await joinRedis(t, near, prefix, { onError: 'local' })
+  const wanted = call([account({ requests_per_minute: 20 })])
+  for (let made = 0; made < 5; made++) await granted(store, wanted)
+  const client = await createClient({ url: REDIS.url }).connect()
+  t.after(() => client.close())
+  await client.del(await client.keys(`${prefix}:*`))
+  const { ask } = Orders.prototype
+  t.mock.method(Orders.prototype, 'ask', function (this: Orders, ...args: Parameters<typeof ask>) {
+    if (args[0] === 'seed') {
+      t.mock.restoreAll()
+      way.set('unheard')
+    }
+    return ask.apply(this, args)
+  })
+  await store.beat()
+  assert.ok(!store.isJoined)
+  way.set('open')
+  while (!store.isJoined) await store.beat()
+  assert.equal((await granted(store, wanted)).requests!.remaining, 14)
+  await store.close()
+  assert.equal(await client.hLen(`${prefix}:{limits}:orders`), 0)
+})
+
 test('redis: an order that comes after its process has joined anew does nothing', {
   skip: REDIS.skip
 }, async t => {

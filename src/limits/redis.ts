@@ -33,6 +33,8 @@ const START_TRIES = 3
 /** How long (ms) closing waits for what has been sent. */
 const CLOSE_TIMEOUT = 1_000
 const SEEDS = 100
+/** So many accounts are told of at once, and calls go on behind that; of more, step by step before. */
+const SEEDS_AT_ONCE = 1_000
 /** Accounts that are remembered while Redis is away; of more it is not told. */
 const MAX_UNSURE = 100_000
 
@@ -82,7 +84,7 @@ export class RedisStore implements LimitStore {
   /** Accounts that Redis may see differently. */
   readonly #unsure = new Map<string, Owed>()
   /** Debts that Redis has heard of if it has heard the order of this number. */
-  #unclear: { number: number; accounts: readonly Account[]; debt: Debt }[] = []
+  #unclear: { number: number; accounts: readonly Account[]; debt: Debt; isSeed: boolean }[] = []
   /** Number of the last order. */
   #last = 0
   /** Accounts of which Redis has lost everything. */
@@ -287,17 +289,26 @@ export class RedisStore implements LimitStore {
   }
 
   /** An order has failed that was to tell Redis of a debt. */
-  #note(error: unknown, number: number, accounts: readonly Account[], debt: Debt): void {
+  #note(
+    error: unknown,
+    number: number,
+    accounts: readonly Account[],
+    debt: Debt,
+    isSeed = false
+  ): void {
     if (error instanceof UnheardError) this.#owe(accounts, debt)
-    else this.#unclear.push({ number, accounts, debt })
+    else this.#unclear.push({ number, accounts, debt, isSeed })
   }
 
   /** Redis has heard all orders up to this one. */
   #clear(last: number): void {
     const unclear = this.#unclear
     this.#unclear = []
-    for (const { number, accounts, debt } of unclear)
-      this.#owe(accounts, number > last ? debt : NO_DEBT)
+    for (const { number, accounts, debt, isSeed } of unclear) {
+      const isHeard = number <= last
+      this.#owe(accounts, isHeard ? NO_DEBT : debt)
+      if (isHeard && isSeed) for (const each of accounts) this.#lost.delete(idOf(each))
+    }
   }
 
   #owe(accounts: readonly Account[], { requests, tokens, cost }: Debt): void {
@@ -376,7 +387,9 @@ export class RedisStore implements LimitStore {
   async #join(): Promise<void> {
     const number = ++this.#last
     const order = { number, fresh: randomUUID() }
-    const { epoch, now, last } = (await this.#orders.ask('join', [], order)) as Answers['join']
+    const answer = await this.#orders.ask('join', [], order)
+    if ('lost' in answer) throw new UnheardError()
+    const { epoch, now, last } = answer
     this.#clear(last)
     this.#ahead = now - CLOCK.time()
     if (this.#epoch !== '' && this.#epoch !== epoch) {
@@ -386,14 +399,19 @@ export class RedisStore implements LimitStore {
       }
     }
     this.#epoch = epoch
-    while (this.#unsure.size > 0) await this.#seed([...this.#unsure].slice(0, SEEDS))
+    while (this.#unsure.size > SEEDS_AT_ONCE) await this.#seedSome()
+    const seeding: Promise<void>[] = []
+    while (this.#unsure.size > 0) seeding.push(this.#seedSome())
+    // Not when that is answered: under load there would always be more to tell. What comes now is heard behind it.
     this.#isJoined = true
+    await Promise.all(seeding)
     if (this.#isSilent) this.#options.log.info('limits: Redis is back')
     this.#isSilent = false
     await this.#hear()
   }
 
-  async #seed(some: [string, Owed][]): Promise<void> {
+  async #seedSome(): Promise<void> {
+    const some = [...this.#unsure].slice(0, SEEDS)
     const seeds = some.map(([id, { account, ...owed }]) => {
       this.#unsure.delete(id)
       const { known, ...own } = this.#mirror.seed(account)
@@ -420,7 +438,7 @@ export class RedisStore implements LimitStore {
       if ('lost' in answer) throw new UnheardError()
       for (const [id] of some) this.#lost.delete(id)
     } catch (error) {
-      for (const [, { account, ...owed }] of some) this.#note(error, number, [account], owed)
+      for (const [, { account, ...owed }] of some) this.#note(error, number, [account], owed, true)
       throw error
     }
   }

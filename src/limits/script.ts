@@ -321,6 +321,7 @@ end
 
 function operations.leave()
   redis.call('ZREM', KEYS[1], me)
+  redis.call('HDEL', KEYS[4], me, me .. ':joined')
   return { left = true }
 end
 

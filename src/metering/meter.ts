@@ -48,6 +48,8 @@ export class Meter {
   finished = false
   /** The usage is the answer's last word, not a count on the way. */
   hasFinalUsage = false
+  /** Another backend goes on with the answer, and has not said yet how many tokens that is. */
+  isUsageOld = false
   /** The backend reported an error inside its answer. */
   failed = false
   /** `id` of the answer, and who wants to know it as soon as it is seen. */
@@ -378,6 +380,7 @@ export class Meter {
     if (seen.delta) this.deltas++
     if (seen.usage !== undefined) {
       addCounts(this.#counts, seen.usage)
+      this.isUsageOld = false
       this.#noteTold()
       if (this.#isUsageChunk()) this.hasFinalUsage = true
     }

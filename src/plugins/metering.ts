@@ -128,8 +128,8 @@ function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
   exchange.lastTokenAt = meter.lastDeltaAt
   const isWhole = exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
   const isSaid = usage !== undefined && (usage.completionTokens > 0 || deltas === 0)
-  if (isWhole && isSaid) learn(exchange, meter, estimates, usage)
-  else estimate(exchange, meter, estimates, isWhole && !meter.failed)
+  if (isWhole && isSaid && !meter.isUsageOld) learn(exchange, meter, estimates, usage)
+  else estimate(exchange, meter, estimates, isWhole && !meter.failed && !meter.isUsageOld)
 }
 
 /** The backend has said it: that is what was spent, and an example of the model's tokens. */

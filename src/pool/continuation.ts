@@ -288,7 +288,7 @@ export class Continuation implements Sink {
     if (isBroken && this.#isOpen && this.#continuer.canContinue()) {
       return this.#cut('an error in its stream')
     }
-    const isLast = data === '[DONE]' || isBroken || said?.error !== undefined
+    const isLast = data === '[DONE]' || isBroken || isSaid(said?.error)
     const hadRole = this.#hasRole
     const isText = said !== undefined && !isLast && this.#read(said, choices, choice)
     if (this.#isOpen && !isText && !isLast && this.#before !== undefined) {

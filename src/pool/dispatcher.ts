@@ -220,9 +220,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.#logFailure(attempt, kind, `${reasonOf(error.cause as Error)}, in the middle of an answer`)
     const outcome = kind === 'timeout' ? 'timed_out' : 'backend_failed'
     attempt.cancel()
-    const isLate = error.cause instanceof TotalTimeoutError
-    if (isLate || !this.canContinue() || !this.#retries.spend()) {
-      if (this.#exchange.continuations > 0) this.#pool.continuations.failed++
+    const canGoOn = !(error.cause instanceof TotalTimeoutError) && this.canContinue()
+    if (!canGoOn || !this.#retries.spend()) {
+      if (canGoOn || this.#exchange.continuations > 0) this.#pool.continuations.failed++
       return this.#exchange.fail(outcome, error)
     }
     this.#gap = { outcome, error }
@@ -446,6 +446,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.#exchange.isWaiting = false
     this.#exchange.continuations++
     if (tokens > 0) this.#exchange.isDivided = true
+    if (this.#exchange.meter !== undefined) this.#exchange.meter.isUsageOld = true
     this.#pool.continuations.continued++
     this.#continuation!.goOn(answer, tokens)
     return this.#continuation!
