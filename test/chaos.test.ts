@@ -143,7 +143,13 @@ function gatewayBefore(
 ) {
   return startGateway(t, {
     server: { heartbeat },
-    backends: Object.entries(backends).map(([name, { url }]) => ({ name, url, max_concurrent: 3 })),
+    backends: Object.entries(backends).map(([name, { url }]) => ({
+      name,
+      url,
+      max_concurrent: 3,
+      // The machine may have much else to do.
+      ...(name === 'good' ? { timeout: '10s', idle_timeout: '10s' } : {})
+    })),
     rate_limit: { enabled: true, global: { max_concurrent: most } },
     routing: {
       timeout: '150ms',
