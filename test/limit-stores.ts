@@ -119,6 +119,8 @@ export async function openRedis(t: TestContext): Promise<Opened & { store: Redis
     store,
     async later(ms) {
       await later(ms)
+      // One may be under way that was sent before that.
+      await store.beat()
       await store.beat()
       assert.ok(store.isJoined)
     }
