@@ -166,7 +166,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   deliver(attempt: Attempt, head: Head, answer: Answer): Sink {
     if (this.#gap !== undefined) return this.#goOn(attempt, head, answer)
     const losers = this.#race.win(attempt, head.statusCode < 300)
-    this.#retries.forgive(losers.map(each => each.candidate))
+    if (losers.length > 0) this.#retries.forgive(losers.map(each => each.candidate))
     this.#attribute(attempt)
     this.deadline = Number.POSITIVE_INFINITY
     this.#delivered = attempt

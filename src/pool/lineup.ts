@@ -104,12 +104,7 @@ export class Lineup {
       model === undefined
         ? this.#serving(undefined, 0, choice)
         : this.names(model, wanted).flatMap((each, at) => this.#serving(each, at * TIERS, choice))
-    const able = left(
-      all,
-      all.filter(each => canGoOn(each, wanted)),
-      'cannot_go_on',
-      choice
-    )
+    const able = ableToGoOn(all, wanted, choice)
     return left(able, inService(able), 'circuit_open', choice)
   }
 
@@ -237,9 +232,12 @@ export function isAmong(candidates: readonly Candidate[], one: Candidate): boole
   return candidates.some(each => each.backend.live === backend.live && each.upstream === upstream)
 }
 
-function canGoOn({ backend, model }: Candidate, { begun }: Wanted): boolean {
-  if (begun === undefined) return true
-  return backend.config.continuation !== undefined && model === begun.model
+function ableToGoOn(all: Candidate[], { begun }: Wanted, choice?: Choice): Candidate[] {
+  if (begun === undefined) return all
+  const able = all.filter(
+    each => each.backend.config.continuation !== undefined && each.model === begun.model
+  )
+  return left(all, able, 'cannot_go_on', choice)
 }
 
 /** Takes down why some are no more among those that are left, which are in the same order. */

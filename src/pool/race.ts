@@ -58,12 +58,13 @@ export class Race {
   /** This one gives the answer: the others are stopped. Returns those that might have given it, too. */
   win(winner: Attempt, isSuccess: boolean): Attempt[] {
     clearTimeout(this.#timer)
-    if (isSuccess && !this.#isWon) this.#learn(winner)
+    if (isSuccess) this.#learn(winner)
     this.#isWon = true
     const isHedge = this.#second !== undefined && winner === this.#second
-    const losers = this.#attempts.filter(each => each !== winner && each.isPending)
+    const losers: Attempt[] = []
     for (const other of this.#attempts) {
       if (other === winner) continue
+      if (other.isPending) losers.push(other)
       const isLate = isHedge && other.isPending
       // All that will ever be known of it is that it took longer than this.
       if (isLate) {
