@@ -5,6 +5,7 @@ import { GatewayError } from '../errors.ts'
 import { framingOf, isStream, mediaType, parseRetryAfter } from '../http.ts'
 import { Answer } from './answer.ts'
 import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
+import { isAllSent } from './connector.ts'
 import type { Sink } from './continuation.ts'
 import type { Choice } from './decisions.ts'
 import { brokenOff, failureKind, isOurs, statusFailure } from './failures.ts'
@@ -12,6 +13,7 @@ import { FirstEvent } from './first-event.ts'
 import type { Candidate, FailureKind } from './lineup.ts'
 import type { Demand, Facts, Job } from './load.ts'
 import { Patience, TotalTimeoutError } from './patience.ts'
+import { giveBack } from './prompt.ts'
 import { Refusal } from './refusal.ts'
 
 export type Headers = Record<string, string | string[] | undefined>
@@ -94,6 +96,8 @@ export class Attempt implements BackendHandler {
   readonly backend: Backend
   /** The request is sent with a question for usage, or is repeated without it. */
   question: 'asked' | 'withdrawn' | undefined
+  /** What it sends, if that can be given back. */
+  prompt: Buffer | undefined
   #owner: AttemptOwner
   readonly #startedAt = performance.now()
   #sentAt = 0
@@ -183,6 +187,12 @@ export class Attempt implements BackendHandler {
     this.#job = undefined
   }
 
+  /** The answer has begun, and nothing will be sent again. */
+  forgetPrompt(): void {
+    if (this.prompt !== undefined) giveBack(this.prompt)
+    this.prompt = undefined
+  }
+
   onRequestStart(controller: Dispatcher.DispatchController): void {
     this.#controller = controller
     clearTimeout(this.#connecting)
@@ -202,6 +212,9 @@ export class Attempt implements BackendHandler {
       return controller.abort(new errors.HTTPParserError(`status ${statusCode}`))
     this.#wait(controller)
     this.#head = { statusCode, headers }
+    // The bytes of the head would hold Node's pool for as long as the answer takes.
+    controller.rawHeaders = []
+    if (!isAllSent()) this.prompt = undefined
     const { question } = this
     if (statusCode === 400 || statusCode === 422) {
       if (question === 'asked') {

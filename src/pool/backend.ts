@@ -1,7 +1,8 @@
 import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
-import { buildConnector, Client, type Dispatcher, Pool as Sockets } from 'undici'
+import { Client, type Dispatcher, Pool as Sockets } from 'undici'
 import { Breaker } from './breaker.ts'
+import { type Connector, directConnector } from './connector.ts'
 import type { ContinuationWay } from './continuation.ts'
 import { type Facts, type Job, Load, Speeds } from './load.ts'
 import type { ModelCard, ModelEntry } from './models.ts'
@@ -127,7 +128,11 @@ export class Live {
   currentWeight = 0
   readonly origin: string
   readonly basePath: string
-  readonly #settings: { allowH2: false; maxHeaderSize: number; connect: buildConnector.connector }
+  readonly #settings: {
+    allowH2: false
+    maxHeaderSize: number
+    connect: (...args: Parameters<Connector>) => void
+  }
   #sockets: Sockets
   /** Most requests at once over these connections. */
   #peak = 0
@@ -147,9 +152,7 @@ export class Live {
     const { origin, pathname } = new URL(url)
     this.origin = origin
     this.basePath = pathname.replace(/\/+$/, '').replace(/\/v1$/, '')
-    const connect = buildConnector({ timeout: longestConnect, allowH2: false }) as (
-      ...args: Parameters<buildConnector.connector>
-    ) => Socket
+    const connect = directConnector(longestConnect)
     // No cap on connections: admission is the limits' work, and undici's own queue can't be seen.
     this.#settings = {
       allowH2: false,

@@ -22,6 +22,7 @@ import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat
 import { type Candidate, type FailureKind, isAmong, type Lineup } from './lineup.ts'
 import { TotalTimeoutError } from './patience.ts'
 import type { Pool } from './pool.ts'
+import { copyOf } from './prompt.ts'
 import type { Priority, Waiter } from './queue.ts'
 import { Race, type Racer } from './race.ts'
 import type { Refusal } from './refusal.ts'
@@ -242,7 +243,13 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 
   forget(): void {
     this.#call = undefined
+    this.#forgetBody()
+  }
+
+  #forgetBody(): void {
     this.#exchange.forgetBody()
+    // Others may still be sending the same bytes.
+    if (this.#exchange.attempts === 1) this.#delivered?.forgetPrompt()
   }
 
   late({ candidate: { tier } }: Attempt): Attempt | undefined {
@@ -407,6 +414,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     }
     if (upstream !== this.#exchange.model && Buffer.isBuffer(body))
       body = withModel(body, upstream!)
+    const isPooled = Buffer.isBuffer(body) && body.length < body.buffer.byteLength
+    if (this.#exchange.isStream && isPooled) body = copyOf(body as Buffer)
+    if (Buffer.isBuffer(body) && body !== this.#call!.options.body) attempt.prompt = body
     const headers = withOwn(given, own, body)
     return { path, method, body, headers } as Dispatcher.DispatchOptions
   }
@@ -465,7 +475,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.#call = call
     this.#heartbeat?.stop()
     this.#exchange.isWaiting = false
-    if (call === undefined) this.#exchange.forgetBody()
+    if (call === undefined) this.#forgetBody()
     if (this.#answer !== undefined) return this.#join(this.#answer, head, answer)
     this.#showTrace()
     this.#answer = answer

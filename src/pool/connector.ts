@@ -1,0 +1,64 @@
+import { Socket } from 'node:net'
+import { buildConnector } from 'undici'
+
+/** Opens a connection; `done` hears when it stands, or why it can't. */
+export type Connector = (...args: Parameters<buildConnector.connector>) => Socket
+
+/** Sockets are read one after another: all of them into this. */
+const received = Buffer.allocUnsafeSlow(64 * 1024)
+/** The socket that is being read, and what came until undici takes it. */
+let reading: Socket | undefined
+let piece: Buffer | null = null
+/** What undici has not taken, or given back, because the client is slow: then the socket is not read. */
+const left = new WeakMap<Socket, Buffer>()
+
+/**
+ * undici's own connections (`timeout` in ms), but each piece goes to its parser as it is read. A socket would
+ * make 64 KB of buffer for each read, put what came into a queue and tell of it in a later tick.
+ */
+export function directConnector(timeout: number): Connector {
+  const onread = { buffer: received, callback: receive }
+  const connect = buildConnector({ timeout, allowH2: false, onread } as buildConnector.BuildOptions)
+  return (options, done) => {
+    const socket = (connect as Connector)(options, done)
+    socket.read = read
+    socket.unshift = unshift
+    return socket
+  }
+}
+
+/** Has all gone out over the connection whose answer is being read? */
+export function isAllSent(): boolean {
+  return reading?.writableLength === 0
+}
+
+function receive(this: Socket, length: number): boolean {
+  piece = Buffer.allocUnsafe(length)
+  received.copy(piece, 0, 0, length)
+  reading = this
+  this.emit('readable')
+  reading = undefined
+  if (piece === null) return true
+  left.set(this, piece)
+  piece = null
+  return false
+}
+
+function read(this: Socket, size?: number): Buffer | null {
+  if (reading === this) {
+    const taken = piece
+    piece = null
+    return taken
+  }
+  const kept = left.get(this)
+  if (kept === undefined) return Socket.prototype.read.call(this, size)
+  if (size === 0) return null
+  left.delete(this)
+  return kept
+}
+
+function unshift(this: Socket, rest: Buffer): void {
+  if (rest.length === 0) return
+  if (reading === this) piece = rest
+  else left.set(this, rest)
+}
