@@ -3,18 +3,11 @@ import { runInNewContext } from 'node:vm'
 import type { Exchanges } from './exchange.ts'
 
 /**
- * Has V8 keep what it knows of a gateway, whose calls are short and long, many and none:
- *
- * - When answers take long V8 decides that what is made for them is old from the start. Short ones then leave
- *   old garbage behind, which holds young garbage, and each collection of the young takes milliseconds.
- * - Compiled code rests on the shapes of objects, and V8 throws both away when a few collections have found no
- *   such object: that is so of exchanges and sockets after a lull. Compiling all anew doubled what a request costs.
- *   Its collections in lulls would do so at once: `--no-memory-reducer`, with which the gateway is started, leaves
- *   those to {@link giveMemoryBack}.
+ * When answers take long V8 decides that what is made for them is old from the start. Short ones then leave
+ * old garbage behind, which holds young garbage, and each collection of the young takes milliseconds.
  */
-export function tuneV8(): void {
+export function keepYoung(): void {
   setFlagsFromString('--no-allocation-site-pretenuring')
-  setFlagsFromString('--retain-maps-for-n-gc=1000000')
 }
 
 /**
@@ -27,14 +20,6 @@ export function collectGarbage(): void {
   }
   runInNewContext('gc')({ type: 'major', execution: 'sync', flavor: 'last-resort' })
   setFlagsFromString('--no-stress-flush-code')
-  trimMalloc()
-}
-
-/** What is left of a rush goes back, and what is compiled stays. The second collection lets go of empty pages. */
-function collectGently(): void {
-  setFlagsFromString('--expose-gc')
-  const collect = runInNewContext('gc')
-  for (let times = 1; times <= 2; times++) collect({ type: 'major', execution: 'sync' })
   trimMalloc()
 }
 
@@ -62,25 +47,28 @@ function trimMalloc(): void {
 /** How long (ms) nothing may have been forwarded after the start, and how much at most. */
 const FRESH_MS = 3_000
 const FRESH_EXCHANGES = 10
-/** Fewer exchanges at once leave nothing behind that is worth a pause. */
-const RUSH = 100
+/** Fewer exchanges at once leave nothing behind that is worth it. */
+const RUSH = 1_000
 /** A rush is over when there have been this part of its exchanges, or fewer, for so long (ms). */
 const PART = 1 / 4
 const QUIET_MS = 45_000
-/** How often (ms) freed memory is given back at work: it takes a millisecond. */
+/** How often (ms) freed memory is given back at work, and what part of the time that may take. */
 const TRIM_MS = 5_000
+const TRIM_PART = 1 / 500
 
 /**
- * V8 keeps the memory of the start, and of the busiest moment, until it is told to give back what it can. The
- * one time costs its compiled code, the other a pause of some 50 ms. What compiling has left, and what lay
- * beside V8's heap, is given back at work, too.
+ * V8 keeps the memory of the start, and of the busiest moment, until it is told to give back what it can. That
+ * pauses the process for some 50 ms, and costs it its compiled code: that rests on the shapes of objects, and V8
+ * forgets both when it finds no such object, as there is no exchange in a lull. So it is told so after the start
+ * and after a rush, and its own collections in lulls are off: `--no-memory-reducer`, with which the gateway is
+ * started. What compiling has left, and what lay beside V8's heap, is given back at work, too.
  */
 export function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
   let isFresh = true
   let forwarded = -1
   let peak = 0
   let quietSince = performance.now()
-  let trimmedAt = 0
+  let trimAt = 0
   return setInterval(() => {
     const now = performance.now()
     const open = exchanges.open.length
@@ -91,13 +79,12 @@ export function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
     const isQuiet = isFresh ? !isWorking : peak >= RUSH && open <= peak * PART
     if (!isQuiet) quietSince = now
     else if (now - quietSince >= (isFresh ? FRESH_MS : QUIET_MS)) {
-      if (isFresh) collectGarbage()
-      else collectGently()
+      collectGarbage()
       isFresh = false
       peak = open
     }
-    if (!isWorking || now - trimmedAt < TRIM_MS) return
+    if (!isWorking || now < trimAt) return
     trimMalloc()
-    trimmedAt = now
+    trimAt = now + Math.max(TRIM_MS, (performance.now() - now) / TRIM_PART)
   }, 1_000).unref()
 }

@@ -18,7 +18,7 @@ import { GatewayError, toGatewayError } from './errors.ts'
 import { listen, serversOf } from './listen.ts'
 import { Log } from './logs/log.ts'
 import { masked } from './masked.ts'
-import { giveMemoryBack, tuneV8 } from './memory.ts'
+import { giveMemoryBack, keepYoung } from './memory.ts'
 import type { Peers } from './peers.ts'
 import { VERSION } from './version.ts'
 
@@ -48,7 +48,7 @@ export async function startServer(
   dataDir: string,
   peers?: Peers
 ): Promise<Server & { gateway: Gateway }> {
-  tuneV8()
+  keepYoung()
   let config = started
   let read = peers?.reload
   const out = new Log(config.log, dataDir)

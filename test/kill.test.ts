@@ -51,7 +51,7 @@ async function countingSink(t: TestContext) {
 /** Calls the gateway until it is gone, at a random moment after its first answer; returns the ids of the answers that came to their end. */
 async function load(gateway: Process): Promise<string[]> {
   const complete: string[] = []
-  let kill: NodeJS.Timeout | undefined
+  let isDoomed = false
   const client = async (index: number) => {
     for (let call = 0; ; call++) {
       const stream = (index + call) % 2 === 0
@@ -61,7 +61,8 @@ async function load(gateway: Process): Promise<string[]> {
         assert.match(text, stream ? /data: \[DONE\]\n\n$/ : /\}$/)
         complete.push(answer.headers.get('x-llmproxy-request-id')!)
         // A slow machine may take longer for its first answer than it has until it is killed.
-        kill ??= setTimeout(() => gateway.child.kill('SIGKILL'), Math.random() * LATEST_KILL)
+        if (!isDoomed) setTimeout(() => gateway.child.kill('SIGKILL'), Math.random() * LATEST_KILL)
+        isDoomed = true
       } catch (error) {
         if (error instanceof assert.AssertionError) throw error
         return

@@ -14,13 +14,17 @@ const left = new WeakMap<Socket, Buffer>()
 
 /**
  * undici's own connections (`timeout` in ms), but each piece goes to its parser as it is read. A socket would
- * make 64 KB of buffer for each read, put what came into a queue and tell of it in a later tick.
+ * make 64 KB of buffer for each read, put what came into a queue and tell of it in a later tick. TLS sockets are
+ * left as they are: they go on giving what they have decrypted when they are told to stop.
  */
 export function directConnector(timeout: number): Connector {
   const onread = { buffer: received, callback: receive }
-  const connect = buildConnector({ timeout, allowH2: false, onread } as buildConnector.BuildOptions)
-  return (options, done) => {
-    const socket = (connect as Connector)(options, done)
+  const options = { timeout, allowH2: false }
+  const connect = buildConnector({ ...options, onread } as buildConnector.BuildOptions) as Connector
+  const connectTls = buildConnector(options) as Connector
+  return (target, done) => {
+    if (target.protocol === 'https:') return connectTls(target, done)
+    const socket = connect(target, done)
     socket.read = read
     socket.unshift = unshift
     return socket
