@@ -47,8 +47,9 @@ function trimMalloc(): void {
 /** How long (ms) nothing may have been forwarded after the start, and how much at most. */
 const FRESH_MS = 3_000
 const FRESH_EXCHANGES = 10
-/** Fewer exchanges at once leave nothing behind that is worth it. */
+/** Fewer exchanges at once leave nothing behind that is worth it, unless the process has grown by that much (bytes). */
 const RUSH = 1_000
+const GROWN = 256 * 1024 * 1024
 /** A rush is over when there have been this part of its exchanges, or fewer, for so long (ms). */
 const PART = 1 / 4
 const QUIET_MS = 45_000
@@ -59,8 +60,8 @@ const TRIM_PART = 1 / 500
 /**
  * V8 keeps the memory of the start, and of the busiest moment, until it is told to give back what it can. That
  * pauses the process for some 50 ms, and costs it its compiled code: that rests on the shapes of objects, and V8
- * forgets both when it finds no such object, as there is no exchange in a lull. So it is told so after the start
- * and after a rush, and its own collections in lulls are off: `--no-memory-reducer`, with which the gateway is
+ * forgets both when it finds no such object, as there is no exchange in a lull. So it is told so after the start,
+ * unless there is work at once, and after a rush, and its own collections in lulls are off: `--no-memory-reducer`, with which the gateway is
  * started. What compiling has left, and what lay beside V8's heap, is given back at work, too.
  */
 export function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
@@ -68,6 +69,8 @@ export function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
   let forwarded = -1
   let peak = 0
   let quietSince = performance.now()
+  let size = process.memoryUsage.rss()
+  let isTrimDue = false
   let trimAt = 0
   return setInterval(() => {
     const now = performance.now()
@@ -76,15 +79,21 @@ export function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
     forwarded = exchanges.forwarded
     if (forwarded >= FRESH_EXCHANGES) isFresh = false
     if (open > peak) peak = open
-    const isQuiet = isFresh ? !isWorking : peak >= RUSH && open <= peak * PART
+    const isQuiet = isFresh ? !isWorking : open <= peak * PART
     if (!isQuiet) quietSince = now
-    else if (now - quietSince >= (isFresh ? FRESH_MS : QUIET_MS)) {
+    const wait = isFresh ? FRESH_MS : QUIET_MS
+    const isWorthIt = isFresh || peak >= RUSH || process.memoryUsage.rss() > size + GROWN
+    if (now - quietSince >= wait && isWorthIt) {
       collectGarbage()
       isFresh = false
       peak = open
+      size = process.memoryUsage.rss()
+      quietSince = now
     }
-    if (!isWorking || now < trimAt) return
+    if (isWorking) isTrimDue = true
+    if (!isTrimDue || now < trimAt) return
     trimMalloc()
+    isTrimDue = false
     trimAt = now + Math.max(TRIM_MS, (performance.now() - now) / TRIM_PART)
   }, 1_000).unref()
 }

@@ -13,8 +13,8 @@ import { FirstEvent } from './first-event.ts'
 import type { Candidate, FailureKind } from './lineup.ts'
 import type { Demand, Facts, Job } from './load.ts'
 import { Patience, TotalTimeoutError } from './patience.ts'
-import { giveBack } from './prompt.ts'
 import { Refusal } from './refusal.ts'
+import { giveBack } from './sent-body.ts'
 
 export type Headers = Record<string, string | string[] | undefined>
 
@@ -96,8 +96,8 @@ export class Attempt implements BackendHandler {
   readonly backend: Backend
   /** The request is sent with a question for usage, or is repeated without it. */
   question: 'asked' | 'withdrawn' | undefined
-  /** What it sends, if that can be given back. */
-  prompt: Buffer | undefined
+  /** What it sends, if that is a copy of its own. */
+  body: Buffer | undefined
   #owner: AttemptOwner
   readonly #startedAt = performance.now()
   #sentAt = 0
@@ -188,9 +188,9 @@ export class Attempt implements BackendHandler {
   }
 
   /** The answer has begun, and nothing will be sent again. */
-  forgetPrompt(): void {
-    if (this.prompt !== undefined) giveBack(this.prompt)
-    this.prompt = undefined
+  giveBodyBack(): void {
+    if (this.body !== undefined) giveBack(this.body)
+    this.body = undefined
   }
 
   onRequestStart(controller: Dispatcher.DispatchController): void {
@@ -214,7 +214,7 @@ export class Attempt implements BackendHandler {
     this.#head = { statusCode, headers }
     // The bytes of the head would hold Node's pool for as long as the answer takes.
     controller.rawHeaders = []
-    if (!isAllSent()) this.prompt = undefined
+    if (!isAllSent()) this.body = undefined
     const { question } = this
     if (statusCode === 400 || statusCode === 422) {
       if (question === 'asked') {

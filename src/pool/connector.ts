@@ -9,13 +9,16 @@ const received = Buffer.allocUnsafeSlow(64 * 1024)
 /** The socket that is being read, and what came until undici takes it. */
 let reading: Socket | undefined
 let piece: Buffer | null = null
-/** What undici has not taken, or given back, because the client is slow: then the socket is not read. */
+/**
+ * What undici has not taken, or given back, because the client is slow: as long as it is here, and be it empty,
+ * the socket does not tell of its end either, which undici would take for the answer's.
+ */
 const left = new WeakMap<Socket, Buffer>()
 
 /**
  * undici's own connections (`timeout` in ms), but each piece goes to its parser as it is read. A socket would
- * make 64 KB of buffer for each read, put what came into a queue and tell of it in a later tick. TLS sockets are
- * left as they are: they go on giving what they have decrypted when they are told to stop.
+ * make 64 KB of buffer for each read, put what came into a queue and tell of it in a later tick. TLS sockets do so
+ * here, too, for they go on giving what they have decrypted when they are told to stop.
  */
 export function directConnector(timeout: number): Connector {
   const onread = { buffer: received, callback: receive }
@@ -23,15 +26,14 @@ export function directConnector(timeout: number): Connector {
   const connect = buildConnector({ ...options, onread } as buildConnector.BuildOptions) as Connector
   const connectTls = buildConnector(options) as Connector
   return (target, done) => {
-    if (target.protocol === 'https:') return connectTls(target, done)
-    const socket = connect(target, done)
+    const socket = (target.protocol === 'https:' ? connectTls : connect)(target, done)
     socket.read = read
     socket.unshift = unshift
     return socket
   }
 }
 
-/** Has all gone out over the connection whose answer is being read? */
+/** Has all gone out over the connection whose answer is being read? Of TLS that is not known. */
 export function isAllSent(): boolean {
   return reading?.writableLength === 0
 }
@@ -62,7 +64,6 @@ function read(this: Socket, size?: number): Buffer | null {
 }
 
 function unshift(this: Socket, rest: Buffer): void {
-  if (rest.length === 0) return
   if (reading === this) piece = rest
   else left.set(this, rest)
 }

@@ -22,12 +22,12 @@ import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat
 import { type Candidate, type FailureKind, isAmong, type Lineup } from './lineup.ts'
 import { TotalTimeoutError } from './patience.ts'
 import type { Pool } from './pool.ts'
-import { copyOf } from './prompt.ts'
 import type { Priority, Waiter } from './queue.ts'
 import { Race, type Racer } from './race.ts'
 import type { Refusal } from './refusal.ts'
 import { withModel } from './renamed.ts'
 import { Retries } from './retries.ts'
+import { copyOf } from './sent-body.ts'
 
 /** The exchange a request belongs to, as a property of its headers: reply-from hands it through. */
 export const EXCHANGE = Symbol('exchange')
@@ -248,8 +248,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 
   #forgetBody(): void {
     this.#exchange.forgetBody()
-    // Others may still be sending the same bytes.
-    if (this.#exchange.attempts === 1) this.#delivered?.forgetPrompt()
+    // Where there were others, they may still be sending the same bytes.
+    if (this.#exchange.attempts === 1) this.#delivered?.giveBodyBack()
   }
 
   late({ candidate: { tier } }: Attempt): Attempt | undefined {
@@ -414,9 +414,10 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     }
     if (upstream !== this.#exchange.model && Buffer.isBuffer(body))
       body = withModel(body, upstream!)
-    const isPooled = Buffer.isBuffer(body) && body.length < body.buffer.byteLength
-    if (this.#exchange.isStream && isPooled) body = copyOf(body as Buffer)
-    if (Buffer.isBuffer(body) && body !== this.#call!.options.body) attempt.prompt = body
+    if (Buffer.isBuffer(body) && this.#exchange.isStream) {
+      attempt.body = body === this.#call!.options.body ? copyOf(body) : body
+      body = attempt.body
+    }
     const headers = withOwn(given, own, body)
     return { path, method, body, headers } as Dispatcher.DispatchOptions
   }

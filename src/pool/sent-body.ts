@@ -7,11 +7,8 @@ export function copyOf(bytes: Buffer): Buffer {
   return copy
 }
 
-/**
- * Gives the memory of a {@link copyOf} back, whoever still refers to it; they see no bytes. Where ArrayBuffers
- * can't be transferred (before Node 22) it stays.
- */
+/** Gives the memory of a {@link copyOf} back, whoever still refers to it: they see no bytes. */
 export function giveBack(bytes: Buffer): void {
   const buffer = bytes.buffer as ArrayBuffer
-  if (bytes.length === buffer.byteLength) buffer.transfer?.(0)
+  if (bytes.length === buffer.byteLength) buffer.transfer(0)
 }
