@@ -1,4 +1,4 @@
-#!/usr/bin/env -S node --max-semi-space-size=8 --no-memory-reducer --v8-pool-size=2
+#!/usr/bin/env -S node --max-semi-space-size=8 --heap-growing-percent=60 --no-memory-reducer --v8-pool-size=2
 import cluster from 'node:cluster'
 import { existsSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'

@@ -1,9 +1,9 @@
-import { write, writeSync } from 'node:fs'
+import { fstatSync, write, writeSync } from 'node:fs'
 import { Complaint } from './complaint.ts'
 import type { RotatingFile } from './rotating-file.ts'
 
 /** Lines are written beside the work, some at a time: so many bytes together, or after so long (ms). */
-const BATCH = 4096
+const BATCH = 16 * 1024
 const BATCH_MS = 100
 /** So much a pipe takes as a whole or not at all: lines of several processes don't get into each other. */
 const PIPE_BUF = 4096
@@ -148,14 +148,15 @@ function toDescriptor(fd: number): Target {
   // Asking for the stream makes a pipe one that never blocks: a write that waits would wait for ever.
   if (fd === 1) void process.stdout
   else if (fd === 2) void process.stderr
+  const mostOf = fstatSync(fd).isFile() ? (lines: Buffer) => lines.length : atOnce
   return {
     write(lines) {
-      const part = lines.subarray(0, atOnce(lines))
+      const part = lines.subarray(0, mostOf(lines))
       return new Promise((resolve, reject) => {
         write(fd, part, (error, written) => (error ? reject(error) : resolve(written)))
       })
     },
-    writeSync: lines => writeSync(fd, lines.subarray(0, atOnce(lines))),
+    writeSync: lines => writeSync(fd, lines.subarray(0, mostOf(lines))),
     async close() {}
   }
 }
