@@ -132,6 +132,44 @@ test('two sinks on one pipe that is full: no line gets into another', async t =>
   closeSync(pipe)
 })
 
+test('a line that comes while a pipe takes others in pieces is written without waiting for more', async t => {
+  const path = join(folder(t), 'pipe')
+  execFileSync('mkfifo', [path])
+  const pipe = openSync(path, constants.O_RDWR | constants.O_NONBLOCK)
+  const sink = new LogSink(pipe, 'log')
+  for (let line = 0; line < 170; line++) sink.write(`${'x'.repeat(99)}\n`)
+  sink.write('the last\n')
+  let read = ''
+  for await (const data of createReadStream(path)) {
+    read += data
+    if (read.endsWith('the last\n')) break
+  }
+  assert.equal(read.length, 170 * 100 + 9)
+  await sink.close()
+  closeSync(pipe)
+})
+
+test('a process that ends while a pipe takes lines in pieces writes the rest', async () => {
+  const sink = new URL('../src/logs/sink.ts', import.meta.url)
+  const code = `
+    import { LogSink } from '${sink}'
+    const sink = new LogSink(1, 'log')
+    for (let line = 100; line < 300; line++) sink.write(line + 'x'.repeat(96) + '\\n')
+    process.exit()`
+  const args = ['--input-type=module', '-e', code]
+  const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'inherit'] })
+  let read = ''
+  child.stdout.on('data', (data: Buffer) => {
+    read += data
+  })
+  await once(child, 'close')
+  const lines = read.trimEnd().split('\n').sort()
+  assert.deepEqual(
+    lines.map(line => Number(line.slice(0, 3))),
+    Array.from({ length: 200 }, (_, at) => 100 + at)
+  )
+})
+
 test('a second signal ends the process at once', { timeout: 30_000 }, async t => {
   const backend = await fakeBackend(t, () => {})
   const gateway = await serve(t, stuckPipe(t), {}, backend.url)

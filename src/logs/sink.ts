@@ -19,7 +19,7 @@ const EXIT_TRIES = 10
 const NOTHING = Buffer.alloc(0)
 const NEWLINE = 10
 
-/** What a sink writes to: takes some of these lines, and says how many bytes that were. */
+/** What a sink writes to: takes these lines, or a part of them, and says how many bytes that were. */
 interface Target {
   write(lines: Buffer): Promise<number>
   writeSync(lines: Buffer): number
@@ -37,6 +37,7 @@ interface Target {
  */
 export class LogSink {
   readonly #target: Target
+  readonly #pieceOf: (lines: Buffer) => Buffer
   readonly #name: string
   readonly #dropped = new Complaint(lines =>
     complain(`the ${this.#name} is not read; lines dropped: ${lines}`)
@@ -44,7 +45,8 @@ export class LogSink {
   #lines = ''
   /** What is being written: the rest of it, as long as the target has not taken it. */
   #writing = NOTHING
-  #isWriting = false
+  /** So many bytes at its beginning the target has, and has not said yet what became of them. */
+  #underWay = 0
   #timer: NodeJS.Timeout | undefined
   #quietUntil = 0
   #hasComplained = false
@@ -54,6 +56,8 @@ export class LogSink {
   /** @param name as it stands in a complaint */
   constructor(target: number | RotatingFile, name: string) {
     this.#target = typeof target === 'number' ? toDescriptor(target) : target
+    const isFile = typeof target !== 'number' || fstatSync(target).isFile()
+    this.#pieceOf = isFile ? lines => lines : wholeLines
     this.#name = name
     process.on('exit', this.#atExit)
   }
@@ -63,7 +67,7 @@ export class LogSink {
     if (this.#lines.length + this.#writing.length > MAX_WAITING) return this.#dropped.add(1, '')
     this.#lines += line
     if (this.#lines.length >= BATCH) void this.#next()
-    else this.#timer ??= setTimeout(() => void this.#next(), BATCH_MS).unref()
+    else this.#wait()
   }
 
   /** Calls back when everything is written, or when that takes too long. */
@@ -83,10 +87,14 @@ export class LogSink {
     await this.#target.close()
   }
 
+  #wait(): void {
+    this.#timer ??= setTimeout(() => void this.#next(), BATCH_MS).unref()
+  }
+
   async #next(): Promise<void> {
-    if (this.#isWriting) return
     clearTimeout(this.#timer)
     this.#timer = undefined
+    if (this.#underWay > 0) return
     if (this.#writing.length === 0) {
       this.#writing = Buffer.from(this.#lines)
       this.#lines = ''
@@ -95,22 +103,24 @@ export class LogSink {
       for (const done of this.#whenEmpty.splice(0)) done()
       return
     }
-    this.#isWriting = true
+    const piece = this.#pieceOf(this.#writing)
+    this.#underWay = piece.length
     try {
-      const written = await this.#target.write(this.#writing)
+      const written = await this.#target.write(piece)
       this.#writing = this.#writing.subarray(written)
       this.#hasComplained = false
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code === 'EAGAIN') {
-        this.#isWriting = false
+        this.#underWay = 0
         setTimeout(() => void this.#next(), FULL_WAIT).unref()
         return
       }
       this.#fail(error as Error)
     }
-    this.#isWriting = false
+    this.#underWay = 0
     const isDue = this.#writing.length > 0 || this.#lines.length >= BATCH
     if (isDue || this.#whenEmpty.length > 0) void this.#next()
+    else if (this.#lines.length > 0) this.#wait()
   }
 
   /** Drops what waits, and says so once, where that works. */
@@ -125,11 +135,11 @@ export class LogSink {
 
   /** The last lines of a process that ends without a flush; what is under way is left to itself. */
   #writeAtExit(): void {
-    let rest = Buffer.concat([this.#isWriting ? NOTHING : this.#writing, Buffer.from(this.#lines)])
+    let rest = Buffer.concat([this.#writing.subarray(this.#underWay), Buffer.from(this.#lines)])
     const clock = new Int32Array(new SharedArrayBuffer(4))
     for (let tries = 0; tries < EXIT_TRIES && rest.length > 0; ) {
       try {
-        rest = rest.subarray(this.#target.writeSync(rest))
+        rest = rest.subarray(this.#target.writeSync(this.#pieceOf(rest)))
       } catch (error) {
         if ((error as NodeJS.ErrnoException).code !== 'EAGAIN') return
         tries++
@@ -148,22 +158,20 @@ function toDescriptor(fd: number): Target {
   // Asking for the stream makes a pipe one that never blocks: a write that waits would wait for ever.
   if (fd === 1) void process.stdout
   else if (fd === 2) void process.stderr
-  const mostOf = fstatSync(fd).isFile() ? (lines: Buffer) => lines.length : atOnce
   return {
     write(lines) {
-      const part = lines.subarray(0, mostOf(lines))
       return new Promise((resolve, reject) => {
-        write(fd, part, (error, written) => (error ? reject(error) : resolve(written)))
+        write(fd, lines, (error, written) => (error ? reject(error) : resolve(written)))
       })
     },
-    writeSync: lines => writeSync(fd, lines.subarray(0, mostOf(lines))),
+    writeSync: lines => writeSync(fd, lines),
     async close() {}
   }
 }
 
-/** How many bytes a pipe takes as a whole; a line that is longer goes alone. */
-function atOnce(lines: Buffer): number {
-  if (lines.length <= PIPE_BUF) return lines.length
+/** The lines that a pipe takes as a whole; one that is longer goes alone. */
+function wholeLines(lines: Buffer): Buffer {
+  if (lines.length <= PIPE_BUF) return lines
   const end = lines.lastIndexOf(NEWLINE, PIPE_BUF - 1)
-  return (end === -1 ? lines.indexOf(NEWLINE) : end) + 1 || lines.length
+  return lines.subarray(0, (end === -1 ? lines.indexOf(NEWLINE) : end) + 1 || lines.length)
 }
