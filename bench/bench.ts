@@ -70,7 +70,7 @@ interface Stage {
 const smoke = options.smoke
 const rounds = smoke ? 2 : Number(options.rounds)
 const wanted = smoke ? ['streams', 'requests'] : options.figures.split(',')
-const names = smoke ? ['direct', 'llmproxy', 'reply-from'] : options.only?.split(',')
+const names = smoke ? ['llmproxy', 'reply-from'] : options.only?.split(',')
 
 const folder = mkdtempSync(join(tmpdir(), 'llmproxy-bench-'))
 const stage = await setUp()
@@ -134,7 +134,7 @@ async function begin({ surroundings }: Stage, participant: Participant): Promise
 /** Requests and streams in turns, for V8 goes back on what it has compiled for one kind when the other comes. */
 async function warmUp({ load }: Stage, { running }: Participant): Promise<void> {
   const { target } = running!
-  for (let turn = 1; turn <= 3; turn++) {
+  for (let turn = 1; turn <= (smoke ? 2 : 3); turn++) {
     await job(load, {
       kind: 'requests',
       target,
