@@ -35,6 +35,6 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=5s --retries=3 \
   CMD ["node", "-e", "fetch('http://127.0.0.1:8000/health').then(answer => process.exit(answer.ok ? 0 : 1), () => process.exit(1))"]
 
 # The exec form: node is process 1 and gets SIGTERM and SIGHUP itself.
-# V8 would let the youngest objects have 64 MB under load, and be no faster for it.
+# What V8's options are for: docs/performance.md. They are the same in package.json and src/cli.ts.
 ENTRYPOINT ["node", "--max-semi-space-size=8", "--heap-growing-percent=60", "--no-memory-reducer", "--v8-pool-size=2", "/opt/llmproxy/dist/cli.js"]
 CMD ["serve"]

@@ -61,8 +61,9 @@ const TRIM_PART = 1 / 500
  * V8 keeps the memory of the start, and of the busiest moment, until it is told to give back what it can. That
  * pauses the process for some 50 ms, and costs it its compiled code: that rests on the shapes of objects, and V8
  * forgets both when it finds no such object, as there is no exchange in a lull. So it is told so after the start,
- * unless there is work at once, and after a rush, and its own collections in lulls are off: `--no-memory-reducer`, with which the gateway is
- * started. What compiling has left, and what lay beside V8's heap, is given back at work, too.
+ * unless there is work at once, and after a rush, and its own collections in lulls are off: `--no-memory-reducer`,
+ * with which the gateway is started. What compiling has left, and what lay beside V8's heap, is given back at work,
+ * too.
  */
 export function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
   let isFresh = true

@@ -197,6 +197,14 @@ test('the client of the profile "demo" asks, with and without streaming', {
   await gateway.logged({ outcome: 'ok', status: 200, stream: true })
 })
 
+test('npm start, the image and the command run node with the same options', () => {
+  const options = (command: string) => command.match(/--[a-z0-9-]+(=\d+)?/g)
+  const wanted = options(packageJson.scripts.start)
+  assert.ok(wanted!.length > 0)
+  assert.deepEqual(options(cli.split('\n')[0]!), wanted)
+  assert.deepEqual(options(instruction('ENTRYPOINT')), wanted)
+})
+
 test('the Dockerfile copies what is there or is built, and .dockerignore lets it through', () => {
   const ignores = read('.dockerignore')
     .split('\n')

@@ -48,11 +48,16 @@ async function serve(
   }
 }
 
-/** A descriptor of a pipe that nobody reads. */
-function stuckPipe(t: TestContext): number {
+/** A pipe by its name, and a descriptor to which a write never waits. */
+function namedPipe(t: TestContext): { path: string; pipe: number } {
   const path = join(folder(t), 'pipe')
   execFileSync('mkfifo', [path])
-  return openSync(path, constants.O_RDWR | constants.O_NONBLOCK)
+  return { path, pipe: openSync(path, constants.O_RDWR | constants.O_NONBLOCK) }
+}
+
+/** A descriptor of a pipe that nobody reads. */
+function stuckPipe(t: TestContext): number {
+  return namedPipe(t).pipe
 }
 
 for (const [name, stdout, log, complaint] of [
@@ -113,9 +118,7 @@ test('lines that nobody reads are dropped at last, and that is said', async t =>
 })
 
 test('two sinks on one pipe that is full: no line gets into another', async t => {
-  const path = join(folder(t), 'pipe')
-  execFileSync('mkfifo', [path])
-  const pipe = openSync(path, constants.O_RDWR | constants.O_NONBLOCK)
+  const { path, pipe } = namedPipe(t)
   const sinks = [new LogSink(pipe, 'log'), new LogSink(pipe, 'access log')]
   // Much more than a pipe holds (64 KB).
   for (let count = 0; count < 2000; count++) {
@@ -133,9 +136,7 @@ test('two sinks on one pipe that is full: no line gets into another', async t =>
 })
 
 test('a line that comes while a pipe takes others in pieces is written without waiting for more', async t => {
-  const path = join(folder(t), 'pipe')
-  execFileSync('mkfifo', [path])
-  const pipe = openSync(path, constants.O_RDWR | constants.O_NONBLOCK)
+  const { path, pipe } = namedPipe(t)
   const sink = new LogSink(pipe, 'log')
   for (let line = 0; line < 170; line++) sink.write(`${'x'.repeat(99)}\n`)
   sink.write('the last\n')
