@@ -39,6 +39,8 @@ const TIDY_AFTER = 1_000
 const TIDY_INTERVAL = 60 * 60 * 1000
 /** How long (ms) a disk that hangs may keep the end from coming. */
 const CLOSE_TIMEOUT = 1_000
+/** How long (ms) a line may take that another process writes. */
+const WRITE_MS = 20
 const NEWLINE = Buffer.from('\n')
 
 /**
@@ -210,7 +212,7 @@ export class RotatingFile {
       this.#identity = identityOf(stats)
       this.#isPlain = stats.isFile()
       this.#size = stats.size
-      this.#isTorn = this.#isPlain && stats.size > 0 && !(await endsLine(handle, stats.size))
+      this.#isTorn = this.#isPlain && !(await endsLine(handle)) && !(await endsLineSoon(handle))
       if (this.#isSafe && this.#isPlain) await syncFolder(folder)
     } catch (error) {
       await handle.close()
@@ -241,8 +243,16 @@ function identityOf({ dev, ino }: Stats): string {
   return `${dev}:${ino}`
 }
 
-async function endsLine(handle: FileHandle, size: number): Promise<boolean> {
-  const { buffer, bytesRead } = await handle.read(Buffer.alloc(1), 0, 1, size - 1)
+/** Another process may be in the middle of a line: the system shows what it has of it so far. */
+async function endsLineSoon(handle: FileHandle): Promise<boolean> {
+  await sleep(WRITE_MS)
+  return endsLine(handle)
+}
+
+async function endsLine(handle: FileHandle): Promise<boolean> {
+  const { size } = await handle.stat()
+  if (size === 0) return true
+  const { bytesRead, buffer } = await handle.read(Buffer.alloc(1), 0, 1, size - 1)
   return bytesRead === 0 || buffer[0] === NEWLINE[0]
 }
 
