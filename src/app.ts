@@ -32,6 +32,7 @@ import log from './plugins/log.ts'
 import logging, { LoggingOptions, requestLogIssues } from './plugins/logging.ts'
 import metering from './plugins/metering.ts'
 import metrics, { MetricsOptions } from './plugins/metrics.ts'
+import overload, { OverloadOptions } from './plugins/overload.ts'
 import payload from './plugins/payload.ts'
 import proxy, { ProxyOptions } from './plugins/proxy.ts'
 import usage, { UsageOptions } from './plugins/usage.ts'
@@ -59,6 +60,7 @@ export const GatewayOptions = Type.Object(
     metrics: MetricsOptions,
     admin: AdminOptions,
     proxy: Type.Optional(ProxyOptions),
+    overload: Type.Optional(OverloadOptions),
     drain_delay: Type.Optional(
       Duration(undefined, 'How long calls are still taken when the server closes', 0)
     ),
@@ -174,6 +176,8 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     done()
   })
 
+  // Can it be served at all? Before anything is spent on it.
+  await fastify.register(overload, options.overload ?? {})
   // Who is it? Before the body is read: a stranger costs nothing.
   await fastify.register(auth, { ...options.auth, storage: options.storage })
   // What is asked? The body stays the bytes that came.
@@ -223,7 +227,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
         usage: fastify.usage,
         reload,
         config() {
-          const { proxy: _, drain_delay: __, drain_timeout: ___, ...sections } = options
+          const { proxy, overload, drain_delay, drain_timeout, ...sections } = options
           return { ...settings(), ...(masked(GatewayOptions, sections) as object) }
         }
       }
@@ -275,6 +279,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     await fastify.limits.update(changed.rate_limit, changed.storage.caches)
     await fastify.usage.update(changed.usage, changed.storage)
     fastify.proxy.update(changed.proxy ?? {})
+    fastify.overload.update(changed.overload ?? {})
     fastify.admin.update(changed.admin)
   }
 }

@@ -12,6 +12,7 @@ import { ADDRESS } from './listen.ts'
 import { LogOptions } from './logs/log.ts'
 import { AtStart, Duration, findIssues, NotBuilt, Section, Size } from './options.ts'
 import { AdminOptions, adminIssues } from './plugins/admin.ts'
+import { OverloadOptions } from './plugins/overload.ts'
 import { readYaml } from './yaml.ts'
 
 /**
@@ -79,6 +80,7 @@ const ServerOptions = Section(
       0
     ),
     drain_timeout: Duration('30s', 'How long running answers may take after that', 0),
+    overload: OverloadOptions,
     cors: AtStart(
       Section(
         {
@@ -121,6 +123,7 @@ const ServerOptions = Section(
 
 const {
   proxy: _,
+  overload: ____,
   drain_delay: __,
   drain_timeout: ___,
   ...gatewaySections

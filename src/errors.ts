@@ -102,6 +102,14 @@ export function reasonOf({ code, message }: Error & { code?: unknown }): string 
 /** More of a model's name than this (characters) is not said back. */
 const MAX_NAME = 200
 
+/** The request names no model, and there is not exactly one to take. */
+export function modelMissing(): GatewayError {
+  return new GatewayError(
+    'invalid_request',
+    'model: the field is missing. Name a model; GET /v1/models lists those you may use.'
+  )
+}
+
 /** As OpenAI says it, and without a word of the models there are. */
 export function modelNotFound(model: string): GatewayError {
   const name = model.length > MAX_NAME ? `${model.slice(0, MAX_NAME)}...` : model

@@ -1,5 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
+import { BodyBudget } from './body-budget.ts'
 import type { Dialect } from './dialects/dialect.ts'
 import { openai } from './dialects/openai.ts'
 import { type GatewayError, toGatewayError } from './errors.ts'
@@ -12,6 +13,7 @@ import type { Wanted } from './pool/lineup.ts'
 import { type Prefixes, prefixesOf } from './pool/prefixes.ts'
 import type { Priority } from './pool/queue.ts'
 import type { Affinity } from './pool/strategies.ts'
+import { free } from './wire/gathered.ts'
 
 /**
  * A request and its answer. It begins in `onRequest` and ends exactly once, when the response
@@ -84,25 +86,6 @@ export interface Endpoint {
   makesResponses?: boolean
 }
 
-/** The bytes to send when the backend is asked for usage, and what was found out about them. */
-export interface UsageQuestion {
-  bytes: Buffer
-  /** Set once the answer comes from a backend that was asked. */
-  asked: boolean
-}
-
-/** The request body: the bytes as they came, until the answer begins, and the few members the gateway reads. */
-export interface Payload {
-  bytes: Buffer
-  model: string | undefined
-  stream: boolean
-  /** The client itself asked for a usage chunk. */
-  includeUsage: boolean
-  /** The most tokens that all its answers together may have, where the client says so. */
-  maxTokens: number | undefined
-  previousResponseId: string | undefined
-}
-
 /** What runs for an exchange and must stop with it. */
 export interface Work {
   /** The response has closed: stops everything at once. */
@@ -145,7 +128,8 @@ export class Exchange {
   /** Code of the error the gateway answered with, or ended the stream with. */
   errorCode: string | undefined
   usage: Usage | undefined
-  question: UsageQuestion | undefined
+  /** Whether a streaming response must be asked for usage, and whether the backend that responds was. */
+  question: { asked: boolean } | undefined
   /** The backend this exchange must go to (name), because it holds the state the call is about. */
   pinned: string | undefined
   /** The model of that state, where the call does not name one. */
@@ -179,6 +163,8 @@ export class Exchange {
 
   readonly #exchanges: Exchanges
   #prefixes: Prefixes | undefined
+  /** Bytes of its body that count in the budget of all bodies. */
+  #held = 0
 
   constructor(request: FastifyRequest, reply: FastifyReply, exchanges: Exchanges) {
     this.#exchanges = exchanges
@@ -291,14 +277,30 @@ export class Exchange {
     if (this.attempts === 0) this.outcome = 'rejected'
   }
 
-  /** Lets a prompt go that will not be sent again. */
-  forgetBody(): void {
+  /**
+   * Counts bytes of its body that are kept.
+   *
+   * @throws {GatewayError} `overloaded` where all bodies together would be too large
+   */
+  hold(bytes: number): void {
+    this.#exchanges.bodies.take(bytes)
+    this.#held += bytes
+  }
+
+  /** Drops a body that will not be sent again; with `isSent` nobody refers to it any more. */
+  forgetBody(isSent = false): void {
     const { payload } = this.request
-    if (this.keepsBody || payload === undefined) return
+    if (this.keepsBody || payload === undefined || payload.bytes === NOTHING) return
     this.request.body = undefined
+    if (isSent) free(payload.bytes)
     payload.bytes = NOTHING
     this.#prefixes = undefined
-    if (this.question !== undefined) this.question.bytes = NOTHING
+    this.#release()
+  }
+
+  #release(): void {
+    this.#exchanges.bodies.give(this.#held)
+    this.#held = 0
   }
 
   /**
@@ -324,6 +326,7 @@ export class Exchange {
     this.endedAt = performance.now()
     this.conclude()
     this.work?.stop()
+    this.#release()
     return true
   }
 }
@@ -347,6 +350,8 @@ export class Exchanges {
    * holds the next one and with it every exchange in between, until the next full collection.
    */
   readonly open: Exchange[] = []
+  /** The request bodies that are kept at the moment. */
+  readonly bodies = new BodyBudget()
   /** How many of forwarded routes have begun since the start. */
   forwarded = 0
   /** What is told of requests that were refused before they could become an exchange. */

@@ -61,7 +61,11 @@ export function Age(defaultValue: string, description: string): TUnsafe<number> 
  * A size in bytes: text with a unit (`64MB`, 1 KB = 1024 bytes) or a number of bytes. `bare`: what a bare
  * number in a file is, where the original counts in something else.
  */
-export function Size(defaultValue: string, description: string, bare?: 'MB'): TUnsafe<number> {
+export function Size(
+  defaultValue: string | undefined,
+  description: string,
+  bare?: 'MB'
+): TUnsafe<number> {
   return Type.Unsafe<number>({
     type: ['string', 'number'],
     unit: 'bytes',
@@ -69,7 +73,7 @@ export function Size(defaultValue: string, description: string, bare?: 'MB'): TU
     least: 1,
     most: Number.MAX_SAFE_INTEGER,
     description,
-    default: defaultValue
+    ...(defaultValue === undefined ? {} : { default: defaultValue })
   })
 }
 

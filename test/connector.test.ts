@@ -9,7 +9,6 @@ import { type TestContext, test } from 'node:test'
 import { Client } from 'undici'
 import { collectGarbage } from '../src/memory.ts'
 import { directConnector } from '../src/pool/connector.ts'
-import { copyOf, giveBack } from '../src/pool/sent-body.ts'
 import { CHAT, chunk, fakeBackend, rawClient, rawPost, startGateway } from './helper.ts'
 
 /** Far more than the system itself holds of a connection. */
@@ -175,17 +174,6 @@ test('a connection that the server closes while it is idle is not used again', a
     await once(client, 'disconnect')
   }
   assert.equal(new Set(ports).size, 3)
-})
-
-test('memory is given back of what is nobody else’s, and of nothing in Node’s pool', () => {
-  const copy = copyOf(Buffer.from('prompt'))
-  assert.equal(copy.toString(), 'prompt')
-  assert.equal(copy.buffer.byteLength, 6)
-  giveBack(copy)
-  assert.equal(copy.length, 0)
-  const pooled = Buffer.from('prompt')
-  giveBack(pooled)
-  assert.equal(pooled.toString(), 'prompt')
 })
 
 test('prompts take no memory beside the answers to them', async t => {

@@ -1,7 +1,9 @@
 import assert from 'node:assert/strict'
 import { describe, type TestContext, test } from 'node:test'
 import { parseConfig } from '../src/config.ts'
-import { openEnd, requestForRest } from '../src/pool/continuation.ts'
+import { editsForRest, openEnd } from '../src/pool/continuation.ts'
+import { edited } from '../src/wire/edits.ts'
+import { membersOf } from '../src/wire/json-scanner.ts'
 import {
   type Answerer,
   CHAT,
@@ -523,9 +525,16 @@ test('who goes on may have to be waited for', async t => {
   assert.equal((await recorded()).continuations, 1)
 })
 
+function bodyOf(text: string) {
+  const bytes = Buffer.from(text)
+  return { bytes, members: membersOf(bytes) }
+}
+
 test('the request for the rest is the request, but for what must change', () => {
-  const rest = (body: string, tokens = 3) =>
-    String(requestForRest(Buffer.from(body), 'A "b"', tokens, 'continue_final_message'))
+  const rest = (text: string, tokens = 3) => {
+    const body = bodyOf(text)
+    return String(edited(body.bytes, editsForRest(body, 'A "b"', tokens, 'continue_final_message')))
+  }
   assert.equal(
     rest(
       '{ "model":"m","messages" : [ {"role":"user","content":"x"} ],"seed":12345678901234567890}'
@@ -541,12 +550,12 @@ test('the request for the rest is the request, but for what must change', () => 
     rest('{"max_tokens":null,"prompt":"x"}'),
     '{"max_tokens":null,"prompt":"xA \\"b\\""}'
   )
-  const untouched = Buffer.from('{"messages":[{"role":"user"}]}')
-  assert.equal(requestForRest(untouched, '', 0, 'continue_final_message'), untouched)
+  const untouched = bodyOf('{"messages":[{"role":"user"}]}')
+  assert.deepEqual(editsForRest(untouched, '', 0, 'continue_final_message'), [])
 })
 
 test('which requests ask for text alone, and leave its end open', () => {
-  const endOf = (text: string) => openEnd(Buffer.from(text))?.name
+  const endOf = (text: string) => openEnd(bodyOf(text))?.name
   const isOpen = (body: object) => endOf(JSON.stringify(body)) !== undefined
   const chat = { model: 'm', messages: [{ role: 'user', content: 'x' }], stream: true, stop: ['a'] }
   assert.ok(isOpen(chat))

@@ -51,7 +51,7 @@ test('what is wrong with a body is said without repeating it', async t => {
   const gateway = await unreached(t)
   const response = await post(`${gateway.url}/v1/embeddings`, '{"password": hunter2}')
   const text = await response.text()
-  assert.match(text, /not valid JSON/)
+  assert.match(text, /byte 14 must be a value/)
   assert.doesNotMatch(text, /hunter2|password/)
   await gateway.logged({ msg: 'exchange' })
   assert.doesNotMatch(JSON.stringify(gateway.lines), /hunter2/)

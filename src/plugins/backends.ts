@@ -2,7 +2,7 @@ import { isDeepStrictEqual } from 'node:util'
 import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import { type DemoBackend, startDemo } from '../demo.ts'
-import { modelNotFound } from '../errors.ts'
+import { modelMissing, modelNotFound } from '../errors.ts'
 import type {} from '../exchange.ts'
 import { type Explain, explainer } from '../explain.ts'
 import { checkOptions, type Given } from '../options.ts'
@@ -139,6 +139,23 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     },
     sourceOf: name => sources.get(name)
   } satisfies Backends)
+
+  // Before keys, limits and prices are looked up: all of them depend on the model.
+  fastify.addHook('preValidation', (request, _reply, done) => {
+    const { payload, exchange } = request
+    const needsModel = payload !== undefined && exchange.endpoint?.spends !== undefined
+    if (!needsModel || payload.model !== undefined || payload.previousResponseId !== undefined) {
+      return done()
+    }
+    if (pool.backends.length === 0) return done()
+    const imply = () => {
+      payload.model = pool.onlyModel
+      payload.isModelImplied = payload.model !== undefined
+      return payload.isModelImplied
+    }
+    if (imply()) return done()
+    discovery.find(imply).then(() => done(imply() ? undefined : modelMissing()), done)
+  })
 
   // Before a limit is asked: a model that nobody has costs nothing.
   fastify.addHook('preHandler', (request, _reply, done) => {

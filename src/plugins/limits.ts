@@ -301,7 +301,7 @@ function isOfMoney({ limits }: Account): boolean {
 }
 
 function askerOf(request: FastifyRequest): Asker {
-  return { caller: request.caller, subject: subject(request), model: request.payload?.model }
+  return { caller: request.caller, subject: subject(request), model: request.exchange.model }
 }
 
 function toUnavailable(error: unknown): never {

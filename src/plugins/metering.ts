@@ -8,7 +8,6 @@ import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exch
 import { type Framing, framingOf } from '../http.ts'
 import { Estimates } from '../metering/estimate.ts'
 import { Meter, memberNames } from '../metering/meter.ts'
-import { askForUsage } from '../metering/question.ts'
 import { promptText } from '../metering/text.ts'
 import type { MemberNames } from '../metering/watcher.ts'
 import { type Answer, ENDLESS, READ_MS } from '../pool/answer.ts'
@@ -68,7 +67,7 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
       exchange.promptEstimate = estimates.input(payload.model ?? '', exchange.prompt.counts)
     }
     if (endpoint?.asksForUsage && payload?.stream && !payload.includeUsage) {
-      exchange.question = { bytes: askForUsage(payload.bytes), asked: false }
+      exchange.question = { asked: false }
     }
     done()
   })

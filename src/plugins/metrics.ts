@@ -155,6 +155,15 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     }
   })
 
+  new Gauge({
+    name: 'llmproxy_request_body_bytes',
+    help: 'Request bodies in memory: they are kept until a backend responds',
+    registers,
+    collect() {
+      this.set(exchanges.bodies.held)
+    }
+  })
+
   exchanges.onEnd('metrics', exchange => {
     if (!isCounted(exchange)) return
     const path = exchange.endpoint?.url ?? 'other'

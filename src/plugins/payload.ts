@@ -1,13 +1,17 @@
 import { isUtf8 } from 'node:buffer'
+import type { Readable } from 'node:stream'
 import type { FastifyPluginAsync, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import { GatewayError } from '../errors.ts'
-import { type Endpoint, type Payload, withExchanges } from '../exchange.ts'
-import { findMembers } from '../metering/members.ts'
+import { withExchanges } from '../exchange.ts'
+import { type Payload, toPayload } from '../payload.ts'
+import { Gathered } from '../wire/gathered.ts'
+import { JsonError, JsonScanner } from '../wire/json-scanner.ts'
 
 /**
- * Keeps request bodies as the bytes that came, and reads beside them the few members the gateway
- * needs. On a `json` endpoint the body must be exactly one JSON object.
+ * Keeps request bodies as the bytes that arrived, and reads beside them the few fields the gateway needs. On a
+ * `json` endpoint the body must be exactly one JSON object; it is checked as it arrives, so that a bad one is
+ * rejected before its end.
  *
  * Affects every route of the scope it is registered in: `request.body` is a Buffer there.
  *
@@ -22,17 +26,17 @@ declare module 'fastify' {
   }
 }
 
-/** Members whose meaning must be the same for the gateway and for every backend's JSON parser. */
-const READ = ['model', 'stream', 'stream_options']
-/** What is known of models is kept by their names: a longer text (characters) is none. */
-const LONGEST_MODEL = 1_000
+/** Bytes of one body that are read before other requests get their turn: less than 5 ms of work. */
+const BURST = 256 * 1024
+/** Size (bytes) of the first buffer of a body whose length is not announced. */
+const UNKNOWN_LENGTH = 16 * 1024
 
 const payloadPlugin: FastifyPluginAsync = async function payload(fastify) {
   withExchanges(fastify)
   if (!fastify.hasRequestDecorator('payload')) fastify.decorateRequest('payload', undefined)
   fastify.removeAllContentTypeParsers()
-  fastify.addContentTypeParser('*', { parseAs: 'buffer' }, (_request, body, done) => {
-    done(null, body)
+  fastify.addContentTypeParser('*', (request, stream, done) => {
+    receive(request, stream).then(body => done(null, body), done)
   })
 
   // Fastify refuses an empty type, though it takes none at all.
@@ -41,92 +45,81 @@ const payloadPlugin: FastifyPluginAsync = async function payload(fastify) {
     done()
   })
   fastify.addHook('preValidation', (request, _reply, done) => {
-    const { endpoint } = request.exchange
-    if (endpoint?.body !== 'json') return done()
-    if ((request.headers['content-encoding'] ?? 'identity') !== 'identity') {
-      throw new GatewayError('unsupported_encoding', 'Send the body without a content-encoding.')
-    }
-    request.payload = readPayload(request, endpoint)
-    done()
+    const isEmpty = request.exchange.endpoint?.body === 'json' && request.payload === undefined
+    done(isEmpty ? invalidJson('it is empty') : undefined)
   })
 }
 
-function readPayload(request: FastifyRequest, endpoint: Endpoint): Payload {
-  const bytes = request.body
-  if (!Buffer.isBuffer(bytes) || bytes.length === 0) {
-    throw new GatewayError('invalid_json', 'The request body is empty; it must be a JSON object.')
+/** Reads a body to its end. The reading stops at the first error; the rest of the body is then ignored. */
+async function receive(request: FastifyRequest, stream: Readable): Promise<Buffer> {
+  const { exchange, headers } = request
+  const { endpoint } = exchange
+  const scanner = endpoint?.body === 'json' ? new JsonScanner() : undefined
+  if (scanner && (headers['content-encoding'] ?? 'identity') !== 'identity') {
+    throw new GatewayError('unsupported_encoding', 'Send the body without a content-encoding.')
   }
-  const body = parseObject(bytes)
-  if (request.caller?.models !== undefined) refuseAmbiguity(bytes)
-  const { model, stream, stream_options, previous_response_id } = body
-  if (model !== undefined && model !== null && typeof model !== 'string') {
-    throw new GatewayError('invalid_request', 'model must be a string.')
-  }
-  if (model && model.length > LONGEST_MODEL) {
-    throw new GatewayError('invalid_request', 'model is too long for the name of a model.')
-  }
-  if (stream !== undefined && stream !== null && typeof stream !== 'boolean') {
-    throw new GatewayError('invalid_request', 'stream must be true or false.')
-  }
-  return {
-    bytes,
-    // No name is no model: servers with one model take it for theirs.
-    model: model || undefined,
-    stream: stream ?? endpoint.streamsByDefault ?? false,
-    includeUsage: asksForUsage(stream_options),
-    maxTokens: maxTokens(body),
-    previousResponseId: typeof previous_response_id === 'string' ? previous_response_id : undefined
-  }
-}
-
-function parseObject(bytes: Buffer): Record<string, unknown> {
-  let body: unknown
+  const limit = request.routeOptions.bodyLimit!
+  const length =
+    headers['content-length'] === undefined ? undefined : Number(headers['content-length'])
+  if (length !== undefined && length > limit) throw tooLarge(limit)
+  const body = new Gathered(length ?? UNKNOWN_LENGTH, length ?? limit)
   try {
-    if (!isUtf8(bytes)) throw new SyntaxError('it is not valid UTF-8')
-    body = JSON.parse(bytes.toString())
+    await eachChunk(stream, chunk => {
+      if (body.length + chunk.length > limit) throw tooLarge(limit)
+      exchange.hold(chunk.length)
+      body.add(chunk)
+      scanner?.scan(body.bytes, body.length)
+    })
+    if (scanner === undefined || endpoint === undefined || body.length === 0) return body.bytes
+    scanner.end()
+    if (!isUtf8(body.bytes)) throw invalidJson('it is not valid UTF-8')
+    request.payload = toPayload(body.bytes, scanner.members, endpoint)
+    return body.bytes
   } catch (error) {
-    throw new GatewayError(
-      'invalid_json',
-      `The request body is not valid JSON: ${jsonComplaint(error as Error)}.`
-    )
+    throw error instanceof JsonError ? invalidJson(error.message) : error
   }
-  if (typeof body !== 'object' || body === null || Array.isArray(body)) {
-    throw new GatewayError('invalid_json', 'The request body must be a JSON object.')
-  }
-  return body as Record<string, unknown>
 }
 
-/** The parser's complaint without the excerpt of the body that V8 puts into it. */
-function jsonComplaint(error: Error): string {
-  return error.message.split(/,? "|, \.\.\.|, '/)[0]!.replace(/\.$/, '')
-}
-
-/**
- * Parsers disagree about `{"model": "a", "Model": "b"}`: Go's ignores case, others take the last of
- * two equal names. A caller who is held to some models must not profit from that.
- */
-function refuseAmbiguity(bytes: Buffer): void {
-  const names = findMembers(bytes).map(member => member.name)
-  for (const read of READ) {
-    if (names.filter(name => name.toLowerCase() === read).length > 1) {
-      throw new GatewayError('invalid_request', `${read} must be there only once.`)
+/** Hands over chunks until the end. One client that sends fast does not keep the event loop to itself. */
+function eachChunk(stream: Readable, take: (chunk: Buffer) => void): Promise<void> {
+  return new Promise((resolve, reject) => {
+    let burst = 0
+    const settle = (error?: unknown) => {
+      stream.off('data', onData).off('end', settle).off('error', onError).off('close', onError)
+      // Node discards what nobody reads, but only of a stream that flows.
+      stream.on('error', () => {}).resume()
+      if (error === undefined) resolve()
+      else reject(error)
     }
-  }
+    const onError = () => settle(new GatewayError('client_gone', 'The client has left.'))
+    const onData = (chunk: Buffer) => {
+      try {
+        take(chunk)
+      } catch (error) {
+        return settle(error)
+      }
+      burst += chunk.length
+      if (burst < BURST) return
+      burst = 0
+      stream.pause()
+      setImmediate(() => stream.resume())
+    }
+    stream.on('data', onData).on('end', settle).on('error', onError).on('close', onError)
+  })
 }
 
-/** The most tokens that all its answers together may have. */
-function maxTokens({ n, options, ...body }: Record<string, unknown>): number | undefined {
-  const { max_completion_tokens, max_tokens = max_completion_tokens } = body
-  const { max_output_tokens = max_tokens } = body
-  const { num_predict } = (options ?? {}) as { num_predict?: unknown }
-  const most = Number(max_output_tokens ?? num_predict)
-  return most > 0 ? most * Math.max(1, Number(n) || 1) : undefined
+function tooLarge(limit: number): GatewayError {
+  return new GatewayError(
+    'body_too_large',
+    `The request body is larger than this server accepts (${limit} bytes).`
+  )
 }
 
-function asksForUsage(options: unknown): boolean {
-  return typeof options === 'object' && options !== null && 'include_usage' in options
-    ? options.include_usage === true
-    : false
+function invalidJson(problem: string): GatewayError {
+  return new GatewayError(
+    'invalid_json',
+    `The request body is not a valid JSON object: ${problem}.`
+  )
 }
 
 export default fp(payloadPlugin, { name: 'payload', fastify: '5.x' })

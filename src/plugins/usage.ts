@@ -216,7 +216,9 @@ function toRules({ enabled, reporters, tags, prices }: UsageOptions) {
     tags: new Map(Object.entries(tags).map(([tag, header]) => [tag, header.toLowerCase()])),
     /** The first that fits one of the names that a model has, with callers and at its backend. */
     price(...names: (string | undefined)[]): Price | undefined {
-      const known = names.filter(name => name !== undefined)
+      const given = names.filter(name => name !== undefined)
+      // A request that names no model gets the price of "*".
+      const known = given.length > 0 ? given : ['']
       return prices.find(each => known.some(name => matchesModel([each.model], name)))
     }
   }

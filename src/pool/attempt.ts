@@ -3,6 +3,8 @@ import { Readable } from 'node:stream'
 import { type Dispatcher, errors } from 'undici'
 import { GatewayError } from '../errors.ts'
 import { framingOf, isStream, mediaType, parseRetryAfter } from '../http.ts'
+import { Pieces } from '../wire/edits.ts'
+import { free } from '../wire/gathered.ts'
 import { Answer } from './answer.ts'
 import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
 import { isAllSent } from './connector.ts'
@@ -14,7 +16,6 @@ import type { Candidate, FailureKind } from './lineup.ts'
 import type { Demand, Facts, Job } from './load.ts'
 import { Patience, TotalTimeoutError } from './patience.ts'
 import { Refusal } from './refusal.ts'
-import { giveBack } from './sent-body.ts'
 
 export type Headers = Record<string, string | string[] | undefined>
 
@@ -98,6 +99,9 @@ export class Attempt implements BackendHandler {
   question: 'asked' | 'withdrawn' | undefined
   /** What it sends, if that is a copy of its own. */
   body: Buffer | undefined
+  #pieces: Pieces | undefined
+  /** Whether all of the request had gone out when the response began. */
+  isAllSent = false
   #owner: AttemptOwner
   readonly #startedAt = performance.now()
   #sentAt = 0
@@ -139,6 +143,7 @@ export class Attempt implements BackendHandler {
 
   start(options: Dispatcher.DispatchOptions, demand: Demand, fresh: boolean): void {
     this.#isStreamed = options.body instanceof Readable
+    if (options.body instanceof Pieces) this.#pieces = options.body
     this.backend.live.begin()
     this.#job = this.backend.live.load.begin(demand, this.#startedAt)
     this.#era = this.backend.live.breaker.begin(this.#startedAt)
@@ -189,7 +194,7 @@ export class Attempt implements BackendHandler {
 
   /** The answer has begun, and nothing will be sent again. */
   giveBodyBack(): void {
-    if (this.body !== undefined) giveBack(this.body)
+    if (this.body !== undefined) free(this.body)
     this.body = undefined
   }
 
@@ -214,7 +219,7 @@ export class Attempt implements BackendHandler {
     this.#head = { statusCode, headers }
     // The bytes of the head would hold Node's pool for as long as the answer takes.
     controller.rawHeaders = []
-    if (!isAllSent()) this.body = undefined
+    this.isAllSent = isAllSent() && this.#pieces?.isTaken !== false
     const { question } = this
     if (statusCode === 400 || statusCode === 422) {
       if (question === 'asked') {

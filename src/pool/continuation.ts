@@ -1,5 +1,8 @@
 import type { GatewayError } from '../errors.ts'
-import { findMembers, type Member, skipSpace, skipValue, splice } from '../metering/members.ts'
+import type { Body } from '../payload.ts'
+import { insertFirst } from '../payload-edits.ts'
+import type { Edit } from '../wire/edits.ts'
+import { type Member, membersOf } from '../wire/json-scanner.ts'
 import { type Answer, ENDLESS } from './answer.ts'
 import { failureOf } from './first-event.ts'
 
@@ -56,6 +59,10 @@ const MAX_SAMPLE = 4 * 1024
 const BLANK_LINE = /(?:\r\n|\n|\r(?!\n)){2}/g
 const LF = 0x0a
 const QUOTE = 0x22
+const BRACE = 0x7b
+const BRACE_END = 0x7d
+/** A last message that is larger (bytes) is not read for its role. */
+const MAX_LAST_MESSAGE = 1024 * 1024
 /** How servers end an answer that they did not want to end. */
 const ABORTED: unknown[] = ['abort', 'error']
 
@@ -71,15 +78,11 @@ const NEUTRAL = new Set(['null', 'false', '[]', '{}', '""', '"none"', '{"type":"
 const OWN = ['continue_final_message', 'add_generation_prompt']
 
 /**
- * Where the answer would be written in a request for text: before the end of its messages, or of its prompt.
- * Undefined where it asks for more than text: tool calls, choices, grammars and whatever a server alone
- * knows can't be divided between two. Nor can an answer whose beginning the client has written, or that of many
- * prompts.
- *
- * @param bytes a JSON object
+ * The member of a request at whose end the response would be written: its messages, or its prompt. Undefined where
+ * it asks for more than text: two backends cannot share tool calls, choices, grammars and what only one server
+ * knows. Nor can they share a response whose beginning the client has written, or that of many prompts.
  */
-export function openEnd(bytes: Buffer): Member | undefined {
-  const members = findMembers(bytes)
+export function openEnd({ bytes, members }: Body): Member | undefined {
   const isPlain = members.every(({ name, start, end }) => {
     if (PLAIN.has(name)) return true
     const value = bytes.toString('latin1', start, Math.min(end, start + 64)).replace(/\s/g, '')
@@ -91,52 +94,41 @@ export function openEnd(bytes: Buffer): Member | undefined {
   return isOpen ? asked : undefined
 }
 
-/** Are these messages of which the last is not the model's? */
-function isQuestion(bytes: Buffer, { start, end }: Member): boolean {
-  let last = 0
-  for (let at = skipSpace(bytes, start + 1); at < end - 1; at = skipSpace(bytes, at + 1)) {
-    last = at
-    at = skipSpace(bytes, skipValue(bytes, at))
-  }
-  if (bytes[start] !== 0x5b || bytes[last] !== 0x7b) return false
-  const role = findMembers(bytes, last).findLast(({ name }) => name === 'role')
-  return role !== undefined && bytes.toString('latin1', role.start, role.end) !== '"assistant"'
+/** Whether these are messages of which the last is not the model's. */
+function isQuestion(bytes: Buffer, { end, elements, last }: Member): boolean {
+  if (elements === 0 || bytes[last] !== BRACE || end - last > MAX_LAST_MESSAGE) return false
+  const message = bytes.subarray(last, bytes.lastIndexOf(BRACE_END, end - 1) + 1)
+  const role = membersOf(message).findLast(({ name }) => name === 'role')
+  return role !== undefined && message.toString('latin1', role.start, role.end) !== '"assistant"'
 }
 
 /**
- * The request for what is missing of an answer.
+ * The edits that turn a request with an {@link openEnd} into one for what is missing of its response.
  *
- * @param bytes a request with an {@link openEnd}
- * @param text what there is of the answer
- * @param tokens how many tokens that is; the request allows so many less
- * @example
- * String(requestForRest(Buffer.from('{"prompt":"One, two","max_tokens":9}'), ', three', 3, 'assistant_prefill'))
- * // '{"prompt":"One, two, three","max_tokens":6}'
+ * @param text what there is of the response
+ * @param tokens number of tokens of that text; the request then allows fewer
  */
-export function requestForRest(
-  bytes: Buffer,
+export function editsForRest(
+  payload: Body,
   text: string,
   tokens: number,
   way: ContinuationWay
-): Buffer {
-  if (text === '') return bytes
-  const asked = openEnd(bytes)!
+): Edit[] {
+  if (text === '') return []
+  const { bytes, members } = payload
+  const asked = openEnd(payload)!
   const isChat = asked.name === 'messages'
   const last = JSON.stringify({ role: 'assistant', content: text })
   const more = isChat ? `,${last}` : JSON.stringify(text).slice(1, -1)
-  let changed = bytes
-  for (const { name, start, end } of findMembers(bytes).toReversed()) {
-    if (start === asked.start) changed = splice(changed, end - 1, end - 1, Buffer.from(more))
+  const edits: Edit[] = [{ start: asked.end - 1, end: asked.end - 1, bytes: Buffer.from(more) }]
+  for (const { name, start, end } of members) {
     if (!name.startsWith('max_')) continue
     const most = Number(bytes.toString('latin1', start, end))
-    if (most > 0) {
-      changed = splice(changed, start, end, Buffer.from(`${Math.max(1, most - tokens)}`))
-    }
+    if (most > 0) edits.push({ start, end, bytes: Buffer.from(`${Math.max(1, most - tokens)}`) })
   }
-  if (!isChat || way === 'assistant_prefill') return changed
-  const brace = changed.indexOf('{') + 1
-  const goOn = '"continue_final_message":true,"add_generation_prompt":false,'
-  return splice(changed, brace, brace, Buffer.from(goOn))
+  if (!isChat || way === 'assistant_prefill') return edits
+  const goOn = '"continue_final_message":true,"add_generation_prompt":false'
+  return [...edits, insertFirst(bytes, goOn, members)]
 }
 
 /**

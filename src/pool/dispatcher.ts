@@ -5,6 +5,8 @@ import { GatewayError, reasonOf } from '../errors.ts'
 import { BYTES_PER_TOKEN, type Exchange, type Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
 import { LONGEST } from '../options.ts'
+import { askForUsage, nameModel } from '../payload-edits.ts'
+import { type Edit, edited, Pieces } from '../wire/edits.ts'
 import type { Answer } from './answer.ts'
 import type { Share } from './attained.ts'
 import {
@@ -15,7 +17,7 @@ import {
   type Headers,
   type Progress
 } from './attempt.ts'
-import { Continuation, type Continuer, openEnd, requestForRest, type Sink } from './continuation.ts'
+import { Continuation, type Continuer, editsForRest, openEnd, type Sink } from './continuation.ts'
 import { Choice, type Decision } from './decisions.ts'
 import { isOurs, withoutAnswer } from './failures.ts'
 import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat.ts'
@@ -25,9 +27,7 @@ import type { Pool } from './pool.ts'
 import type { Priority, Waiter } from './queue.ts'
 import { Race, type Racer } from './race.ts'
 import type { Refusal } from './refusal.ts'
-import { withModel } from './renamed.ts'
 import { Retries } from './retries.ts'
-import { copyOf } from './sent-body.ts'
 
 /** The exchange a request belongs to, as a property of its headers: reply-from hands it through. */
 export const EXCHANGE = Symbol('exchange')
@@ -247,9 +247,10 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   #forgetBody(): void {
-    this.#exchange.forgetBody()
-    // Where there were others, they may still be sending the same bytes.
-    if (this.#exchange.attempts === 1) this.#delivered?.giveBodyBack()
+    // Other attempts may still be sending the same bytes.
+    const isSent = this.#exchange.attempts === 1 && this.#delivered?.isAllSent === true
+    if (isSent) this.#delivered!.giveBodyBack()
+    this.#exchange.forgetBody(isSent)
   }
 
   late({ candidate: { tier } }: Attempt): Attempt | undefined {
@@ -327,11 +328,11 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.#queuedAt = performance.now()
     // What it has spent at backends meanwhile is no waiting.
     this.since = this.#queuedAt - this.#exchange.queuedMs
-    const { id, pinned = '', model = '', request, question } = this.#exchange
+    const { id, pinned = '', model = '', request } = this.#exchange
     const models = this.#lineup.names(model, this.#exchange)
     // Who has tried some already, or knows others than are configured now, waits for others than the rest.
     this.lane = this.#exchange.attempts === 0 ? `${pinned} ${models.join(' ')}` : id
-    this.bytes = (request.payload?.bytes.length ?? 0) + (question?.bytes.length ?? 0)
+    this.bytes = request.payload?.bytes.length ?? 0
     const refused = this.#pool.queue.join(this, this.#queuedAt)
     if (refused !== undefined) this.turnAway(refused)
   }
@@ -398,28 +399,35 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   #request(attempt: Attempt): Dispatcher.DispatchOptions {
+    const { headers: given, path, method, body: original } = this.#call!.options
+    const edits = this.#edits(attempt)
+    const body = edits.length > 0 ? edited(original as Buffer, edits) : original
+    // A small copy goes when the response begins; undici would keep it for as long as a stream runs.
+    if (body !== original && Buffer.isBuffer(body)) attempt.body = body
+    const headers = withOwn(given, attempt.backend.config.headers, body)
+    return { path, method, body, headers } as Dispatcher.DispatchOptions
+  }
+
+  /** What this backend must read in the request's body in place of what the client has sent. */
+  #edits(attempt: Attempt): Edit[] {
+    const { payload } = this.#exchange.request
+    if (payload === undefined) return []
     const { backend, upstream } = attempt.candidate
-    const { headers: given, path, method } = this.#call!.options
-    const { headers: own, continuation: way } = backend.config
-    let { body } = this.#call!.options
-    const { question } = this.#exchange
-    // Of an answer that has begun without a question nobody takes out what answers one.
+    const { question, model } = this.#exchange
+    const edits: Edit[] = []
+    // A response that began without the question must not get the chunk that answers one.
     if (question !== undefined && (this.#gap === undefined || question.asked)) {
       if (this.#isWithdrawn) attempt.question = 'withdrawn'
       else if (backend.live.takesUsageQuestion) attempt.question = 'asked'
-      if (attempt.question === 'asked') body = question.bytes
+      if (attempt.question === 'asked') edits.push(askForUsage(payload))
     }
     if (this.#gap !== undefined) {
-      body = requestForRest(body as Buffer, this.#continuation!.text, this.#passed, way!)
+      const way = backend.config.continuation!
+      edits.push(...editsForRest(payload, this.#continuation!.text, this.#passed, way))
     }
-    if (upstream !== this.#exchange.model && Buffer.isBuffer(body))
-      body = withModel(body, upstream!)
-    if (Buffer.isBuffer(body) && this.#exchange.isStream) {
-      attempt.body = body === this.#call!.options.body ? copyOf(body) : body
-      body = attempt.body
-    }
-    const headers = withOwn(given, own, body)
-    return { path, method, body, headers } as Dispatcher.DispatchOptions
+    const isRenamed = upstream !== model || payload.isModelImplied
+    if (isRenamed && upstream !== undefined) edits.push(nameModel(payload, upstream))
+    return edits
   }
 
   /** Tells the client that it waits, if that is wanted, from now on. */
@@ -431,9 +439,10 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 
   /** Is it an answer that another backend could go on with? */
   #isContinuable({ candidate }: Attempt, head: Head): boolean {
-    const { body } = this.#call!.options
-    if (!this.#exchange.endpoint?.asksForUsage || !this.#lineup.continues(candidate)) return false
-    return isEventStream(head) && Buffer.isBuffer(body) && openEnd(body) !== undefined
+    const { endpoint, request } = this.#exchange
+    if (!endpoint?.asksForUsage || !this.#lineup.continues(candidate)) return false
+    const { payload } = request
+    return isEventStream(head) && payload !== undefined && openEnd(payload) !== undefined
   }
 
   /** How many tokens the client has had. */
@@ -579,7 +588,8 @@ function patienceOf(headers: Headers): number {
 /** The client's headers and the backend's own, which count more, as undici takes them: names and values in turn. */
 function withOwn(given: Headers, own: Record<string, string>, body: unknown) {
   const headers: (string | string[])[] = []
-  const length = Buffer.isBuffer(body) ? String(body.length) : undefined
+  const isKnown = Buffer.isBuffer(body) || body instanceof Pieces
+  const length = isKnown ? String(body.length) : undefined
   for (const name in given) {
     const value = name === 'content-length' ? (length ?? given[name]) : given[name]
     if (value === undefined || name === 'host' || own[name] !== undefined) continue

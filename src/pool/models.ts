@@ -36,6 +36,11 @@ export function isKnown({ config, live }: Backend): boolean {
   return config.models !== undefined || live.models !== undefined
 }
 
+/** Whether all models that this backend serves are known by name. */
+export function hasClosedList({ config, live }: Backend): boolean {
+  return live.models !== undefined || config.models?.some(({ name }) => isPattern(name)) === false
+}
+
 /** All models of these backends, each once and in their order; undefined when no backend's are known. */
 export function listModels(backends: readonly Backend[]): ModelCard[] | undefined {
   const cards = new Map<string, ModelCard>()

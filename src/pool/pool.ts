@@ -12,7 +12,7 @@ import {
   type Wanted
 } from './lineup.ts'
 import { Speeds } from './load.ts'
-import { upstreamModel } from './models.ts'
+import { hasClosedList, listModels, upstreamModel } from './models.ts'
 import { Queue, type QueuePolicy } from './queue.ts'
 import type { StrategyName } from './strategies.ts'
 
@@ -146,6 +146,13 @@ export class Pool {
     return this.#current
       .names(model, wanted)
       .some(each => this.backends.some(backend => upstreamModel(backend, each) !== undefined))
+  }
+
+  /** The model that requests without one get: the only one there is, where that is known. */
+  get onlyModel(): string | undefined {
+    if (!this.backends.every(hasClosedList)) return undefined
+    const models = listModels(this.backends)
+    return models?.length === 1 ? models[0]!.id : undefined
   }
 
   get available(): boolean {

@@ -1,4 +1,4 @@
-import { skipSpace, skipString, skipValue } from '../metering/members.ts'
+import { skipSpace, skipString, skipValue } from '../wire/json-skip.ts'
 
 /**
  * What inference servers have in their caches is the beginnings of prompts they have read. Here a prompt
@@ -94,10 +94,15 @@ class Hasher {
   }
 }
 
+/** What of a body (bytes) is looked at: about 500,000 tokens. A larger part would block the event loop for too long. */
+const MAX_READ = 2 * 1024 * 1024
+/** Messages, and marks of a cache, that are looked at. */
+const MAX_MESSAGES = 10_000
+
 /**
  * The hashes of the prompt in a request body, in one pass and without parsing it: one to two ms for 1 MB.
  *
- * @param body a JSON object
+ * @param whole a JSON object; what stands after its first 2 MB is ignored
  * @param seed what else must be the same: the model and whose prompt it is
  * @example
  * const first = prefixesOf(Buffer.from('{"messages":[{"role":"user","content":"Hi"}],"stream":true}'), 'm')
@@ -105,7 +110,8 @@ class Hasher {
  * first.bytes // 30
  * second.bytes // 50
  */
-export function prefixesOf(body: Buffer, seed: string): Prefixes {
+export function prefixesOf(whole: Buffer, seed: string): Prefixes {
+  const body = whole.subarray(0, MAX_READ)
   const bytes = body.includes(CACHE_MARK) ? withoutMarks(body) : body
   const parts = findParts(bytes)
   const hasher = new Hasher(seed, bytes.length)
@@ -144,6 +150,7 @@ function findParts(bytes: Buffer): Map<string, number[]> {
 function skipElements(bytes: Buffer, list: number, places: number[]): number {
   let at = skipSpace(bytes, list + 1)
   while (at < bytes.length && bytes[at] !== BRACKET_END) {
+    if (places.length === 2 * MAX_MESSAGES) return bytes.length
     const end = skipValue(bytes, at)
     places.push(at, end)
     at = skipSpace(bytes, end)
@@ -162,6 +169,7 @@ function withoutMarks(bytes: Buffer): Buffer {
     const value = skipSpace(bytes, at + CACHE_MARK.length)
     // As a value, or at the end of a text, it is no member.
     if (bytes[value] !== COLON || bytes[at - 1] === BACKSLASH) continue
+    if (kept.length === MAX_MESSAGES) break
     let begin = at
     let end = skipSpace(bytes, skipValue(bytes, skipSpace(bytes, value + 1)))
     while (isSpace(bytes[begin - 1])) begin--

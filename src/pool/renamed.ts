@@ -1,9 +1,6 @@
 import { Transform } from 'node:stream'
 import type { Framing } from '../http.ts'
-import { findMembers, splice } from '../metering/members.ts'
 import type { Tap } from './answer.ts'
-
-/** A model goes by one name with callers and by another at a backend: both ways of that. */
 
 const QUOTE = 0x22
 const BACKSLASH = 0x5c
@@ -14,20 +11,6 @@ const HEADS = new Set(['message', 'response'])
 const DATA = 'data:'
 /** No name of interest is longer. */
 const MAX_NAME = 8
-
-/**
- * The same request body for another model; every other byte stays.
- *
- * @param bytes a JSON object
- * @example
- * String(withModel(Buffer.from('{"model":"fast", "n": 1}'), 'qwen')) // '{"model":"qwen", "n": 1}'
- */
-export function withModel(bytes: Buffer, model: string): Buffer {
-  const text = Buffer.from(JSON.stringify(model))
-  return findMembers(bytes)
-    .filter(({ name }) => name === 'model')
-    .reduceRight((changed, { start, end }) => splice(changed, start, end, text), bytes)
-}
 
 /**
  * An answer in which the model has the name that the caller knows. Only `model` of the answer itself is

@@ -1,0 +1,189 @@
+import { GatewayError } from './errors.ts'
+import type { Endpoint } from './exchange.ts'
+import { type Member, membersOf } from './wire/json-scanner.ts'
+
+/** One JSON object, and where its members stand in it. */
+export interface Body {
+  bytes: Buffer
+  readonly members: readonly Member[]
+}
+
+/** A request body: its bytes as they arrived, until the response begins, and the facts the gateway reads from it. */
+export interface Payload extends Body {
+  /** The model that is asked for, or the only one there is. */
+  model: string | undefined
+  /** The request names no model; the gateway adds the one it has chosen. */
+  isModelImplied: boolean
+  stream: boolean
+  /** The client itself asked for a usage chunk. */
+  includeUsage: boolean
+  /** Maximum of generated tokens, of all sequences together; undefined: the request sets none. */
+  maxTokens: number | undefined
+  /** Number of sequences that are generated: for each prompt `n`, or `best_of` if that is more. */
+  sequences: number
+  previousResponseId: string | undefined
+}
+
+/** Fields that limit the generated tokens, of all APIs: a backend may use any of them. */
+const MAX_TOKENS = [
+  'max_tokens',
+  'max_completion_tokens',
+  'max_output_tokens',
+  'max_new_tokens',
+  'n_predict'
+]
+
+/**
+ * Fields on which a decision of the gateway depends. They must be spelled exactly and stand there once: Go's JSON
+ * parser ignores case, and parsers disagree about which of two equal names counts.
+ */
+const READ = new Set([
+  ...MAX_TOKENS,
+  'model',
+  'name',
+  'stream',
+  'stream_options',
+  'options',
+  'n',
+  'best_of',
+  'messages',
+  'prompt',
+  'input',
+  'tools',
+  'system',
+  'instructions',
+  'background',
+  'previous_response_id'
+])
+const READ_IN_STREAM_OPTIONS = new Set(['include_usage'])
+const READ_IN_OPTIONS = new Set(['num_predict'])
+
+/** Maximum length of a model name (characters). State about models is kept by their names. */
+const MAX_MODEL = 1_000
+/** Maximum size (bytes) of a value that is parsed. */
+const MAX_PARSED = 64 * 1024
+const QUOTE = 0x22
+const BRACE = 0x7b
+
+/**
+ * Reads the facts from a request body.
+ *
+ * @param bytes one JSON object
+ * @param members its members, as a `JsonScanner` has found them
+ * @throws {GatewayError} `invalid_request`; the message names the field
+ */
+export function toPayload(bytes: Buffer, members: readonly Member[], endpoint: Endpoint): Payload {
+  const fields = new Fields(bytes, members, READ)
+  const options = fields.object('options', READ_IN_OPTIONS)
+  const streamOptions = fields.object('stream_options', READ_IN_STREAM_OPTIONS)
+  const limits = MAX_TOKENS.map(name => fields.value(name))
+  const most = largest([...limits, options?.value('num_predict')])
+  const sequences = sequencesOf(fields)
+  const previous = fields.value('previous_response_id')
+  return {
+    bytes,
+    members,
+    model: modelOf(fields, endpoint),
+    isModelImplied: false,
+    stream: fields.boolean('stream') ?? endpoint.streamsByDefault ?? false,
+    includeUsage: streamOptions?.value('include_usage') === true,
+    maxTokens: most && most * sequences,
+    sequences,
+    previousResponseId: typeof previous === 'string' ? previous : undefined
+  }
+}
+
+/** An empty name is no name: servers with one model use that one. */
+function modelOf(fields: Fields, { dialect }: Endpoint): string | undefined {
+  const model = fields.model('model') || undefined
+  // Ollama's older name of the field.
+  return model ?? (dialect.name === 'ollama' ? fields.model('name') || undefined : undefined)
+}
+
+/** The largest of several limits, because servers use different ones. A limit below 1 stands for no limit. */
+function largest(limits: unknown[]): number | undefined {
+  const set = limits.filter(limit => limit !== undefined).map(Number)
+  if (set.length === 0 || !set.every(limit => limit > 0)) return undefined
+  return Math.max(...set)
+}
+
+function sequencesOf(fields: Fields): number {
+  const counts = [fields.value('n'), fields.value('best_of')].map(count => Number(count) || 1)
+  return Math.max(1, ...counts.map(Math.floor)) * fields.prompts()
+}
+
+/** The fields of one object that are read. */
+class Fields {
+  readonly #bytes: Buffer
+  readonly #byName = new Map<string, Member>()
+
+  /** @throws {GatewayError} for a field that is repeated, or spelled in another case */
+  constructor(bytes: Buffer, members: readonly Member[], read: ReadonlySet<string>) {
+    this.#bytes = bytes
+    for (const member of members) {
+      const name = folded(member.name)
+      if (!read.has(name)) continue
+      if (name !== member.name) throw invalid(member.name, `unknown field; use "${name}"`)
+      if (this.#byName.has(name)) throw invalid(name, 'the field must not be repeated')
+      this.#byName.set(name, member)
+    }
+  }
+
+  /** Returns the value; undefined where it is missing, null, or too large for a field that is read. */
+  value(name: string): unknown {
+    const member = this.#byName.get(name)
+    if (member === undefined || member.end - member.start > MAX_PARSED) return undefined
+    return JSON.parse(this.#bytes.toString('utf8', member.start, member.end)) ?? undefined
+  }
+
+  model(name: string): string | undefined {
+    const member = this.#byName.get(name)
+    if (member === undefined) return undefined
+    const model = this.value(name)
+    const isString = this.#bytes[member.start] === QUOTE
+    if (!isString && model !== undefined) throw invalid(name, 'must be a string')
+    if (isString && (typeof model !== 'string' || model.length > MAX_MODEL)) {
+      throw invalid(name, `must not be longer than ${MAX_MODEL} characters`)
+    }
+    return model as string | undefined
+  }
+
+  boolean(name: string): boolean | undefined {
+    const value = this.value(name)
+    if (value === undefined || typeof value === 'boolean') return value
+    throw invalid(name, 'must be true or false')
+  }
+
+  /** Returns the fields inside an object; undefined where the value is no object. */
+  object(name: string, read: ReadonlySet<string>): Fields | undefined {
+    const member = this.#byName.get(name)
+    if (member === undefined || this.#bytes[member.start] !== BRACE) return undefined
+    if (member.end - member.start > MAX_PARSED) {
+      throw invalid(name, `must not be larger than ${MAX_PARSED / 1024} KB`)
+    }
+    const bytes = this.#bytes.subarray(member.start, member.end)
+    return new Fields(bytes, membersOf(bytes), read)
+  }
+
+  /** Returns the number of prompts in a list of them; 1 where there is a single one. */
+  prompts(): number {
+    const prompt = this.#byName.get('prompt')
+    if (prompt === undefined || prompt.elements < 2) return 1
+    // A list of numbers is one prompt, as tokens.
+    const isTokens = isDigit(this.#bytes[prompt.last])
+    return isTokens ? 1 : prompt.elements
+  }
+}
+
+/** Names as a parser compares them that ignores case, the long s and the Kelvin sign included. */
+function folded(name: string): string {
+  return name.toUpperCase().toLowerCase()
+}
+
+function isDigit(byte: number | undefined): boolean {
+  return byte !== undefined && byte >= 0x30 && byte <= 0x39
+}
+
+function invalid(field: string, problem: string): GatewayError {
+  return new GatewayError('invalid_request', `${field}: ${problem}.`)
+}

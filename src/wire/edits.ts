@@ -1,0 +1,55 @@
+/** A change of a request body: `bytes` takes the place of what stands from `start` to `end`. */
+export interface Edit {
+  start: number
+  end: number
+  bytes: Buffer
+}
+
+/** Up to this size (bytes) an edited body is one buffer; a larger one is not copied. */
+const MAX_COPIED = 64 * 1024
+
+/** A body in several pieces, which can be sent more than once. */
+export class Pieces implements Iterable<Buffer> {
+  readonly length: number
+  /** All pieces were taken the last time. */
+  isTaken = false
+  readonly #pieces: readonly Buffer[]
+
+  constructor(pieces: readonly Buffer[]) {
+    this.#pieces = pieces
+    this.length = pieces.reduce((sum, piece) => sum + piece.length, 0)
+  }
+
+  *[Symbol.iterator](): Generator<Buffer> {
+    this.isTaken = false
+    yield* this.#pieces
+    this.isTaken = true
+  }
+
+  /** Copies the pieces into one buffer outside Node's pool, where a few bytes keep 64 KB alive. */
+  toBuffer(): Buffer {
+    const whole = Buffer.allocUnsafeSlow(this.length)
+    let at = 0
+    for (const piece of this.#pieces) at += piece.copy(whole, at)
+    return whole
+  }
+}
+
+/**
+ * Applies edits to a body. A small body is copied into one new buffer. A large one becomes pieces that share its
+ * memory: copying 16 MB blocks the event loop for about 7 ms.
+ *
+ * @param edits must not overlap; two at the same place are applied in their order
+ * @example
+ * String(edited(Buffer.from('{"n":1}'), [{ start: 5, end: 6, bytes: Buffer.from('2') }])) // '{"n":2}'
+ */
+export function edited(bytes: Buffer, edits: readonly Edit[]): Buffer | Pieces {
+  const pieces: Buffer[] = []
+  let from = 0
+  for (const edit of edits.toSorted((a, b) => a.start - b.start)) {
+    pieces.push(bytes.subarray(from, edit.start), edit.bytes)
+    from = edit.end
+  }
+  const body = new Pieces([...pieces, bytes.subarray(from)].filter(({ length }) => length > 0))
+  return body.length <= MAX_COPIED ? body.toBuffer() : body
+}

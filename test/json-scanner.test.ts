@@ -1,0 +1,155 @@
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import fc from 'fast-check'
+import { edited, Pieces } from '../src/wire/edits.ts'
+import { free, Gathered } from '../src/wire/gathered.ts'
+import { JSON_BOUNDS, JsonError, JsonScanner, membersOf } from '../src/wire/json-scanner.ts'
+
+/** Scans a text that arrives in pieces of this size; undefined: it is a JSON object. */
+function complaint(text: string, size = text.length, bounds = JSON_BOUNDS): string | undefined {
+  const bytes = Buffer.from(text)
+  const scanner = new JsonScanner(bounds)
+  try {
+    for (let end = 0; end < bytes.length; ) {
+      end = Math.min(end + size, bytes.length)
+      scanner.scan(bytes, end)
+    }
+    scanner.end()
+    return undefined
+  } catch (error) {
+    assert.ok(error instanceof JsonError, String(error))
+    return error.message
+  }
+}
+
+function isObject(text: string): boolean {
+  try {
+    const value = JSON.parse(text)
+    return typeof value === 'object' && value !== null && !Array.isArray(value)
+  } catch {
+    return false
+  }
+}
+
+const object = fc.dictionary(fc.string({ unit: 'binary' }), fc.jsonValue())
+
+test('the members of any object are found where they stand, whatever the pieces', () => {
+  fc.assert(
+    fc.property(object, fc.boolean(), fc.integer({ min: 1, max: 9 }), (given, spaced, size) => {
+      const text = JSON.stringify(given, null, spaced ? 2 : 0)
+      const bytes = Buffer.from(text)
+      assert.equal(complaint(text, size), undefined)
+      const found = membersOf(bytes).map(({ name, start, end, elements, last }) => {
+        const value = JSON.parse(bytes.toString('utf8', start, end))
+        if (Array.isArray(value)) {
+          assert.equal(elements, value.length)
+          if (elements > 0) {
+            const rest = bytes.toString('utf8', last, end - 1)
+            assert.deepEqual(JSON.parse(rest), value.at(-1))
+          }
+        }
+        return [name, value]
+      })
+      assert.deepEqual(found, Object.entries(JSON.parse(text)))
+    })
+  )
+})
+
+test('a text is accepted where JSON.parse accepts it as an object, however it is damaged', () => {
+  const damage = fc.record({
+    at: fc.nat(),
+    removed: fc.integer({ min: 0, max: 3 }),
+    added: fc.constantFrom(...'{}[],:"\\0123456789.eE+-truefalsn \t\n\u0001\u007fü')
+  })
+  fc.assert(
+    fc.property(
+      object,
+      fc.array(damage, { maxLength: 3 }),
+      fc.integer({ min: 1, max: 9 }),
+      (given, damages, size) => {
+        let text = JSON.stringify(given)
+        for (const { at, removed, added } of damages) {
+          const place = at % (text.length + 1)
+          text = text.slice(0, place) + added + text.slice(place + removed)
+        }
+        // What is no Unicode text cannot arrive as UTF-8.
+        fc.pre(text.isWellFormed())
+        assert.equal(complaint(text, size) === undefined, isObject(text), text)
+      }
+    ),
+    { numRuns: 2_000 }
+  )
+})
+
+test('numbers, literals and escapes are read as RFC 8259 says', () => {
+  const good = ['0', '-0', '10', '1.5', '-1.50e+10', '1E9', '0e-1', 'true', 'false', 'null']
+  const bad = ['01', '-', '+1', '.5', '1.', '1.e3', '1e', '1e+', '0x1', '--1', 'tru', 'True', 'NaN']
+  const strings = ['"\\u00e9\\n\\/\\""', '"\\ud83d\\ude00"']
+  const badStrings = ['"\\x"', '"\\u12g4"', '"a\nb"', '"\t"', "'a'"]
+  for (const value of [...good, ...strings]) {
+    for (const size of [1, 100]) assert.equal(complaint(`{"a":${value}}`, size), undefined, value)
+  }
+  for (const value of [...bad, ...badStrings]) {
+    for (const size of [1, 100]) assert.ok(complaint(`{"a":${value}}`, size), value)
+  }
+})
+
+test('an error says where it is and what was expected, and repeats nothing', () => {
+  assert.equal(complaint('{"password": hunter2}'), 'byte 14 must be a value')
+  assert.equal(complaint('[1]'), 'byte 1 must be "{"')
+  assert.equal(complaint('{"a":1 "b":2}'), 'byte 8 must be "," or "}"')
+  assert.equal(complaint('{"a":1}{'), 'byte 8 must be the end of the text')
+  assert.equal(complaint('{"a":1'), 'it ends too early')
+})
+
+test('depth, members and nodes are bounded', () => {
+  const bounds = { depth: 3, members: 2, nodes: 6 }
+  assert.equal(complaint('{"a":[[1]]}', 1, bounds), undefined)
+  assert.match(complaint('{"a":[[[1]]]}', 1, bounds)!, /more than 3 levels/)
+  assert.match(complaint('{"a":1,"b":2,"c":3}', 1, bounds)!, /more than 2 members/)
+  assert.equal(complaint('{"a":[{},{},{},{}]}', 1, { ...bounds, nodes: 7 }), undefined)
+  assert.match(complaint('{"a":[{},{},{},{}]}', 1, bounds)!, /more than 6 objects/)
+  assert.equal(complaint(`{"a":[${Array(1000).fill('1')}]}`, 7, bounds), undefined)
+})
+
+test('a long name is cut, and ends where it ends', () => {
+  const bytes = Buffer.from(JSON.stringify({ [`"${'n'.repeat(1000)}`]: 1, b: 2 }))
+  const [long, other] = membersOf(bytes)
+  assert.equal(long!.name.length, 255)
+  assert.equal(other!.name, 'b')
+})
+
+test('edits give the same bytes in one buffer and in pieces, more than once', () => {
+  const change = (start: number, end: number, text: string) => ({
+    start,
+    end,
+    bytes: Buffer.from(text)
+  })
+  const small = edited(Buffer.from('0123456789'), [
+    change(8, 8, 'A'),
+    change(8, 9, 'B'),
+    change(1, 3, '')
+  ])
+  assert.ok(Buffer.isBuffer(small))
+  assert.equal(small.toString(), '034567AB9')
+  const long = Buffer.alloc(100_000, 'x')
+  const large = edited(long, [change(0, 0, '<'), change(99_999, 100_000, '>')])
+  assert.ok(large instanceof Pieces)
+  assert.equal(large.length, 100_001)
+  for (let time = 1; time <= 2; time++) {
+    assert.equal(large.isTaken, time > 1)
+    assert.equal(Buffer.concat([...large]).toString(), `<${'x'.repeat(99_999)}>`)
+  }
+  const [, piece] = large
+  assert.equal(piece!.buffer, long.buffer, 'a large body is not copied')
+})
+
+test('a body is gathered from pieces of any size, and its memory can be freed', () => {
+  const sizes = [1, 15, 2, 40, 100_000, 3]
+  const body = new Gathered(16, 200_000)
+  for (const [at, size] of sizes.entries()) body.add(Buffer.alloc(size, String(at)))
+  const bytes = body.bytes
+  assert.equal(bytes.toString(), sizes.map((size, at) => String(at).repeat(size)).join(''))
+  free(bytes)
+  assert.equal(bytes.length, 0)
+})
