@@ -203,14 +203,15 @@ async function ttft(stage: Stage, { entrant, running, figures }: Participant): P
 
 async function blocking({ load }: Stage, { running, figures }: Participant): Promise<void> {
   const { target } = running!
-  const late = await job<Spread>(load, {
-    kind: 'blocking',
-    target,
-    prompts: 40,
-    promptBytes: 1024 * 1024
-  })
+  const mb = 1024 * 1024
+  const prompts = { requests: 40, bytes: mb, isHostile: false }
+  const late = await job<Spread>(load, { kind: 'blocking', target, ...prompts })
   add(figures, 'latest chunk beside a 1 MB prompt p50 ms', late.p50 / 1000)
   add(figures, 'latest chunk beside a 1 MB prompt max ms', late.max / 1000)
+  const hostile = { requests: 20, bytes: 16 * mb, isHostile: true }
+  const later = await job<Spread>(load, { kind: 'blocking', target, ...hostile })
+  add(figures, 'latest chunk beside a hostile 16 MB body p50 ms', later.p50 / 1000)
+  add(figures, 'latest chunk beside a hostile 16 MB body max ms', later.max / 1000)
 }
 
 async function holdStreams(stage: Stage, participant: Participant): Promise<void> {

@@ -21,7 +21,7 @@ export type Job =
       perSecond?: number
     }
   | { kind: 'ttft'; targets: [Target, Target]; pairs: number }
-  | { kind: 'blocking'; target: Target; prompts: number; promptBytes: number }
+  | { kind: 'blocking'; target: Target; requests: number; bytes: number; isHostile: boolean }
   | { kind: 'hold'; target: Target; streams: number; perSecond: number }
   | { kind: 'release' }
 
@@ -215,8 +215,18 @@ async function ttft({ targets, pairs }: Extract<Job, { kind: 'ttft' }>): Promise
 }
 
 /** How late the worst chunk of other streams comes while one large prompt passes. */
+/** JSON that costs a reader as much as JSON of that size (bytes) can, the last one beyond the gateway's bounds. */
+function hostile(bytes: number): Buffer[] {
+  return ['0,', '"",', '[[[[0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0]]]],', '"\\n\\u00e9",', '{},'].map(
+    element =>
+      Buffer.from(
+        `{"model":"bench","messages":[${element.repeat(Math.ceil(bytes / element.length))}0]}`
+      )
+  )
+}
+
 async function blocking(job: Extract<Job, { kind: 'blocking' }>): Promise<Spread> {
-  const large = prompt(job.promptBytes, '')
+  const bodies = job.isHostile ? hostile(job.bytes) : [prompt(job.bytes, '')]
   const small = prompt(512, '100000,2')
   let worst = 0
   const watchers = Array.from({ length: 8 }, () => new Client(job.target))
@@ -229,10 +239,10 @@ async function blocking(job: Extract<Job, { kind: 'blocking' }>): Promise<Spread
   }
   const client = new Client(job.target)
   const late: number[] = []
-  for (let count = 0; count < job.prompts + 5; count++) {
+  for (let count = 0; count < job.requests + 5; count++) {
     await sleep(50)
     worst = 0
-    await client.request(large, () => {})
+    await client.request(bodies[count % bodies.length]!, () => {})
     await sleep(20)
     if (count >= 5) late.push(worst)
   }
