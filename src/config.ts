@@ -13,6 +13,7 @@ import { LogOptions } from './logs/log.ts'
 import { AtStart, Duration, findIssues, NotBuilt, Section, Size } from './options.ts'
 import { AdminOptions, adminIssues } from './plugins/admin.ts'
 import { OverloadOptions } from './plugins/overload.ts'
+import { AllowEngineControls } from './plugins/proxy.ts'
 import { readYaml } from './yaml.ts'
 
 /**
@@ -81,6 +82,7 @@ const ServerOptions = Section(
     ),
     drain_timeout: Duration('30s', 'How long running answers may take after that', 0),
     overload: OverloadOptions,
+    allow_engine_controls: AllowEngineControls,
     cors: AtStart(
       Section(
         {

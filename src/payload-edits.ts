@@ -1,48 +1,58 @@
+import { hash } from 'node:crypto'
 import type { Body } from './payload.ts'
-import type { Edit } from './wire/edits.ts'
-import { type Member, membersOf } from './wire/json-scanner.ts'
+import { type Edit, edited, type Pieces } from './wire/edits.ts'
+import { membersOf } from './wire/json-scanner.ts'
 
-const WITH_USAGE = '{"include_usage":true}'
+/** A change of a request body: of some bytes, or a member to add, as JSON. */
+export type Change = Edit | string
 
 /**
- * The edit that sets `stream_options.include_usage` in a request; the rest of the body stays.
+ * Returns the body with these changes; every other byte stays.
  *
  * @example
- * const { start, bytes } = askForUsage({ bytes: Buffer.from('{}'), members: [] })
- * start // 1
- * String(bytes) // '"stream_options":{"include_usage":true}'
+ * const body = { bytes: Buffer.from('{}'), members: [] }
+ * String(changed(body, [nameModel(body, 'm')])) // '{"model":"m"}'
  */
-export function askForUsage({ bytes, members }: Body): Edit {
+export function changed({ bytes, members }: Body, changes: readonly Change[]): Buffer | Pieces {
+  const edits = changes.filter(change => typeof change !== 'string')
+  const added = changes.filter(change => typeof change === 'string')
+  if (added.length > 0) edits.push(addFirst(bytes, 0, added, members.length))
+  return edited(bytes, edits)
+}
+
+/** Sets `stream_options.include_usage`. */
+export function askForUsage({ bytes, members }: Body): Change {
+  const asks = '"include_usage":true'
   const options = members.findLast(({ name }) => name === 'stream_options')
-  if (options === undefined) return insertFirst(bytes, `"stream_options":${WITH_USAGE}`, members)
-  if (bytes[options.start] !== 0x7b) return replace(options, WITH_USAGE)
-  const inside = membersOf(bytes.subarray(options.start, options.end))
+  if (options === undefined) return `"stream_options":{${asks}}`
+  const { start, end } = options
+  if (bytes[start] !== 0x7b) return { start, end, bytes: Buffer.from(`{${asks}}`) }
+  const inside = membersOf(bytes.subarray(start, end))
   const asked = inside.findLast(({ name }) => name === 'include_usage')
-  if (asked === undefined) {
-    return insertFirst(bytes, '"include_usage":true', inside, options.start)
-  }
-  const { start, end } = asked
-  return replace({ start: options.start + start, end: options.start + end }, 'true')
+  if (asked === undefined) return addFirst(bytes, start, [asks], inside.length)
+  return { start: start + asked.start, end: start + asked.end, bytes: Buffer.from('true') }
 }
 
-/** The edit that makes a request one for this model. */
-export function nameModel({ bytes, members }: Body, model: string): Edit {
-  const named = members.findLast(({ name }) => name === 'model')
-  const json = JSON.stringify(model)
-  return named === undefined ? insertFirst(bytes, `"model":${json}`, members) : replace(named, json)
+/** Makes a request one for this model. */
+export function nameModel(body: Body, model: string): Change {
+  return setString(body, 'model', model)
 }
 
-/** Inserts a member behind the brace of the object that starts at `from`. */
-export function insertFirst(
-  bytes: Buffer,
-  member: string,
-  others: readonly Member[],
-  from = 0
-): Edit {
+/** Gives a caller its own part of the prefix cache. */
+export function saltCache(body: Body, caller: string): Change {
+  return setString(body, 'cache_salt', hash('sha256', `cache_salt\n${caller}`, 'base64url'))
+}
+
+function setString({ members }: Body, name: string, value: string): Change {
+  const member = members.findLast(each => each.name === name)
+  const json = JSON.stringify(value)
+  if (member === undefined) return `"${name}":${json}`
+  return { start: member.start, end: member.end, bytes: Buffer.from(json) }
+}
+
+/** Adds members behind the brace of the object that starts at `from`. */
+function addFirst(bytes: Buffer, from: number, added: readonly string[], others: number): Edit {
   const at = bytes.indexOf('{', from) + 1
-  return { start: at, end: at, bytes: Buffer.from(others.length === 0 ? member : `${member},`) }
-}
-
-function replace({ start, end }: { start: number; end: number }, json: string): Edit {
-  return { start, end, bytes: Buffer.from(json) }
+  const text = added.join(',') + (others === 0 ? '' : ',')
+  return { start: at, end: at, bytes: Buffer.from(text) }
 }

@@ -5,7 +5,7 @@ import { type Member, membersOf } from './wire/json-scanner.ts'
 /** One JSON object, and where its members stand in it. */
 export interface Body {
   bytes: Buffer
-  readonly members: readonly Member[]
+  members: readonly Member[]
 }
 
 /** A request body: its bytes as they arrived, until the response begins, and the facts the gateway reads from it. */
@@ -175,8 +175,8 @@ class Fields {
   }
 }
 
-/** Names as a parser compares them that ignores case, the long s and the Kelvin sign included. */
-function folded(name: string): string {
+/** Returns a name as parsers compare it that ignore case, the long s and the Kelvin sign included. */
+export function folded(name: string): string {
   return name.toUpperCase().toLowerCase()
 }
 

@@ -221,9 +221,15 @@ export function sections(config: Config) {
   const { backends, routing, health_check, discovery } = config
   const { auth, rate_limit, usage, storage, logging, metrics } = config
   const { db_path: _, ...admin } = config.admin
-  const { write_timeout, heartbeat, overload, drain_delay, drain_timeout } = config.server
+  const { write_timeout, heartbeat, allow_engine_controls, overload } = config.server
+  const { drain_delay, drain_timeout } = config.server
   const parts = { auth, rate_limit, usage, storage, logging, metrics, admin }
-  const serving = { proxy: { write_timeout, heartbeat }, overload, drain_delay, drain_timeout }
+  const serving = {
+    proxy: { write_timeout, heartbeat, allow_engine_controls },
+    overload,
+    drain_delay,
+    drain_timeout
+  }
   return { backends, routing, health_check, discovery, ...parts, ...serving }
 }
 

@@ -280,7 +280,7 @@ function calledIn({ output }: { output: OpenAI.Responses.ResponseOutputItem[] })
 }
 
 test('openai: models, and one of them with a slash in its id', async t => {
-  const card = { id: 'org/model', object: 'model', created: 1, owned_by: 'vllm', root: 'org/model' }
+  const card = { id: 'org/model', object: 'model', created: 1, owned_by: 'vllm' }
   const { backend, gateway } = await serve(
     t,
     speaks((_ask, { url }) => json(url === '/v1/models' ? { object: 'list', data: [card] } : card))

@@ -1,8 +1,8 @@
 import assert from 'node:assert/strict'
 import { describe, type TestContext, test } from 'node:test'
 import { parseConfig } from '../src/config.ts'
-import { editsForRest, openEnd } from '../src/pool/continuation.ts'
-import { edited } from '../src/wire/edits.ts'
+import { changed } from '../src/payload-edits.ts'
+import { changesForRest, openEnd } from '../src/pool/continuation.ts'
 import { membersOf } from '../src/wire/json-scanner.ts'
 import {
   type Answerer,
@@ -533,7 +533,7 @@ function bodyOf(text: string) {
 test('the request for the rest is the request, but for what must change', () => {
   const rest = (text: string, tokens = 3) => {
     const body = bodyOf(text)
-    return String(edited(body.bytes, editsForRest(body, 'A "b"', tokens, 'continue_final_message')))
+    return String(changed(body, changesForRest(body, 'A "b"', tokens, 'continue_final_message')))
   }
   assert.equal(
     rest(
@@ -551,7 +551,7 @@ test('the request for the rest is the request, but for what must change', () => 
     '{"max_tokens":null,"prompt":"xA \\"b\\""}'
   )
   const untouched = bodyOf('{"messages":[{"role":"user"}]}')
-  assert.deepEqual(editsForRest(untouched, '', 0, 'continue_final_message'), [])
+  assert.deepEqual(changesForRest(untouched, '', 0, 'continue_final_message'), [])
 })
 
 test('which requests ask for text alone, and leave its end open', () => {

@@ -9,8 +9,7 @@ import { responses } from '../src/dialects/responses.ts'
 import type { Framing } from '../src/http.ts'
 import { Meter } from '../src/metering/meter.ts'
 import { characters } from '../src/metering/text.ts'
-import { askForUsage } from '../src/payload-edits.ts'
-import { edited } from '../src/wire/edits.ts'
+import { askForUsage, changed } from '../src/payload-edits.ts'
 import { membersOf } from '../src/wire/json-scanner.ts'
 import { CHAT, chunk, DONE, fakeBackend, post, startGateway, USAGE_CHUNK } from './helper.ts'
 
@@ -485,7 +484,8 @@ const QUESTIONS: [string, string][] = [
 
 function asked(text: string): string {
   const bytes = Buffer.from(text)
-  return String(edited(bytes, [askForUsage({ bytes, members: membersOf(bytes) })]))
+  const body = { bytes, members: membersOf(bytes) }
+  return String(changed(body, [askForUsage(body)]))
 }
 
 test('the question for usage changes that part of the body and no other', () => {

@@ -2,7 +2,8 @@ import { pipeline } from 'node:stream'
 import replyFrom from '@fastify/reply-from'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
-import type { Static } from 'typebox'
+import { type Static, Type } from 'typebox'
+import { dropControls, ENGINE_CONTROLS, isControlHeader } from '../engine-controls.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
 import { framingOf, isStream, mediaType, pathBelow } from '../http.ts'
 import { checkOptions, Duration, type Given, Section } from '../options.ts'
@@ -22,6 +23,14 @@ import { Renamed } from '../pool/renamed.ts'
  * fastify.post('/v1/embeddings', (request, reply) => reply.forward())
  */
 
+/** Names of fields and headers that steer an engine, and pass nevertheless. */
+export const AllowEngineControls = Type.Array(Type.Enum(ENGINE_CONTROLS), {
+  uniqueItems: true,
+  default: [],
+  description:
+    'Request fields and headers that steer an engine and reach a backend nevertheless, such as priority; see docs/security.md'
+})
+
 export const ProxyOptions = Section(
   {
     write_timeout: Duration('60s', 'How long a client may let bytes wait; 0: for ever', 0),
@@ -29,7 +38,8 @@ export const ProxyOptions = Section(
       '15s',
       'How long a stream may wait in silence for its answer; 0: for ever',
       0
-    )
+    ),
+    allow_engine_controls: AllowEngineControls
   },
   'Forwarding'
 )
@@ -57,6 +67,7 @@ declare module 'fastify' {
 
 const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function proxy(fastify, given) {
   let options = checkOptions(ProxyOptions, given)
+  let allowed = new Set(options.allow_engine_controls)
   const { pool, onAttempt } = fastify.backends
   withExchanges(fastify)
 
@@ -84,12 +95,13 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
   fastify.decorate('proxy', {
     update(changed) {
       options = checkOptions(ProxyOptions, changed)
+      allowed = new Set(options.allow_engine_controls)
     }
   })
   const credentials = () => fastify.keys?.credentialHeaders() ?? []
 
   const rewriteRequestHeaders = (request: FastifyRequest, headers: Headers) =>
-    toBackend(headers, request.exchange, credentials())
+    toBackend(headers, request.exchange, credentials(), allowed)
   const rewriteHeaders = (headers: Headers, request?: FastifyRequest) =>
     toClient(headers, request!.exchange)
   const onResponse = (
@@ -113,6 +125,7 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
 
   fastify.decorateReply('forward', function forward(this: FastifyReply) {
     const { request } = this
+    if (request.payload !== undefined) dropControls(request.payload, allowed)
     return this.from(`http://pool${backendPath(request, fastify.prefix)}`, {
       ...body(request),
       rewriteRequestHeaders,
@@ -150,9 +163,8 @@ function body(request: FastifyRequest): { body?: Buffer | null; contentType?: st
 }
 
 /**
- * Headers that never reach a backend: of one connection (RFC 9110, section 7.6.1), of the caller's
- * identity, and those that steer an inference server behind the gateway's back: vLLM's rank and
- * priority, llama.cpp's conversation that would go on generating after the client has left.
+ * Headers that never reach a backend: those of one connection (RFC 9110, section 7.6.1), of the caller's identity and
+ * of its trace.
  */
 const NOT_TO_BACKEND = new Set([
   'connection',
@@ -173,12 +185,6 @@ const NOT_TO_BACKEND = new Set([
   'cookie',
   'origin',
   'referer',
-  'forwarded',
-  'x-real-ip',
-  'x-conversation-id',
-  'x-data-parallel-rank',
-  'x-vllm-priority',
-  'endpoint-load-metrics-format',
   'traceparent',
   'tracestate',
   'baggage'
@@ -186,10 +192,15 @@ const NOT_TO_BACKEND = new Set([
 
 type Headers = Record<string, string | string[] | undefined>
 
-function toBackend(headers: Headers, exchange: Exchange, credentials: readonly string[]) {
+function toBackend(
+  headers: Headers,
+  exchange: Exchange,
+  credentials: readonly string[],
+  allowed: ReadonlySet<string>
+) {
   const kept: Headers & { [EXCHANGE]: Exchange } = { [EXCHANGE]: exchange }
   for (const name in headers) {
-    if (NOT_TO_BACKEND.has(name) || name.startsWith('x-forwarded-')) continue
+    if (NOT_TO_BACKEND.has(name) || (isControlHeader(name) && !allowed.has(name))) continue
     if (name.startsWith('x-llmproxy-') || credentials.includes(name)) continue
     kept[name] = headers[name]
   }

@@ -37,6 +37,8 @@ export interface BackendConfig extends TimeLimits {
   listsModels: boolean
   /** How it goes on with an answer that another one has begun; undefined: it can't. */
   continuation: ContinuationWay | undefined
+  /** Whether each API key has its own part of the prefix cache. */
+  saltsCache: boolean
   /** Sent with every request, over the client's own. */
   headers: Record<string, string>
   /** Time to a connection for those who wait longest. */

@@ -1,7 +1,6 @@
 import type { GatewayError } from '../errors.ts'
 import type { Body } from '../payload.ts'
-import { insertFirst } from '../payload-edits.ts'
-import type { Edit } from '../wire/edits.ts'
+import type { Change } from '../payload-edits.ts'
 import { type Member, membersOf } from '../wire/json-scanner.ts'
 import { type Answer, ENDLESS } from './answer.ts'
 import { failureOf } from './first-event.ts'
@@ -103,32 +102,32 @@ function isQuestion(bytes: Buffer, { end, elements, last }: Member): boolean {
 }
 
 /**
- * The edits that turn a request with an {@link openEnd} into one for what is missing of its response.
+ * The changes that turn a request with an {@link openEnd} into one for what is missing of its response.
  *
  * @param text what there is of the response
  * @param tokens number of tokens of that text; the request then allows fewer
  */
-export function editsForRest(
+export function changesForRest(
   payload: Body,
   text: string,
   tokens: number,
   way: ContinuationWay
-): Edit[] {
+): Change[] {
   if (text === '') return []
   const { bytes, members } = payload
   const asked = openEnd(payload)!
   const isChat = asked.name === 'messages'
   const last = JSON.stringify({ role: 'assistant', content: text })
   const more = isChat ? `,${last}` : JSON.stringify(text).slice(1, -1)
-  const edits: Edit[] = [{ start: asked.end - 1, end: asked.end - 1, bytes: Buffer.from(more) }]
+  const changes: Change[] = [{ start: asked.end - 1, end: asked.end - 1, bytes: Buffer.from(more) }]
   for (const { name, start, end } of members) {
     if (!name.startsWith('max_')) continue
     const most = Number(bytes.toString('latin1', start, end))
-    if (most > 0) edits.push({ start, end, bytes: Buffer.from(`${Math.max(1, most - tokens)}`) })
+    if (most > 0) changes.push({ start, end, bytes: Buffer.from(`${Math.max(1, most - tokens)}`) })
   }
-  if (!isChat || way === 'assistant_prefill') return edits
+  if (!isChat || way === 'assistant_prefill') return changes
   const goOn = '"continue_final_message":true,"add_generation_prompt":false'
-  return [...edits, insertFirst(bytes, goOn, members)]
+  return [...changes, goOn]
 }
 
 /**

@@ -5,8 +5,9 @@ import { GatewayError, reasonOf } from '../errors.ts'
 import { BYTES_PER_TOKEN, type Exchange, type Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
 import { LONGEST } from '../options.ts'
-import { askForUsage, nameModel } from '../payload-edits.ts'
-import { type Edit, edited, Pieces } from '../wire/edits.ts'
+import type { Payload } from '../payload.ts'
+import { askForUsage, type Change, changed, nameModel, saltCache } from '../payload-edits.ts'
+import { Pieces } from '../wire/edits.ts'
 import type { Answer } from './answer.ts'
 import type { Share } from './attained.ts'
 import {
@@ -17,7 +18,7 @@ import {
   type Headers,
   type Progress
 } from './attempt.ts'
-import { Continuation, type Continuer, editsForRest, openEnd, type Sink } from './continuation.ts'
+import { Continuation, type Continuer, changesForRest, openEnd, type Sink } from './continuation.ts'
 import { Choice, type Decision } from './decisions.ts'
 import { isOurs, withoutAnswer } from './failures.ts'
 import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat.ts'
@@ -400,8 +401,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 
   #request(attempt: Attempt): Dispatcher.DispatchOptions {
     const { headers: given, path, method, body: original } = this.#call!.options
-    const edits = this.#edits(attempt)
-    const body = edits.length > 0 ? edited(original as Buffer, edits) : original
+    const { payload } = this.#exchange.request
+    const changes = payload === undefined ? [] : this.#changes(attempt, payload)
+    const body = changes.length > 0 ? changed(payload!, changes) : original
     // A small copy goes when the response begins; undici would keep it for as long as a stream runs.
     if (body !== original && Buffer.isBuffer(body)) attempt.body = body
     const headers = withOwn(given, attempt.backend.config.headers, body)
@@ -409,25 +411,26 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   /** What this backend must read in the request's body in place of what the client has sent. */
-  #edits(attempt: Attempt): Edit[] {
-    const { payload } = this.#exchange.request
-    if (payload === undefined) return []
+  #changes(attempt: Attempt, payload: Payload): Change[] {
     const { backend, upstream } = attempt.candidate
-    const { question, model } = this.#exchange
-    const edits: Edit[] = []
+    const { endpoint, question, model } = this.#exchange
+    const changes: Change[] = []
     // A response that began without the question must not get the chunk that answers one.
     if (question !== undefined && (this.#gap === undefined || question.asked)) {
       if (this.#isWithdrawn) attempt.question = 'withdrawn'
       else if (backend.live.takesUsageQuestion) attempt.question = 'asked'
-      if (attempt.question === 'asked') edits.push(askForUsage(payload))
+      if (attempt.question === 'asked') changes.push(askForUsage(payload))
     }
     if (this.#gap !== undefined) {
       const way = backend.config.continuation!
-      edits.push(...editsForRest(payload, this.#continuation!.text, this.#passed, way))
+      changes.push(...changesForRest(payload, this.#continuation!.text, this.#passed, way))
     }
     const isRenamed = upstream !== model || payload.isModelImplied
-    if (isRenamed && upstream !== undefined) edits.push(nameModel(payload, upstream))
-    return edits
+    if (isRenamed && upstream !== undefined) changes.push(nameModel(payload, upstream))
+    if (backend.config.saltsCache && endpoint?.spends === 'input and output') {
+      changes.push(saltCache(payload, this.caller))
+    }
+    return changes
   }
 
   /** Tells the client that it waits, if that is wanted, from now on. */

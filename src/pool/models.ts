@@ -15,6 +15,39 @@ export interface ModelEntry {
   upstream: string | undefined
 }
 
+/**
+ * The fields of a model that callers may know. The rest may say how a server was started: llama.cpp's router returns
+ * its command line with paths and tokens, vLLM the folder of the weights.
+ */
+const PUBLIC = new Set([
+  ...['id', 'object', 'created', 'owned_by', 'name', 'display_name', 'type', 'created_at'],
+  ...['max_model_len', 'context_length', 'context_window', 'max_input_tokens', 'max_output_tokens'],
+  ...['capabilities', 'input_modalities', 'output_modalities']
+])
+
+/** A model with the fields that callers may know. */
+export function toPublic(card: ModelCard): ModelCard {
+  const shown = Object.fromEntries(Object.entries(card).filter(([field]) => PUBLIC.has(field)))
+  const { meta, status } = card as { meta?: unknown; status?: { value?: unknown } | null }
+  // llama.cpp: numbers such as n_ctx, and whether it is loaded.
+  const numbers = Object.entries(Object(meta)).filter(([, value]) => typeof value === 'number')
+  return {
+    ...shown,
+    id: card.id,
+    ...(numbers.length > 0 ? { meta: Object.fromEntries(numbers) } : {}),
+    ...(typeof status?.value === 'string' ? { status: { value: status.value } } : {})
+  }
+}
+
+/** The names that callers use for what a backend calls `upstream`. */
+export function publicNames({ config }: Backend, upstream: string): string[] {
+  if (config.models === undefined) return [upstream]
+  return config.models.flatMap(({ name, upstream: own = name }) => {
+    if (isPattern(name)) return matchesModel([name], upstream) ? [upstream] : []
+    return untagged(own) === untagged(upstream) ? [name] : []
+  })
+}
+
 /** The card of a model of which nothing but the name is known. */
 export function toCard(id: string): ModelCard {
   return { id, object: 'model', created: 0, owned_by: 'llmproxy' }
@@ -46,7 +79,7 @@ export function listModels(backends: readonly Backend[]): ModelCard[] | undefine
   const cards = new Map<string, ModelCard>()
   let hasNames = false
   const add = (card: ModelCard) => {
-    if (!cards.has(card.id)) cards.set(card.id, card)
+    if (!cards.has(card.id)) cards.set(card.id, toPublic(card))
   }
   for (const { config, live } of backends) {
     const named = config.models?.filter(({ name }) => !isPattern(name)) ?? []
@@ -67,9 +100,10 @@ export function listModels(backends: readonly Backend[]): ModelCard[] | undefine
   return hasNames ? [...cards.values()] : undefined
 }
 
-/** What may be said of a model under another name; the rest may have its own in it. */
-function renamed({ created, max_model_len }: ModelCard, id: string): ModelCard {
-  return JSON.parse(JSON.stringify({ ...toCard(id), created, max_model_len }))
+/** What callers may know of a model under another name: not the name at its backend. */
+function renamed(card: ModelCard, id: string): ModelCard {
+  const { name, display_name, owned_by, ...shown } = toPublic(card)
+  return { ...shown, ...toCard(id), created: card.created ?? 0 }
 }
 
 export function isPattern(name: string): boolean {

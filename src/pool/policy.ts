@@ -81,6 +81,12 @@ export const BackendOptions = Type.Object(
         description: 'How it goes on with a text that another one has begun; left out: it does not'
       })
     ),
+    cache_salt: Type.Optional(
+      Type.Enum(['per_key'], {
+        description:
+          'per_key: sends a cache_salt for each API key (vLLM, SGLang), so that a caller cannot measure which prompts of others are in the prefix cache; left out: the cache is shared'
+      })
+    ),
     api_key: Type.Optional(
       Type.String({
         pattern: '^[\\x21-\\x7e]+$',
@@ -284,6 +290,7 @@ export function toPool(
       models: modelsOf(backend)?.flatMap(toEntries),
       maxConcurrent: share(backend.max_concurrent, workers),
       continuation: routing.enabled ? backend.continuation : undefined,
+      saltsCache: backend.cache_salt === 'per_key',
       listsModels: modelsOf(backend)?.some(isOpen) ?? true,
       headers: {
         ...(backend.api_key === undefined ? {} : { authorization: `Bearer ${backend.api_key}` }),

@@ -3,8 +3,9 @@ import { openai } from '../dialects/openai.ts'
 import { modelNotFound } from '../errors.ts'
 import type { Endpoint } from '../exchange.ts'
 import { matchesModel, untagged } from '../keys/key.ts'
-import { toCard } from '../pool/models.ts'
+import { type ModelCard, toCard, toPublic } from '../pool/models.ts'
 import { forwarded } from './forwarded.ts'
+import { rewriteListings } from './listing.ts'
 
 const get = (url: string, upstreamPrefix?: string): Endpoint => ({
   method: 'GET',
@@ -20,6 +21,16 @@ const get = (url: string, upstreamPrefix?: string): Endpoint => ({
  * the caller is held to some: then those are the list.
  */
 const modelRoutes: FastifyPluginAsync = fastify => {
+  const lists = ['/v1/models', '/models']
+  rewriteListings(fastify, lists, body => {
+    const { data } = body as { data: ModelCard[] }
+    return { object: 'list', data: data.map(toPublic) }
+  })
+  rewriteListings(
+    fastify,
+    lists.map(url => `${url}/*`),
+    body => toPublic(body as ModelCard)
+  )
   const endpoints = [
     get('/v1/models'),
     get('/v1/models/*'),

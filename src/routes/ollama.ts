@@ -1,7 +1,9 @@
-import type { FastifyPluginAsync } from 'fastify'
+import type { FastifyInstance, FastifyPluginAsync } from 'fastify'
 import { ollama } from '../dialects/ollama.ts'
-import type { Endpoint } from '../exchange.ts'
+import type { Endpoint, Exchange } from '../exchange.ts'
+import { publicNames } from '../pool/models.ts'
 import { forwarded } from './forwarded.ts'
+import { rewriteListings } from './listing.ts'
 
 const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
   method: 'POST',
@@ -14,9 +16,33 @@ const GENERATES = { spends: 'input and output', streamsByDefault: true } as cons
 const EMBEDS = { spends: 'input' } as const
 const get = (url: string): Endpoint => ({ method: 'GET', url, dialect: ollama, body: 'none' })
 
+/** The fields of a model that Ollama lists, on disk or loaded. */
+const LISTED = [
+  ...['name', 'model', 'modified_at', 'size', 'digest', 'details', 'capabilities'],
+  ...['expires_at', 'size_vram', 'context_length']
+]
+
+/** The models of Ollama's list that the caller may use, by the names that callers use. */
+function ownModels(fastify: FastifyInstance, body: unknown, exchange: Exchange): unknown {
+  const backend = fastify.backends.pool.backends.find(({ name }) => name === exchange.backend)
+  const { models } = body as { models: Record<string, unknown>[] }
+  return {
+    models: models.flatMap(listed => {
+      const names = backend === undefined ? [] : publicNames(backend, String(listed.name))
+      const shown = Object.entries(listed).filter(([field]) => LISTED.includes(field))
+      return names
+        .filter(name => exchange.mayUse(name))
+        .map(name => ({ ...Object.fromEntries(shown), name, model: name }))
+    })
+  }
+}
+
 /** Ollama's native API without what changes the server: no pull, push, create, copy or delete. */
-const ollamaRoutes: FastifyPluginAsync = fastify =>
-  forwarded(fastify, [
+const ollamaRoutes: FastifyPluginAsync = fastify => {
+  rewriteListings(fastify, ['/api/tags', '/api/ps'], (body, exchange) =>
+    ownModels(fastify, body, exchange)
+  )
+  return forwarded(fastify, [
     post('/api/chat', GENERATES),
     post('/api/generate', GENERATES),
     post('/api/embed', EMBEDS),
@@ -26,5 +52,6 @@ const ollamaRoutes: FastifyPluginAsync = fastify =>
     get('/api/ps'),
     get('/api/version')
   ])
+}
 
 export default ollamaRoutes

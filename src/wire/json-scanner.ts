@@ -1,7 +1,9 @@
-/** One member of the outermost object: its name and where its value stands in the bytes. */
+/** One member of the outermost object: its name, and where it stands in the bytes. */
 export interface Member {
   /** Decoded; a name longer than {@link MAX_NAME} bytes is cut. */
   name: string
+  /** The opening quote of the name. */
+  from: number
   /** First byte of the value, and the byte after its last. */
   start: number
   end: number
@@ -260,7 +262,7 @@ export class JsonScanner {
       length <= MAX_NAME
         ? JSON.parse(bytes.toString('utf8', this.#nameStart, this.#at))
         : bytes.toString('utf8', this.#nameStart + 1, this.#nameStart + MAX_NAME)
-    this.#member = { name, start: 0, end: 0, elements: 0, last: 0 }
+    this.#member = { name, from: this.#nameStart, start: 0, end: 0, elements: 0, last: 0 }
     this.members.push(this.#member)
   }
 

@@ -1,0 +1,111 @@
+import { type Body, folded } from './payload.ts'
+import { type Member, membersOf } from './wire/json-scanner.ts'
+
+/**
+ * Fields and headers of a request that steer the inference server itself: its scheduler, its cache, its loaded models,
+ * its adapters. They affect other callers, so they do not reach a backend unless `server.allow_engine_controls` names
+ * them.
+ */
+
+/** Fields of request bodies, by the engine that reads them. */
+const FIELDS = new Set([
+  // vLLM: the order of requests, ids of running requests, transfers between nodes, the key of the prefix cache.
+  ...['priority', 'request_id', 'kv_transfer_params', 'cache_salt', 'vllm_xargs'],
+  // SGLang: the same, sessions, nodes of a cluster, adapters, and code that runs in the server.
+  ...['rid', 'extra_key', 'session_params', 'lora_path', 'custom_logit_processor'],
+  ...['bootstrap_host', 'bootstrap_port', 'bootstrap_room', 'bootstrap_pair_key'],
+  ...['data_parallel_rank', 'routed_dp_rank', 'disagg_prefill_dp_rank'],
+  // llama.cpp: a slot and with it the cache of another caller, adapters.
+  ...['id_slot', 'slot_id', 'lora'],
+  // Ollama: when the model is unloaded.
+  'keep_alive'
+])
+
+/** Ollama's options that make it load the model anew, or take resources of others. */
+const OPTIONS = new Set([
+  ...['num_gpu', 'main_gpu', 'num_thread', 'num_batch'],
+  ...['use_mmap', 'use_mlock', 'numa', 'low_vram']
+])
+
+/** Headers that steer an engine or a router in front of it, or say who the client is and what it asks for. */
+const HEADERS = new Set([
+  'forwarded',
+  'via',
+  'x-real-ip',
+  'x-client-ip',
+  'x-cluster-client-ip',
+  'true-client-ip',
+  'cf-connecting-ip',
+  'x-original-url',
+  'x-original-host',
+  'x-rewrite-url',
+  'x-host',
+  'x-http-method',
+  'x-http-method-override',
+  'x-method-override',
+  'x-conversation-id',
+  'x-data-parallel-rank',
+  'x-vllm-priority',
+  'x-session-token',
+  'x-gateway-destination-endpoint',
+  'x-prefiller-host-port',
+  'x-smg-target-worker',
+  'x-smg-routing-key',
+  'routing-strategy',
+  'endpoint-load-metrics-format'
+])
+
+/** All of them, for the description of the option. */
+export const ENGINE_CONTROLS = [...FIELDS, ...OPTIONS, ...HEADERS].sort()
+
+/**
+ * Whether a header steers an engine. An underscore counts as a hyphen: Python's servers make the same variable of
+ * both.
+ *
+ * @param name in lower case
+ * @example
+ * isControlHeader('x_forwarded_for') // true
+ */
+export function isControlHeader(name: string): boolean {
+  const plain = name.includes('_') ? name.replaceAll('_', '-') : name
+  return HEADERS.has(plain) || plain.startsWith('x-forwarded-')
+}
+
+/**
+ * Overwrites the fields that steer an engine with spaces, in place, so that every other byte keeps its position.
+ *
+ * @param allowed names that pass
+ */
+export function dropControls(body: Body, allowed: ReadonlySet<string>): void {
+  const { bytes, members } = body
+  const options = members.find(({ name, start }) => name === 'options' && bytes[start] === BRACE)
+  if (options !== undefined && options.end - options.start <= MAX_OPTIONS) {
+    const inside = bytes.subarray(options.start, options.end)
+    blank(inside, membersOf(inside), OPTIONS, allowed)
+  }
+  body.members = blank(bytes, members, FIELDS, allowed)
+}
+
+const BRACE = 0x7b
+const SPACE = 0x20
+/** Larger options (bytes) are rejected before. */
+const MAX_OPTIONS = 64 * 1024
+
+/** Returns the members that are left. */
+function blank(
+  bytes: Buffer,
+  members: readonly Member[],
+  names: ReadonlySet<string>,
+  allowed: ReadonlySet<string>
+): readonly Member[] {
+  const isDropped = ({ name }: Member) => names.has(folded(name)) && !allowed.has(folded(name))
+  if (!members.some(isDropped)) return members
+  const kept: Member[] = []
+  for (const [index, member] of members.entries()) {
+    if (!isDropped(member)) kept.push(member)
+    // The comma behind it goes too; where it is the last member, the one before it.
+    else if (index + 1 < members.length) bytes.fill(SPACE, member.from, members[index + 1]!.from)
+    else bytes.fill(SPACE, kept.at(-1)?.end ?? member.from, member.end)
+  }
+  return kept
+}

@@ -1,0 +1,228 @@
+import assert from 'node:assert/strict'
+import { type TestContext, test } from 'node:test'
+import fc from 'fast-check'
+import { dropControls, ENGINE_CONTROLS } from '../src/engine-controls.ts'
+import { membersOf } from '../src/wire/json-scanner.ts'
+import { type Answerer, fakeBackend, post, startGateway } from './helper.ts'
+
+/** One caller learns nothing of another, and changes nothing for another. */
+
+const KEYS = [{ key: 'all' }, { key: 'one', models: ['one'] }]
+
+async function start(t: TestContext, answer: Answerer, backend: object = {}, more: object = {}) {
+  const server = await fakeBackend(t, answer, { listsModels: true })
+  const gateway = await startGateway(t, {
+    backends: [{ name: 'b', url: server.url, ...backend }],
+    auth: { enabled: true, keys: KEYS, skip_paths: ['/health', '/metrics'] },
+    ...more
+  })
+  const get = async (path: string, key: string): Promise<string> => {
+    const response = await fetch(gateway.url + path, { headers: { 'x-api-key': key } })
+    assert.equal(response.status, 200, path)
+    return response.text()
+  }
+  const last = () => server.requests.findLast(({ method }) => method === 'POST')!
+  return { last, gateway, get }
+}
+
+const TAGS = {
+  models: ['one', 'two:latest'].map(name => ({
+    name,
+    model: name,
+    size: 5,
+    digest: 'd',
+    details: { format: 'gguf' },
+    remote_host: 'https://secret'
+  }))
+}
+
+test('Ollama’s lists have the models of the caller, by their public names', async t => {
+  for (const path of ['/api/tags', '/api/ps']) {
+    const ollama: Answerer = (_request, response) => response.end(JSON.stringify(TAGS))
+    const plain = await start(t, ollama)
+    const listed = JSON.parse(await plain.get(path, 'all'))
+    const { remote_host, ...first } = TAGS.models[0]!
+    assert.deepEqual(listed.models[0], first)
+    assert.deepEqual(
+      listed.models.map(({ name }: { name: string }) => name),
+      ['one', 'two:latest']
+    )
+    assert.doesNotMatch(await plain.get(path, 'one'), /two|secret/)
+    const aliased = await start(t, ollama, { models: [{ one: 'two' }, { fast: 'one' }] })
+    const own = JSON.parse(await aliased.get(path, 'one'))
+    assert.deepEqual(own.models, [{ ...first, name: 'one', model: 'one' }])
+    assert.match(await aliased.get(path, 'all'), /"fast"/)
+  }
+})
+
+test('a list that no one can read is a 502', async t => {
+  const { gateway } = await start(t, (_request, response) => response.end('{"models":'))
+  const response = await fetch(`${gateway.url}/api/tags`, { headers: { 'x-api-key': 'all' } })
+  assert.equal(response.status, 502)
+  assert.match(await response.text(), /cannot be read/)
+})
+
+const CARD = {
+  id: 'one',
+  object: 'model',
+  created: 7,
+  owned_by: 'llamacpp',
+  max_model_len: 4096,
+  root: '/models/secret',
+  path: '/models/secret.gguf',
+  meta: { n_ctx: 4096, n_params: 1, file: '/secret' },
+  status: { value: 'loaded', args: ['--hf-token', 'secret'], preset: 'hf-token = secret' },
+  permission: [{ id: 'secret' }],
+  in_cache: true
+}
+
+test('callers see the harmless fields of a model, whether its backend is known or not', async t => {
+  const shown = {
+    id: 'one',
+    object: 'model',
+    created: 7,
+    owned_by: 'llamacpp',
+    max_model_len: 4096,
+    meta: { n_ctx: 4096, n_params: 1 },
+    status: { value: 'loaded' }
+  }
+  const list: Answerer = ({ url }, response) => {
+    const isList = url.endsWith('/models')
+    response.end(JSON.stringify(isList ? { object: 'list', data: [CARD] } : CARD))
+  }
+  const known = await start(t, list)
+  await known.gateway.logged({ msg: 'backend lists models' })
+  const unknown = await start(t, list, {}, { routing: { model_discovery: { enabled: false } } })
+  for (const { get } of [known, unknown]) {
+    for (const prefix of ['/v1', '']) {
+      const { data } = JSON.parse(await get(`${prefix}/models`, 'all'))
+      assert.deepEqual(data, [shown])
+      assert.deepEqual(JSON.parse(await get(`${prefix}/models/one`, 'all')), shown)
+    }
+  }
+  const aliased = await start(t, list, { models: [{ fast: 'one' }] })
+  assert.doesNotMatch(await aliased.get('/v1/models', 'all'), /secret|one/)
+})
+
+const STEERING = {
+  priority: -9,
+  request_id: 'other',
+  kv_transfer_params: { do_remote_decode: true },
+  cache_salt: 'x',
+  Keep_Alive: 0,
+  keep_alive: '24h',
+  lora_path: 'other',
+  id_slot: 0,
+  custom_logit_processor: 'code'
+}
+const HEADERS = {
+  x_forwarded_for: '1.2.3.4',
+  'x-original-url': '/pause',
+  'x-http-method-override': 'DELETE',
+  via: '1.1 x',
+  'x-vllm-priority': '-9',
+  'x-data-parallel-rank': '1',
+  x_conversation_id: 'c',
+  'true-client-ip': '1.2.3.4'
+}
+const ROUTES = [
+  '/v1/chat/completions',
+  '/v1/messages',
+  '/v1/responses',
+  '/api/chat',
+  '/v1/embeddings'
+]
+
+test('what steers an engine does not reach it, in any place of a request', async t => {
+  const { last, gateway } = await start(t, (_request, response) => response.end('{}'))
+  const rest = {
+    model: 'one',
+    user: 'priority',
+    options: { num_ctx: 9 },
+    metadata: { priority: 1 }
+  }
+  for (const route of ROUTES) {
+    for (const body of [
+      { ...STEERING, ...rest },
+      { ...rest, ...STEERING, options: { num_gpu: 0, num_ctx: 9, use_mmap: false } },
+      { priority: 1, ...rest, keep_alive: 0 }
+    ]) {
+      const headers = { 'x-api-key': 'all', ...HEADERS, 'x-mine': 'y' }
+      const response = await post(gateway.url + route, body, headers)
+      assert.equal(response.status, 200)
+      const seen = last()
+      assert.deepEqual(JSON.parse(seen.body), rest, route)
+      for (const name of Object.keys(HEADERS)) assert.equal(seen.headers[name], undefined, name)
+      assert.equal(seen.headers['x-mine'], 'y')
+    }
+  }
+})
+
+test('an operator can allow what steers an engine', async t => {
+  const { last, gateway } = await start(
+    t,
+    (_request, response) => response.end('{}'),
+    {},
+    { server: { allow_engine_controls: ['priority', 'keep_alive', 'num_gpu', 'via'] } }
+  )
+  const body = {
+    model: 'one',
+    priority: 1,
+    keep_alive: 0,
+    id_slot: 1,
+    options: { num_gpu: 1, numa: 1 }
+  }
+  await post(`${gateway.url}/api/chat`, body, { 'x-api-key': 'all', ...HEADERS })
+  const seen = last()
+  assert.deepEqual(JSON.parse(seen.body), {
+    model: 'one',
+    priority: 1,
+    keep_alive: 0,
+    options: { num_gpu: 1 }
+  })
+  assert.equal(seen.headers.via, '1.1 x')
+  assert.equal(seen.headers.x_forwarded_for, undefined)
+})
+
+test('dropping fields leaves every other one as it was', () => {
+  const name = fc.oneof(fc.constantFrom(...ENGINE_CONTROLS), fc.string())
+  fc.assert(
+    fc.property(fc.dictionary(name, fc.jsonValue()), fc.boolean(), (given, spaced) => {
+      const text = JSON.stringify(given, null, spaced ? 2 : 0)
+      const bytes = Buffer.from(text)
+      const body = { bytes, members: membersOf(bytes) }
+      dropControls(body, new Set())
+      const left = JSON.parse(String(bytes))
+      assert.equal(bytes.length, Buffer.byteLength(text))
+      assert.deepEqual(
+        body.members.map(member => member.name),
+        Object.keys(left)
+      )
+      for (const [key, value] of Object.entries(JSON.parse(text))) {
+        if (key === 'options') continue
+        if (Object.hasOwn(left, key)) assert.deepEqual(left[key], value)
+        else assert.ok(ENGINE_CONTROLS.includes(key.toLowerCase()), key)
+      }
+    })
+  )
+})
+
+test('each API key has a part of its own of the prefix cache where a backend salts it', async t => {
+  const { last, gateway } = await start(t, (_request, response) => response.end('{}'), {
+    cache_salt: 'per_key'
+  })
+  const salts = new Set<string>()
+  for (const key of ['all', 'one', 'all']) {
+    for (const body of [{ model: 'one' }, { cache_salt: 'guess', model: 'one' }]) {
+      const response = await post(`${gateway.url}/v1/chat/completions`, body, { 'x-api-key': key })
+      assert.equal(response.status, 200)
+      const { cache_salt, ...rest } = JSON.parse(last().body)
+      assert.deepEqual(rest, { model: 'one' })
+      assert.match(cache_salt, /^[\w-]{43}$/)
+      salts.add(cache_salt)
+    }
+  }
+  assert.equal(salts.size, 2)
+  await post(`${gateway.url}/v1/embeddings`, { model: 'one' }, { 'x-api-key': 'all' })
+  assert.deepEqual(JSON.parse(last().body), { model: 'one' })
+})
