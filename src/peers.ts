@@ -2,6 +2,7 @@ import type { Changes } from './changes.ts'
 import type { LimitStore } from './limits/store.ts'
 import type { Explanation } from './pool/decisions.ts'
 import type { Sink } from './reporters/posts.ts'
+import type { StoredResponse } from './routes/stored-responses.ts'
 
 /** The other processes that serve the same port (`server.workers`). */
 export interface Peers {
@@ -37,13 +38,10 @@ export type News =
   | ExplanationWanted
   | ExplanationGiven
 
-/** A stored response was made: later calls about it go to the same backend. */
+/** A stored response was made: later requests about it go to the same backend. */
 export interface ResponseMade {
   kind: 'response'
-  response: string
-  backend: string
-  model: string | undefined
-  caller: string | undefined
+  response: StoredResponse
 }
 
 /** Keys of the builtin store were changed: what is remembered of them is old. */

@@ -1,9 +1,12 @@
 import assert from 'node:assert/strict'
+import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import fc from 'fast-check'
 import { dropControls, ENGINE_CONTROLS } from '../src/engine-controls.ts'
+import { StoredResponses } from '../src/routes/stored-responses.ts'
 import { membersOf } from '../src/wire/json-scanner.ts'
 import { type Answerer, fakeBackend, post, startGateway } from './helper.ts'
+import { folder } from './process.ts'
 
 /** One caller learns nothing of another, and changes nothing for another. */
 
@@ -225,4 +228,94 @@ test('each API key has a part of its own of the prefix cache where a backend sal
   assert.equal(salts.size, 2)
   await post(`${gateway.url}/v1/embeddings`, { model: 'one' }, { 'x-api-key': 'all' })
   assert.deepEqual(JSON.parse(last().body), { model: 'one' })
+})
+
+const RESPONSES: Answerer = (request, response) => {
+  const id = `resp_${request.headers['x-request-id']}`
+  response.setHeader('content-type', 'application/json')
+  response.end(JSON.stringify({ id, status: 'completed', output: [] }))
+}
+
+/** Makes a response; returns its id. */
+async function makeResponse(url: string, key: string): Promise<string> {
+  const body = { model: 'one', input: 'x' }
+  const response = await post(`${url}/v1/responses`, body, { 'x-api-key': key })
+  return ((await response.json()) as { id: string }).id
+}
+
+/** What a caller gets who knows the id of a response, on each route that takes one. */
+async function statuses(url: string, id: string, key: string): Promise<number[]> {
+  const headers = { 'x-api-key': key }
+  const one = `${url}/v1/responses/${id}`
+  const follow = { model: 'one', input: 'x', previous_response_id: id }
+  const all = [
+    await fetch(one, { headers }),
+    await fetch(`${one}/input_items`, { headers }),
+    await post(`${one}/cancel`, '', headers),
+    await post(`${one}/later`, {}, headers),
+    await post(`${url}/v1/responses`, follow, headers),
+    await fetch(one, { method: 'DELETE', headers })
+  ]
+  return all.map(({ status }) => status)
+}
+
+const OWN = Array(6).fill(200)
+const FOREIGN = Array(6).fill(404)
+
+test('a stored response belongs to its caller, over a restart and on other gateways', async t => {
+  const backend = await fakeBackend(t, RESPONSES)
+  const config = {
+    backends: [{ url: backend.url }],
+    auth: { enabled: true, keys: ['a', 'b'] }
+  }
+  const dataDir = folder(t)
+  const first = await startGateway(t, config, {}, dataDir)
+  const id = await makeResponse(first.url, 'a')
+  assert.deepEqual(await statuses(first.url, id, 'b'), FOREIGN)
+  assert.deepEqual(await statuses(first.url, id, 'a'), OWN)
+  await first.fastify.close()
+  const again = await startGateway(t, config, {}, dataDir)
+  assert.deepEqual(await statuses(again.url, id, 'b'), FOREIGN)
+  assert.deepEqual(await statuses(again.url, id, 'a'), OWN)
+  const other = await startGateway(t, config, {}, folder(t))
+  const before = backend.requests.length
+  for (const key of ['a', 'b']) assert.deepEqual(await statuses(other.url, id, key), FOREIGN)
+  assert.equal(backend.requests.length, before)
+})
+
+test('where no keys are checked an unknown response is passed on', async t => {
+  const backend = await fakeBackend(t, RESPONSES)
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  assert.deepEqual(await statuses(gateway.url, 'resp_other', ''), OWN)
+})
+
+test('an encoded slash in the id of a response is a 400', async t => {
+  const backend = await fakeBackend(t, RESPONSES)
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  for (const path of ['resp_0%2Finput_items', 'resp_0%2finput_items', 'resp_0%5cx', 'x/y%2Fz']) {
+    const response = await fetch(`${gateway.url}/v1/responses/${path}`)
+    assert.equal(response.status, 400, path)
+    assert.match(await response.text(), /invalid_path/)
+  }
+  assert.equal(backend.requests.length, 0)
+})
+
+test('many responses of one caller push out none of another', async t => {
+  const responses = new StoredResponses(join(folder(t), 'responses.db'), { warn() {} }, 50)
+  responses.add({ id: 'mine', backend: 'b', model: undefined, caller: 'a' })
+  for (let count = 1; count <= 10_200; count++) {
+    const other = { id: `other_${count}`, backend: 'b', model: 'm', caller: 'b' }
+    if (count <= 10_000) responses.hear(other)
+    else responses.add(other)
+  }
+  assert.deepEqual(await responses.find('mine'), {
+    id: 'mine',
+    backend: 'b',
+    model: undefined,
+    caller: 'a'
+  })
+  await responses.close()
+  const again = new StoredResponses(join(folder(t), 'none.db'), { warn() {} })
+  assert.equal(await again.find('other_1'), undefined)
+  await again.close()
 })

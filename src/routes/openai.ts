@@ -1,10 +1,12 @@
+import { resolve } from 'node:path'
 import type { FastifyPluginAsync } from 'fastify'
 import { openai } from '../dialects/openai.ts'
 import { responses } from '../dialects/responses.ts'
 import { GatewayError } from '../errors.ts'
 import type { Endpoint, Exchange } from '../exchange.ts'
-import type { ResponseMade } from '../peers.ts'
+import { DatabaseError } from '../store/sql.ts'
 import { forwarded } from './forwarded.ts'
+import { RESPONSES_FILE, StoredResponses } from './stored-responses.ts'
 
 const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
   method: 'POST',
@@ -44,59 +46,60 @@ const ENDPOINTS: Endpoint[] = [
   { method: 'DELETE', url: '/v1/responses/:id', dialect: responses, body: 'none' }
 ]
 
-const MAX_RESPONSES = 10_000
-
-/** A stored response lives in the backend that made it, and belongs to who asked for it. */
-interface Made {
-  backend: string
-  model: string | undefined
-  caller: string | undefined
-}
-
 const openaiRoutes: FastifyPluginAsync = async function openaiRoutes(fastify) {
-  const made = new Map<string, Made>()
+  const { dataDir, log, peers } = fastify
+  const file = dataDir === undefined ? ':memory:' : resolve(dataDir, RESPONSES_FILE)
+  const stored = new StoredResponses(file, log)
 
+  // As a part of an id it would be a path at the backend that no route stands for.
+  fastify.addHook('onRequest', ({ exchange, raw }, _reply, done) => {
+    const isOdd = exchange.endpoint?.dialect === responses && /%(2f|5c)/i.test(raw.url ?? '')
+    done(isOdd ? new GatewayError('invalid_path', INVALID_ID) : undefined)
+  })
   fastify.addHook('preHandler', (request, _reply, done) => {
     const { exchange, payload } = request
     if (exchange.endpoint?.dialect !== responses) return done()
-    const { id } = request.params as { id?: string }
-    bind(exchange, id ?? payload?.previousResponseId)
+    const { id = payload?.previousResponseId } = request.params as { id?: string }
     if (exchange.endpoint.makesResponses) exchange.onAnswerId = id => learn(exchange, id)
-    done()
+    if (id === undefined) return done()
+    bind(exchange, id).then(() => done(), done)
   })
 
   await forwarded(fastify, ENDPOINTS)
-  fastify.peers?.onNews(news => {
-    if (news.kind === 'response') remember(news)
+  peers?.onNews(news => {
+    if (news.kind === 'response') stored.hear(news.response)
   })
+  fastify.addHook('onClose', () => stored.close())
 
   function learn(exchange: Exchange, id: string): void {
-    const { backend, request } = exchange
-    const news = {
-      kind: 'response',
-      response: id,
-      backend: backend!,
-      model: exchange.model,
-      caller: request.caller?.id
-    } as const
-    remember(news)
-    fastify.peers?.tell(news)
+    const { backend, model, request } = exchange
+    const response = { id, backend: backend!, model, caller: request.caller?.id }
+    stored.add(response)
+    peers?.tell({ kind: 'response', response })
   }
 
-  function remember({ response, backend, model, caller }: ResponseMade): void {
-    if (made.size >= MAX_RESPONSES) made.delete(made.keys().next().value!)
-    made.set(response, { backend, model, caller })
-  }
-
-  function bind(exchange: Exchange, id: string | undefined): void {
-    const known = id === undefined ? undefined : made.get(id)
-    if (known === undefined) return
-    if (known.caller !== exchange.request.caller?.id) {
-      throw new GatewayError('not_found', 'There is no such response.')
+  /** Sends a request to the backend that has the response, if it belongs to the caller. */
+  async function bind(exchange: Exchange, id: string): Promise<void> {
+    const caller = exchange.request.caller?.id
+    const found = await stored.find(id).catch(toUnavailable)
+    // Without keys there is nobody to protect, and another gateway may have made it.
+    if (found === undefined && caller === undefined) return
+    if (found === undefined || found.caller !== caller) {
+      throw new GatewayError('not_found', 'Unknown response id.')
     }
-    exchange.pinned = known.backend
-    exchange.heldModel = known.model
+    exchange.pinned = found.backend
+    exchange.heldModel = found.model
   }
+}
+
+const INVALID_ID = 'Invalid path: a response id must not contain an encoded slash.'
+
+function toUnavailable(error: unknown): never {
+  if (!(error instanceof DatabaseError)) throw error
+  throw new GatewayError('store_unavailable', 'The owner of the response cannot be looked up.', {
+    headers: { 'retry-after': '1' },
+    cause: error
+  })
 }
 
 export default openaiRoutes
