@@ -1,5 +1,5 @@
 import { readFileSync, unwatchFile, watchFile } from 'node:fs'
-import { STATUS_CODES } from 'node:http'
+import { type Server as HttpServer, STATUS_CODES } from 'node:http'
 import type { Server as TlsServer } from 'node:https'
 import type { Socket } from 'node:net'
 import cors from '@fastify/cors'
@@ -13,6 +13,7 @@ import Fastify, {
 import gateway, { answerError, type Gateway } from './app.ts'
 import { allOrNothing, type Changes } from './changes.ts'
 import { type Config, ConfigSchema } from './config.ts'
+import { Connections } from './connections.ts'
 import { openaiError } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { listen, serversOf } from './listen.ts'
@@ -47,7 +48,7 @@ export async function startServer(
   started: Config,
   dataDir: string,
   peers?: Peers
-): Promise<Server & { gateway: Gateway }> {
+): Promise<Server & { gateway: Gateway; connections: Connections }> {
   keepYoung()
   let config = started
   let read = peers?.reload
@@ -90,6 +91,7 @@ export async function startServer(
     url,
     log,
     gateway,
+    connections: app.connections,
     async reload(changed) {
       await allOrNothing(take, config, changed)
       config = changed
@@ -137,7 +139,9 @@ export async function createApp(
     id: control.exchanges.stillborn(error, clientIp)
   })
   const fastify = Fastify({
-    ...(server.tls.enabled ? { https: { ...http, ...readTls(server.tls) } } : { http }),
+    ...(server.tls.enabled
+      ? { https: { ...http, ...readTls(server.tls), handshakeTimeout: server.header_timeout } }
+      : { http }),
     // 0: the time for the body is limited, the time an answer takes is not.
     connectionTimeout: 0,
     requestTimeout: server.read_timeout,
@@ -165,6 +169,13 @@ export async function createApp(
     routerOptions: { maxParamLength: 500 },
     exposeHeadRoutes: true
   } as never) as unknown as FastifyInstance
+  const connections = new Connections(log, peers?.count ?? 1)
+  connections.update(server)
+  connections.watch(fastify.server as HttpServer)
+  fastify.decorate('connections', connections)
+  fastify.addHook('onListen', async () => {
+    for (const other of serversOf(fastify).slice(1)) connections.watch(other)
+  })
   fastify.setErrorHandler(answerError)
   if (server.cors.enabled) await fastify.register(cors, corsOptions(server.cors))
 
@@ -192,10 +203,15 @@ export async function createApp(
       control = created
     }
   })
+  // After the gateway's own hook, in which it drains.
+  await fastify.register(async last => {
+    last.addHook('preClose', async () => connections.close())
+  })
   await fastify.ready()
   return {
     fastify,
     control,
+    connections,
     async reload(changed: Config): Promise<void> {
       await control.reload(sections(changed))
       const { header_timeout, read_timeout, idle_timeout } = changed.server
@@ -204,6 +220,7 @@ export async function createApp(
         each.requestTimeout = read_timeout
         each.keepAliveTimeout = idle_timeout
       }
+      connections.update(changed.server)
       running = changed
     }
   }

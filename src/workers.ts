@@ -3,10 +3,10 @@ import { once } from 'node:events'
 import { isDeepStrictEqual } from 'node:util'
 import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
-import type { Gateway } from './app.ts'
 import { allOrNothing, type Changes } from './changes.ts'
 import { type Config, workerCount } from './config.ts'
-import { GatewayError } from './errors.ts'
+import { GatewayError, reasonOf } from './errors.ts'
+import { acknowledgeLost, guardAccepting } from './handover.ts'
 import { openMemoryStore } from './limits/memory.ts'
 import { Periods } from './limits/period.ts'
 import { type LimitAnswer, type LimitQuestion, RemoteLeases, RemoteStore } from './limits/remote.ts'
@@ -37,6 +37,7 @@ type Order =
   | { kind: 'limited'; answer: LimitAnswer }
   | { kind: 'outbox'; state: OutboxState }
   | { kind: 'delivered'; result: Delivery; records: number }
+  | { kind: 'refused'; connections: number }
 
 /** What a worker says to the primary. */
 type Message =
@@ -61,7 +62,7 @@ const MAX_WAIT = 30_000
 const STABLE_AFTER = 10_000
 const RELOAD_TIMEOUT = 10_000
 const FLUSH_TIMEOUT = 5_000
-/** How often (ms) workers are told how usage records fare. */
+/** How often (ms) workers are told how usage records fare, and what the primary has refused. */
 const TELL_INTERVAL = 1_000
 /** The primary has little to do once its workers serve (ms). */
 const TIDY_AFTER = 2_000
@@ -85,6 +86,8 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   )
   const limits = await openMemoryStore(config.rate_limit.time_zone, dataDir, log)
   cluster.setupPrimary({ args: [] })
+  let refused = 0
+  guardAccepting(() => refused++)
 
   const urls = await Promise.all(Array.from({ length: workerCount(config) }, start)).catch(
     error => {
@@ -96,14 +99,20 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   const url = urls[0]!
   log.info({ version: VERSION, node: process.version, url, workers: urls.length }, LISTENING)
   setTimeout(collectGarbage, TIDY_AFTER).unref()
-  setInterval(tellOutbox, TELL_INTERVAL).unref()
+  setInterval(tellState, TELL_INTERVAL).unref()
 
   /** Starts a worker, and resolves with its URL when it serves. */
   function start(): Promise<string> {
-    const worker = cluster.fork()
     const startedAt = performance.now()
-    const leases = new RemoteLeases(limits, answer => send(worker, { kind: 'limited', answer }))
     return new Promise((resolve, reject) => {
+      let worker: Worker
+      try {
+        worker = cluster.fork()
+      } catch (error) {
+        reject(error)
+        return replaceLater({ reason: reasonOf(error as Error) })
+      }
+      const leases = new RemoteLeases(limits, answer => send(worker, { kind: 'limited', answer }))
       worker.on('message', (message: Message) => {
         if (message.kind === 'serves') resolve(message.url)
         else if (message.kind === 'failed') {
@@ -113,17 +122,28 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
         else if (message.kind === 'limit') void leases.hear(message.question)
         else if (message.kind === 'records') void record(worker, message.entries)
       })
+      // A process that could not be started, as when no descriptors are left, does not exit.
+      worker.once('error', error => {
+        delete cluster.workers![worker.id]
+        reject(error)
+        leases.close()
+        replaceLater({ reason: reasonOf(error) })
+      })
       worker.once('exit', (code, signal) => {
         leases.close()
         reject(new Error('a worker has stopped while it was starting'))
-        if (isClosing) return
         if (performance.now() - startedAt > STABLE_AFTER) wait = FIRST_WAIT
-        log.error({ pid: worker.process.pid, code, signal, wait }, 'a worker has stopped')
-        setTimeout(replace, wait)
-        wait = Math.min(wait * 2, MAX_WAIT)
+        replaceLater({ pid: worker.process.pid, code, signal })
       })
       send(worker, { kind: 'serve', config })
     })
+  }
+
+  function replaceLater(details: object): void {
+    if (isClosing) return
+    log.error({ ...details, wait }, 'a worker has stopped')
+    setTimeout(replace, wait)
+    wait = Math.min(wait * 2, MAX_WAIT)
   }
 
   function replace(): void {
@@ -151,7 +171,13 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     if (worker !== undefined) send(worker, { kind: 'delivered', result, records })
   }
 
-  function tellOutbox(): void {
+  /** What the primary knows, and a worker counts. */
+  function tellState(): void {
+    const [first] = workers()
+    if (refused > 0 && first !== undefined) {
+      send(first, { kind: 'refused', connections: refused })
+      refused = 0
+    }
     const { pending, trouble } = outbox
     for (const [index, worker] of workers().entries()) {
       send(worker, { kind: 'outbox', state: { pending: index === 0 ? pending : 0, trouble } })
@@ -168,7 +194,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   }
 
   async function scrape(): Promise<string> {
-    tellOutbox()
+    tellState()
     return all.clusterMetrics()
   }
 
@@ -268,7 +294,7 @@ export function runWorker(dataDir: string): void {
   const limits = new RemoteStore(question => tell({ kind: 'limit', question }))
   let lastId = 0
   let serving: Promise<void> | undefined
-  let server: (Server & { gateway: Gateway }) | undefined
+  let server: Awaited<ReturnType<typeof startServer>> | undefined
   const peers = {
     count: 1,
     metrics: () => ask<string>('metrics'),
@@ -297,6 +323,7 @@ export function runWorker(dataDir: string): void {
     else if (order.kind === 'limited') limits.hear(order.answer)
     else if (order.kind === 'outbox') Object.assign(peers.outbox, order.state)
     else if (order.kind === 'delivered') server?.gateway.countDelivery(order.result, order.records)
+    else if (order.kind === 'refused') server?.connections.refuse('descriptors', order.connections)
     else if (order.kind === 'news') for (const listener of newsListeners) listener(order.news)
     else if (order.kind === 'answer') {
       asked.get(order.id)?.(order)
@@ -306,6 +333,8 @@ export function runWorker(dataDir: string): void {
       process.exit()
     }
   })
+
+  acknowledgeLost(() => server?.connections.refuse('accept', 1, 'EMFILE'))
 
   async function serve(config: Config): Promise<void> {
     try {

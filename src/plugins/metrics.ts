@@ -183,6 +183,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     outcomes.inc({ outcome: 'rejected' })
   })
 
+  if (fastify.connections !== undefined) connectionMetrics(fastify.connections, registers)
   if (fastify.hasDecorator('backends')) backendMetrics(fastify.backends, registers)
   if (fastify.hasDecorator('discovery')) discoveryMetrics(fastify.discovery, registers)
   if (fastify.hasDecorator('limits')) {
@@ -209,6 +210,30 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     })
   }
   if (fastify.hasDecorator('usage')) usageMetrics(fastify.usage, registers)
+}
+
+function connectionMetrics(
+  connections: import('../connections.ts').Connections,
+  registers: [Registry]
+): void {
+  new Gauge({
+    name: 'llmproxy_connections_open',
+    help: 'Open connections of clients',
+    registers,
+    collect() {
+      this.set(connections.open)
+    }
+  })
+  new Counter({
+    name: 'llmproxy_connections_refused_total',
+    help: 'Connections closed before a request was read, by the bound that was reached; accept: not accepted at all',
+    labelNames: ['reason'],
+    registers,
+    collect() {
+      this.reset()
+      for (const [reason, count] of connections.refused) this.inc({ reason }, count)
+    }
+  })
 }
 
 function backendMetrics(
