@@ -3,7 +3,7 @@ import type { FastifyPluginAsync } from 'fastify'
 import fastifyMetricsModule from 'fastify-metrics'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
-import { type Exchange, withExchanges } from '../exchange.ts'
+import { type Exchange, type Exchanges, withExchanges } from '../exchange.ts'
 import { forgetDeparted } from '../metrics/departed.ts'
 import { discoveryMetrics } from '../metrics/discovery.ts'
 import { AtStart, checkOptions, type Given, NotBuilt, Section } from '../options.ts'
@@ -183,7 +183,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     outcomes.inc({ outcome: 'rejected' })
   })
 
-  if (fastify.connections !== undefined) connectionMetrics(fastify.connections, registers)
+  connectionMetrics(fastify.connections, exchanges, registers)
   if (fastify.hasDecorator('backends')) backendMetrics(fastify.backends, registers)
   if (fastify.hasDecorator('discovery')) discoveryMetrics(fastify.discovery, registers)
   if (fastify.hasDecorator('limits')) {
@@ -213,25 +213,28 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
 }
 
 function connectionMetrics(
-  connections: import('../connections.ts').Connections,
+  connections: import('../connections.ts').Connections | undefined,
+  { turns }: Exchanges,
   registers: [Registry]
 ): void {
-  new Gauge({
-    name: 'llmproxy_connections_open',
-    help: 'Open connections of clients',
-    registers,
-    collect() {
-      this.set(connections.open)
-    }
-  })
   new Counter({
     name: 'llmproxy_connections_refused_total',
-    help: 'Connections closed before a request was read, by the bound that was reached; accept: not accepted at all',
+    help: 'Client connections closed by the gateway, by the bound that was reached; accept: could not be accepted',
     labelNames: ['reason'],
     registers,
     collect() {
       this.reset()
-      for (const [reason, count] of connections.refused) this.inc({ reason }, count)
+      if (turns.closed > 0) this.inc({ reason: 'pipelining' }, turns.closed)
+      for (const [reason, count] of connections?.refused ?? []) this.inc({ reason }, count)
+    }
+  })
+  if (connections === undefined) return
+  new Gauge({
+    name: 'llmproxy_connections_open',
+    help: 'Open client connections',
+    registers,
+    collect() {
+      this.set(connections.open)
     }
   })
 }
