@@ -20,6 +20,7 @@ import { listen, serversOf } from './listen.ts'
 import { Log } from './logs/log.ts'
 import { masked } from './masked.ts'
 import { giveMemoryBack, keepYoung } from './memory.ts'
+import { LONGEST } from './options.ts'
 import type { Peers } from './peers.ts'
 import { VERSION } from './version.ts'
 
@@ -36,12 +37,22 @@ export interface Server {
   onReload(read: () => Promise<Changes>): void
   /** Lets running answers finish, then stops. */
   close(): Promise<void>
+  /** Longest time (ms) that this may take. */
+  readonly stopTimeout: number
 }
 
 /** The line that tells that calls can be made. */
 export const LISTENING = 'LLMProxy is listening'
 
 const WATCH_INTERVAL = 1_000
+
+/** Time (ms) beyond the drain for usage events, databases and logs. */
+const CLOSE_TIMEOUT = 13_000
+
+/** Longest time (ms) that an orderly stop may take. */
+export function stopTimeout({ drain_delay, drain_timeout }: Config['server']): number {
+  return Math.min(drain_delay + drain_timeout + CLOSE_TIMEOUT, LONGEST)
+}
 
 /** Serves in this process. `peers`: the other workers, if it is one of several. */
 export async function startServer(
@@ -98,6 +109,9 @@ export async function startServer(
     },
     onReload(reader) {
       read = reader
+    },
+    get stopTimeout() {
+      return stopTimeout(config.server)
     },
     async close() {
       for (const file of files) unwatchFile(file!)

@@ -6,6 +6,7 @@ import closeWithGrace from 'close-with-grace'
 import { allOrNothing, type Changes } from './changes.ts'
 import { type Config, workerCount } from './config.ts'
 import { GatewayError, reasonOf } from './errors.ts'
+import { endWithin, exitWithoutWaiting, NOT_STOPPED } from './exit.ts'
 import { acknowledgeLost, guardAccepting } from './handover.ts'
 import { openMemoryStore } from './limits/memory.ts'
 import { Periods } from './limits/period.ts'
@@ -18,7 +19,8 @@ import type { Delivery } from './reporters/courier.ts'
 import { Outbox } from './reporters/outbox.ts'
 import { Posts } from './reporters/posts.ts'
 import { toReporters } from './reporters/reporters.ts'
-import { LISTENING, type Server, startServer } from './server.ts'
+import { LISTENING, type Server, startServer, stopTimeout } from './server.ts'
+import { SIGNALS } from './signals.ts'
 import { VERSION } from './version.ts'
 
 /**
@@ -62,6 +64,8 @@ const MAX_WAIT = 30_000
 const STABLE_AFTER = 10_000
 const RELOAD_TIMEOUT = 10_000
 const FLUSH_TIMEOUT = 5_000
+/** Time (ms) the primary keeps for itself of what a stop may take. */
+const OWN_CLOSE_TIMEOUT = 3_000
 /** How often (ms) workers are told how usage records fare, and what the primary has refused. */
 const TELL_INTERVAL = 1_000
 /** The primary has little to do once its workers serve (ms). */
@@ -92,7 +96,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   const urls = await Promise.all(Array.from({ length: workerCount(config) }, start)).catch(
     error => {
       isClosing = true
-      for (const worker of workers()) worker.process.kill('SIGKILL')
+      killWorkers()
       throw error
     }
   )
@@ -230,15 +234,20 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     onReload(reader) {
       read = reader
     },
+    get stopTimeout() {
+      return stopTimeout(config.server)
+    },
     async close() {
       isClosing = true
       log.info('shutting down')
+      const late = setTimeout(killWorkers, stopTimeout(config.server) - OWN_CLOSE_TIMEOUT)
       await Promise.all(
         workers().map(async worker => {
           send(worker, { kind: 'close' })
           await once(worker, 'exit')
         })
       )
+      clearTimeout(late)
       await limits.close()
       await outbox.close(AbortSignal.timeout(FLUSH_TIMEOUT))
       log.info('stopped')
@@ -249,6 +258,10 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
 
 function workers(): Worker[] {
   return Object.values(cluster.workers ?? {}).filter(worker => worker !== undefined)
+}
+
+function killWorkers(): void {
+  for (const worker of workers()) worker.process.kill('SIGKILL')
 }
 
 function send(worker: Worker, order: Order): void {
@@ -288,6 +301,7 @@ function reloaded(worker: Worker): Promise<Failure | undefined> {
 
 /** The life of a worker: it does as the primary says. */
 export function runWorker(dataDir: string): void {
+  exitWithoutWaiting()
   const asked = new Map<number, (answer: Order & { kind: 'answer' }) => void>()
   const newsListeners: ((news: News) => void)[] = []
   const usage = new Posts(entries => tell({ kind: 'records', entries }))
@@ -343,12 +357,12 @@ export function runWorker(dataDir: string): void {
       server = started
       AggregatorRegistry.setRegistries(started.gateway.metricsRegistry)
       new AggregatorRegistry()
-      // Signals are the primary's: a terminal sends them to the whole group.
       closeWithGrace({ delay: false, logger: started.log, skip: [...SIGNALS] }, async ({ err }) => {
+        const timeout = started.stopTimeout
+        endWithin(timeout, () => started.log.error({ timeout }, NOT_STOPPED))
         started.log.fatal({ err }, 'unexpected error')
         await started.close()
       })
-      for (const signal of SIGNALS) process.on(signal, () => {})
       tell({ kind: 'serves', url: started.url })
     } catch (error) {
       const failed: Message = { kind: 'failed', error: toFailure(error) }
@@ -366,8 +380,6 @@ export function runWorker(dataDir: string): void {
     }
   }
 }
-
-const SIGNALS = ['SIGHUP', 'SIGINT', 'SIGQUIT', 'SIGTERM'] as const
 
 function tell(message: Message): void {
   if (process.connected) process.send!(message)
