@@ -67,6 +67,22 @@ const ServerOptions = Section(
     idle_timeout: Duration('120s', 'How long an idle connection is kept'),
     max_header_bytes: AtStart(Size('64KB', 'Size of all headers')),
     max_body_size: AtStart(Size('64MB', 'Size of a request body')),
+    max_connections: Type.Unsafe<number | 'auto'>({
+      type: ['integer', 'string'],
+      check: (most: unknown) => most === 'auto' || (Number.isInteger(most) && Number(most) >= 1),
+      expects: 'a number of connections of 1 or more, or auto',
+      default: 'auto',
+      description:
+        'Maximum number of client connections, shared out to the workers; the gateway closes those beyond it. auto: half of the file descriptors (ulimit -n) of each process after 64 for files and databases; the other half is for connections to backends'
+    }),
+    max_connections_per_address: Type.Unsafe<number | 'auto'>({
+      type: ['integer', 'string'],
+      check: (most: unknown) => most === 'auto' || (Number.isInteger(most) && Number(most) >= 0),
+      expects: 'a number of connections, 0 for no limit, or auto',
+      default: 'auto',
+      description:
+        'Maximum number of connections from one address (IPv6: one /64 network), except from proxies in trust_proxy; 0: no limit; auto: half of max_connections'
+    }),
     trust_proxy: Type.Unsafe<boolean | string[]>({
       anyOf: [{ type: 'boolean' }, { type: 'array', items: { type: 'string', check: isNetwork } }],
       expects: 'true, false, or a list of addresses and networks such as [10.0.0.0/8]',

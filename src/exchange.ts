@@ -13,6 +13,7 @@ import type { Wanted } from './pool/lineup.ts'
 import { type Prefixes, prefixesOf } from './pool/prefixes.ts'
 import type { Priority } from './pool/queue.ts'
 import type { Affinity } from './pool/strategies.ts'
+import { Turns } from './turns.ts'
 import { free } from './wire/gathered.ts'
 
 /**
@@ -354,6 +355,7 @@ export class Exchanges {
   readonly bodies = new BodyBudget()
   /** How many of forwarded routes have begun since the start. */
   forwarded = 0
+  readonly turns: Turns
   /** What is told of requests that were refused before they could become an exchange. */
   readonly onStillborn: ((error: GatewayError, id: string, clientIp?: string) => void)[] = []
   readonly #finishers = new Map<Stage, Finisher[]>()
@@ -364,6 +366,7 @@ export class Exchanges {
 
   constructor(log: FastifyBaseLogger) {
     this.#log = log
+    this.turns = new Turns(log)
   }
 
   /** Adds a finisher. It runs once for every exchange and must not throw or wait. */
@@ -444,9 +447,14 @@ export function withExchanges(fastify: FastifyInstance): Exchanges {
     fastify.decorateRequest('exchange', null as unknown as Exchange)
   }
   fastify.addHook('onRequest', (request, reply, done) => {
-    request.exchange = exchanges.begin(request, reply)
-    reply.header('x-llmproxy-request-id', request.exchange.id)
-    done()
+    const begin = () => {
+      request.exchange = exchanges.begin(request, reply)
+      reply.header('x-llmproxy-request-id', request.exchange.id)
+      done()
+    }
+    // A response has no socket while another one is written to its connection.
+    if (reply.raw.socket === null) exchanges.turns.wait(request, reply, begin)
+    else begin()
   })
   fastify.addHook('onError', (request, _reply, error, done) => {
     request.exchange.answeredWith(toGatewayError(error))

@@ -44,6 +44,16 @@ function trimMalloc(): void {
   }
 }
 
+let latestResident = 0
+
+/** Resident memory (bytes); as it was last while the process has no descriptor left to read it. */
+function residentBytes(): number {
+  try {
+    latestResident = process.memoryUsage.rss()
+  } catch {}
+  return latestResident
+}
+
 /** How long (ms) nothing may have been forwarded after the start, and how much at most. */
 const FRESH_MS = 3_000
 const FRESH_EXCHANGES = 10
@@ -70,7 +80,7 @@ export function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
   let forwarded = -1
   let peak = 0
   let quietSince = performance.now()
-  let size = process.memoryUsage.rss()
+  let size = residentBytes()
   let isTrimDue = false
   let trimAt = 0
   return setInterval(() => {
@@ -83,12 +93,12 @@ export function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
     const isQuiet = isFresh ? !isWorking : open <= peak * PART
     if (!isQuiet) quietSince = now
     const wait = isFresh ? FRESH_MS : QUIET_MS
-    const isWorthIt = isFresh || peak >= RUSH || process.memoryUsage.rss() > size + GROWN
+    const isWorthIt = isFresh || peak >= RUSH || residentBytes() > size + GROWN
     if (now - quietSince >= wait && isWorthIt) {
       collectGarbage()
       isFresh = false
       peak = open
-      size = process.memoryUsage.rss()
+      size = residentBytes()
       quietSince = now
     }
     if (isWorking) isTrimDue = true

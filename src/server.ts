@@ -1,5 +1,5 @@
 import { readFileSync, unwatchFile, watchFile } from 'node:fs'
-import { STATUS_CODES } from 'node:http'
+import { type Server as HttpServer, STATUS_CODES } from 'node:http'
 import type { Server as TlsServer } from 'node:https'
 import type { Socket } from 'node:net'
 import cors from '@fastify/cors'
@@ -13,12 +13,14 @@ import Fastify, {
 import gateway, { answerError, type Gateway } from './app.ts'
 import { allOrNothing, type Changes } from './changes.ts'
 import { type Config, ConfigSchema } from './config.ts'
+import { Connections } from './connections.ts'
 import { openaiError } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { listen, serversOf } from './listen.ts'
 import { Log } from './logs/log.ts'
 import { masked } from './masked.ts'
 import { giveMemoryBack, keepYoung } from './memory.ts'
+import { LONGEST } from './options.ts'
 import type { Peers } from './peers.ts'
 import { VERSION } from './version.ts'
 
@@ -35,6 +37,8 @@ export interface Server {
   onReload(read: () => Promise<Changes>): void
   /** Lets running answers finish, then stops. */
   close(): Promise<void>
+  /** Longest time (ms) that this may take. */
+  readonly stopTimeout: number
 }
 
 /** The line that tells that calls can be made. */
@@ -42,12 +46,20 @@ export const LISTENING = 'LLMProxy is listening'
 
 const WATCH_INTERVAL = 1_000
 
+/** Time (ms) beyond the drain for usage events, databases and logs. */
+const CLOSE_TIMEOUT = 13_000
+
+/** Longest time (ms) that an orderly stop may take. */
+export function stopTimeout({ drain_delay, drain_timeout }: Config['server']): number {
+  return Math.min(drain_delay + drain_timeout + CLOSE_TIMEOUT, LONGEST)
+}
+
 /** Serves in this process. `peers`: the other workers, if it is one of several. */
 export async function startServer(
   started: Config,
   dataDir: string,
   peers?: Peers
-): Promise<Server & { gateway: Gateway }> {
+): Promise<Server & { gateway: Gateway; connections: Connections }> {
   keepYoung()
   let config = started
   let read = peers?.reload
@@ -90,12 +102,16 @@ export async function startServer(
     url,
     log,
     gateway,
+    connections: app.connections,
     async reload(changed) {
       await allOrNothing(take, config, changed)
       config = changed
     },
     onReload(reader) {
       read = reader
+    },
+    get stopTimeout() {
+      return stopTimeout(config.server)
     },
     async close() {
       for (const file of files) unwatchFile(file!)
@@ -137,7 +153,9 @@ export async function createApp(
     id: control.exchanges.stillborn(error, clientIp)
   })
   const fastify = Fastify({
-    ...(server.tls.enabled ? { https: { ...http, ...readTls(server.tls) } } : { http }),
+    ...(server.tls.enabled
+      ? { https: { ...http, ...readTls(server.tls), handshakeTimeout: server.header_timeout } }
+      : { http }),
     // 0: the time for the body is limited, the time an answer takes is not.
     connectionTimeout: 0,
     requestTimeout: server.read_timeout,
@@ -165,6 +183,13 @@ export async function createApp(
     routerOptions: { maxParamLength: 500 },
     exposeHeadRoutes: true
   } as never) as unknown as FastifyInstance
+  const connections = new Connections(log, peers?.count ?? 1)
+  connections.update(server)
+  connections.watch(fastify.server as HttpServer)
+  fastify.decorate('connections', connections)
+  fastify.addHook('onListen', async () => {
+    for (const other of serversOf(fastify).slice(1)) connections.watch(other)
+  })
   fastify.setErrorHandler(answerError)
   if (server.cors.enabled) await fastify.register(cors, corsOptions(server.cors))
 
@@ -192,10 +217,15 @@ export async function createApp(
       control = created
     }
   })
+  // After the gateway's own hook, in which it drains.
+  await fastify.register(async last => {
+    last.addHook('preClose', async () => connections.close())
+  })
   await fastify.ready()
   return {
     fastify,
     control,
+    connections,
     async reload(changed: Config): Promise<void> {
       await control.reload(sections(changed))
       const { header_timeout, read_timeout, idle_timeout } = changed.server
@@ -204,6 +234,7 @@ export async function createApp(
         each.requestTimeout = read_timeout
         each.keepAliveTimeout = idle_timeout
       }
+      connections.update(changed.server)
       running = changed
     }
   }

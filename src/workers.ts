@@ -3,10 +3,11 @@ import { once } from 'node:events'
 import { isDeepStrictEqual } from 'node:util'
 import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
-import type { Gateway } from './app.ts'
 import { allOrNothing, type Changes } from './changes.ts'
 import { type Config, workerCount } from './config.ts'
-import { GatewayError } from './errors.ts'
+import { GatewayError, reasonOf } from './errors.ts'
+import { endWithin, exitWithoutWaiting, NOT_STOPPED } from './exit.ts'
+import { acknowledgeLost, guardAccepting } from './handover.ts'
 import { openMemoryStore } from './limits/memory.ts'
 import { Periods } from './limits/period.ts'
 import { type LimitAnswer, type LimitQuestion, RemoteLeases, RemoteStore } from './limits/remote.ts'
@@ -18,7 +19,8 @@ import type { Delivery } from './reporters/courier.ts'
 import { Outbox } from './reporters/outbox.ts'
 import { Posts } from './reporters/posts.ts'
 import { toReporters } from './reporters/reporters.ts'
-import { LISTENING, type Server, startServer } from './server.ts'
+import { LISTENING, type Server, startServer, stopTimeout } from './server.ts'
+import { SIGNALS } from './signals.ts'
 import { VERSION } from './version.ts'
 
 /**
@@ -37,6 +39,7 @@ type Order =
   | { kind: 'limited'; answer: LimitAnswer }
   | { kind: 'outbox'; state: OutboxState }
   | { kind: 'delivered'; result: Delivery; records: number }
+  | { kind: 'refused'; connections: number }
 
 /** What a worker says to the primary. */
 type Message =
@@ -61,7 +64,9 @@ const MAX_WAIT = 30_000
 const STABLE_AFTER = 10_000
 const RELOAD_TIMEOUT = 10_000
 const FLUSH_TIMEOUT = 5_000
-/** How often (ms) workers are told how usage records fare. */
+/** Time (ms) the primary keeps for itself of what a stop may take. */
+const OWN_CLOSE_TIMEOUT = 3_000
+/** How often (ms) workers are told how usage records fare, and what the primary has refused. */
 const TELL_INTERVAL = 1_000
 /** The primary has little to do once its workers serve (ms). */
 const TIDY_AFTER = 2_000
@@ -85,25 +90,33 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   )
   const limits = await openMemoryStore(config.rate_limit.time_zone, dataDir, log)
   cluster.setupPrimary({ args: [] })
+  let refused = 0
+  guardAccepting(() => refused++)
 
   const urls = await Promise.all(Array.from({ length: workerCount(config) }, start)).catch(
     error => {
       isClosing = true
-      for (const worker of workers()) worker.process.kill('SIGKILL')
+      killWorkers()
       throw error
     }
   )
   const url = urls[0]!
   log.info({ version: VERSION, node: process.version, url, workers: urls.length }, LISTENING)
   setTimeout(collectGarbage, TIDY_AFTER).unref()
-  setInterval(tellOutbox, TELL_INTERVAL).unref()
+  setInterval(tellState, TELL_INTERVAL).unref()
 
   /** Starts a worker, and resolves with its URL when it serves. */
   function start(): Promise<string> {
-    const worker = cluster.fork()
     const startedAt = performance.now()
-    const leases = new RemoteLeases(limits, answer => send(worker, { kind: 'limited', answer }))
     return new Promise((resolve, reject) => {
+      let worker: Worker
+      try {
+        worker = cluster.fork()
+      } catch (error) {
+        reject(error)
+        return replaceLater({ reason: reasonOf(error as Error) })
+      }
+      const leases = new RemoteLeases(limits, answer => send(worker, { kind: 'limited', answer }))
       worker.on('message', (message: Message) => {
         if (message.kind === 'serves') resolve(message.url)
         else if (message.kind === 'failed') {
@@ -113,17 +126,28 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
         else if (message.kind === 'limit') void leases.hear(message.question)
         else if (message.kind === 'records') void record(worker, message.entries)
       })
+      // A process that could not be started, as when no descriptors are left, does not exit.
+      worker.once('error', error => {
+        delete cluster.workers![worker.id]
+        reject(error)
+        leases.close()
+        replaceLater({ reason: reasonOf(error) })
+      })
       worker.once('exit', (code, signal) => {
         leases.close()
         reject(new Error('a worker has stopped while it was starting'))
-        if (isClosing) return
         if (performance.now() - startedAt > STABLE_AFTER) wait = FIRST_WAIT
-        log.error({ pid: worker.process.pid, code, signal, wait }, 'a worker has stopped')
-        setTimeout(replace, wait)
-        wait = Math.min(wait * 2, MAX_WAIT)
+        replaceLater({ pid: worker.process.pid, code, signal })
       })
       send(worker, { kind: 'serve', config })
     })
+  }
+
+  function replaceLater(details: object): void {
+    if (isClosing) return
+    log.error({ ...details, wait }, 'a worker has stopped')
+    setTimeout(replace, wait)
+    wait = Math.min(wait * 2, MAX_WAIT)
   }
 
   function replace(): void {
@@ -151,7 +175,13 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     if (worker !== undefined) send(worker, { kind: 'delivered', result, records })
   }
 
-  function tellOutbox(): void {
+  /** What the primary knows, and a worker counts. */
+  function tellState(): void {
+    const [first] = workers()
+    if (refused > 0 && first !== undefined) {
+      send(first, { kind: 'refused', connections: refused })
+      refused = 0
+    }
     const { pending, trouble } = outbox
     for (const [index, worker] of workers().entries()) {
       send(worker, { kind: 'outbox', state: { pending: index === 0 ? pending : 0, trouble } })
@@ -168,7 +198,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   }
 
   async function scrape(): Promise<string> {
-    tellOutbox()
+    tellState()
     return all.clusterMetrics()
   }
 
@@ -204,15 +234,20 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     onReload(reader) {
       read = reader
     },
+    get stopTimeout() {
+      return stopTimeout(config.server)
+    },
     async close() {
       isClosing = true
       log.info('shutting down')
+      const late = setTimeout(killWorkers, stopTimeout(config.server) - OWN_CLOSE_TIMEOUT)
       await Promise.all(
         workers().map(async worker => {
           send(worker, { kind: 'close' })
           await once(worker, 'exit')
         })
       )
+      clearTimeout(late)
       await limits.close()
       await outbox.close(AbortSignal.timeout(FLUSH_TIMEOUT))
       log.info('stopped')
@@ -223,6 +258,10 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
 
 function workers(): Worker[] {
   return Object.values(cluster.workers ?? {}).filter(worker => worker !== undefined)
+}
+
+function killWorkers(): void {
+  for (const worker of workers()) worker.process.kill('SIGKILL')
 }
 
 function send(worker: Worker, order: Order): void {
@@ -262,13 +301,14 @@ function reloaded(worker: Worker): Promise<Failure | undefined> {
 
 /** The life of a worker: it does as the primary says. */
 export function runWorker(dataDir: string): void {
+  exitWithoutWaiting()
   const asked = new Map<number, (answer: Order & { kind: 'answer' }) => void>()
   const newsListeners: ((news: News) => void)[] = []
   const usage = new Posts(entries => tell({ kind: 'records', entries }))
   const limits = new RemoteStore(question => tell({ kind: 'limit', question }))
   let lastId = 0
   let serving: Promise<void> | undefined
-  let server: (Server & { gateway: Gateway }) | undefined
+  let server: Awaited<ReturnType<typeof startServer>> | undefined
   const peers = {
     count: 1,
     metrics: () => ask<string>('metrics'),
@@ -297,6 +337,7 @@ export function runWorker(dataDir: string): void {
     else if (order.kind === 'limited') limits.hear(order.answer)
     else if (order.kind === 'outbox') Object.assign(peers.outbox, order.state)
     else if (order.kind === 'delivered') server?.gateway.countDelivery(order.result, order.records)
+    else if (order.kind === 'refused') server?.connections.refuse('descriptors', order.connections)
     else if (order.kind === 'news') for (const listener of newsListeners) listener(order.news)
     else if (order.kind === 'answer') {
       asked.get(order.id)?.(order)
@@ -307,6 +348,8 @@ export function runWorker(dataDir: string): void {
     }
   })
 
+  acknowledgeLost(() => server?.connections.refuse('accept', 1, 'EMFILE'))
+
   async function serve(config: Config): Promise<void> {
     try {
       peers.count = workerCount(config)
@@ -314,12 +357,12 @@ export function runWorker(dataDir: string): void {
       server = started
       AggregatorRegistry.setRegistries(started.gateway.metricsRegistry)
       new AggregatorRegistry()
-      // Signals are the primary's: a terminal sends them to the whole group.
       closeWithGrace({ delay: false, logger: started.log, skip: [...SIGNALS] }, async ({ err }) => {
+        const timeout = started.stopTimeout
+        endWithin(timeout, () => started.log.error({ timeout }, NOT_STOPPED))
         started.log.fatal({ err }, 'unexpected error')
         await started.close()
       })
-      for (const signal of SIGNALS) process.on(signal, () => {})
       tell({ kind: 'serves', url: started.url })
     } catch (error) {
       const failed: Message = { kind: 'failed', error: toFailure(error) }
@@ -337,8 +380,6 @@ export function runWorker(dataDir: string): void {
     }
   }
 }
-
-const SIGNALS = ['SIGHUP', 'SIGINT', 'SIGQUIT', 'SIGTERM'] as const
 
 function tell(message: Message): void {
   if (process.connected) process.send!(message)

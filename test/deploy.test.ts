@@ -30,7 +30,7 @@ const inRoot = (path: string) => join(ROOT, path)
 const read = (path: string) => readFileSync(inRoot(path), 'utf8')
 const readYaml = (path: string) => parse(read(path), { merge: true })
 
-const cli = read('src/cli.ts')
+const cli = read('src/cli.ts') + read('src/main.ts')
 const containerConfig = /CONTAINER_CONFIG = '([^']+)'/.exec(cli)![1]!
 const packageJson = JSON.parse(read('package.json'))
 const compose: Compose = readYaml('docker-compose.yml')

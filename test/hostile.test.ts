@@ -2,6 +2,8 @@ import assert from 'node:assert/strict'
 import { once } from 'node:events'
 import { connect } from 'node:net'
 import { type TestContext, test } from 'node:test'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { connect as connectTls } from 'node:tls'
 import { CHAT, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
 
 /** A gateway over a backend that must never be reached. */
@@ -327,4 +329,82 @@ test('what no hook sees is answered in JSON too, with an id, a log line and a co
   }
   const metrics = await (await fetch(`${gateway.url}/metrics`)).text()
   assert.match(metrics, /llmproxy_exchanges_total\{outcome="rejected"\} 5\n/)
+})
+
+/** A chat call whose place in a row the backend can see. */
+const numbered = (at: number) =>
+  rawPost('/v1/chat/completions', JSON.stringify({ ...CHAT, user: `caller ${at}.` }))
+const row = (count: number) => Array.from({ length: count }, (_, at) => numbered(at)).join('')
+const placeOf = (body: string) => Number(/caller (\d+)\./.exec(body)![1])
+
+/** A backend that answers with the place in the row, and the most requests that it had at once. */
+async function counting(t: TestContext) {
+  const seen = { most: 0 }
+  let running = 0
+  const backend = await fakeBackend(t, async (request, response) => {
+    seen.most = Math.max(seen.most, ++running)
+    await sleep(5)
+    running--
+    response.writeHead(200, { 'content-type': 'application/json' })
+    response.end(JSON.stringify({ choices: [], id: `place ${placeOf(request.body)}.` }))
+  })
+  return { backend, seen }
+}
+
+for (const scheme of ['http', 'https'] as const) {
+  test(`pipelined requests are served one after another, in order (${scheme})`, async t => {
+    const { backend, seen } = await counting(t)
+    const path = (name: string) => new URL(`./tls/${name}`, import.meta.url).pathname
+    const tls = { enabled: true, cert_file: path('first.crt'), key_file: path('first.key') }
+    const gateway = await startGateway(t, {
+      backends: [{ url: backend.url }],
+      ...(scheme === 'https' ? { server: { tls } } : {})
+    })
+    const { port } = gateway
+    const socket =
+      scheme === 'https' ? connectTls({ port, rejectUnauthorized: false }) : connect(port)
+    t.after(() => socket.destroy())
+    let received = ''
+    const whole = new Promise<void>(resolve => {
+      socket.on('data', data => {
+        received += data
+        if (/place 16\./.test(received)) resolve()
+      })
+    })
+    socket.write(row(17))
+    await whole
+    const places = [...received.matchAll(/place (\d+)\./g)].map(([, at]) => Number(at))
+    assert.deepEqual(places, [...Array(17).keys()])
+    assert.equal(seen.most, 1)
+    assert.equal(backend.requests.length, 17)
+  })
+}
+
+test('a connection on which thousands of requests wait is closed', async t => {
+  const backend = await fakeBackend(t, () => {})
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const { exchanges } = gateway.control
+  const begin = t.mock.method(exchanges, 'begin')
+  const client = await rawClient(t, gateway.port, row(5_000))
+  await client.closed
+  assert.equal(begin.mock.callCount(), 1)
+  assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'client_gone')
+  const line = await gateway.logged({ level: 40 })
+  assert.match(String(line.msg), /more than 16 requests/)
+  assert.equal(
+    await gateway.metric('llmproxy_connections_refused_total', { reason: 'pipelining' }),
+    1
+  )
+})
+
+test('nothing is left of pipelined requests whose client disconnects', async t => {
+  const backend = await fakeBackend(t, () => {})
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const client = await rawClient(t, gateway.port, row(3))
+  await backend.request()
+  client.socket.destroy()
+  await gateway.logged({ msg: 'exchange' })
+  assert.equal(gateway.control.exchanges.open.length, 0)
+  assert.equal(await gateway.metric('llmproxy_backend_in_flight'), 0)
+  assert.equal(backend.requests.length, 1)
 })

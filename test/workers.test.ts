@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { execFileSync } from 'node:child_process'
-import { mkdirSync, readFileSync } from 'node:fs'
+import { mkdirSync } from 'node:fs'
 import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { DatabaseSync } from 'node:sqlite'
@@ -18,15 +18,11 @@ import {
   rawClient,
   rawPost
 } from './helper.ts'
-import { CLI, folder, start, writeConfig } from './process.ts'
+import { CLI, folder, start, workersOf, writeConfig } from './process.ts'
 
 /** Several processes on one port. */
 
 const TWO = { server: { listen: '127.0.0.1:0', workers: 2 } }
-
-function workersOf(pid: number): number[] {
-  return readFileSync(`/proc/${pid}/task/${pid}/children`, 'utf8').trim().split(' ').map(Number)
-}
 
 /** A call over a connection of its own: the primary gives each to the next worker. */
 function call(url: string, headers: Record<string, string> = {}) {

@@ -3,7 +3,7 @@ import type { FastifyPluginAsync } from 'fastify'
 import fastifyMetricsModule from 'fastify-metrics'
 import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
-import { type Exchange, withExchanges } from '../exchange.ts'
+import { type Exchange, type Exchanges, withExchanges } from '../exchange.ts'
 import { forgetDeparted } from '../metrics/departed.ts'
 import { discoveryMetrics } from '../metrics/discovery.ts'
 import { AtStart, checkOptions, type Given, NotBuilt, Section } from '../options.ts'
@@ -192,6 +192,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     outcomes.inc({ outcome: 'rejected' })
   })
 
+  connectionMetrics(fastify.connections, exchanges, registers)
   if (fastify.hasDecorator('backends')) backendMetrics(fastify.backends, registers)
   if (fastify.hasDecorator('discovery')) discoveryMetrics(fastify.discovery, registers)
   if (fastify.hasDecorator('limits')) {
@@ -218,6 +219,33 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     })
   }
   if (fastify.hasDecorator('usage')) usageMetrics(fastify.usage, registers)
+}
+
+function connectionMetrics(
+  connections: import('../connections.ts').Connections | undefined,
+  { turns }: Exchanges,
+  registers: [Registry]
+): void {
+  new Counter({
+    name: 'llmproxy_connections_refused_total',
+    help: 'Client connections closed by the gateway, by the bound that was reached; accept: could not be accepted',
+    labelNames: ['reason'],
+    registers,
+    collect() {
+      this.reset()
+      if (turns.closed > 0) this.inc({ reason: 'pipelining' }, turns.closed)
+      for (const [reason, count] of connections?.refused ?? []) this.inc({ reason }, count)
+    }
+  })
+  if (connections === undefined) return
+  new Gauge({
+    name: 'llmproxy_connections_open',
+    help: 'Open client connections',
+    registers,
+    collect() {
+      this.set(connections.open)
+    }
+  })
 }
 
 function backendMetrics(

@@ -10,7 +10,7 @@ import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
 import { isAllSent } from './connector.ts'
 import type { Sink } from './continuation.ts'
 import type { Choice } from './decisions.ts'
-import { brokenOff, failureKind, isOurs, statusFailure } from './failures.ts'
+import { brokenOff, failureKind, isLocal, isOurs, statusFailure } from './failures.ts'
 import { FirstEvent } from './first-event.ts'
 import type { Candidate, FailureKind } from './lineup.ts'
 import type { Demand, Facts, Job } from './load.ts'
@@ -26,7 +26,14 @@ export interface Head {
 }
 
 /** What became of an attempt: a status class, or how it failed. */
-export type AttemptResult = FailureKind | '2xx' | '3xx' | '4xx' | 'cancelled' | 'hedged'
+export type AttemptResult =
+  | FailureKind
+  | '2xx'
+  | '3xx'
+  | '4xx'
+  | 'cancelled'
+  | 'hedged'
+  | 'local_failure'
 
 /** How far an attempt came before it failed. */
 export interface Progress {
@@ -277,6 +284,7 @@ export class Attempt implements BackendHandler {
       performance.now() - this.#sentAt < STALE_MS
     // An error of our own making is about the request, or the client's patience: the backend is not to blame.
     if (error instanceof GatewayError) this.#owner.count(this, 'cancelled')
+    else if (isLocal(error)) this.#owner.count(this, 'local_failure')
     else {
       this.#owner.count(this, kind)
       if (!isStale && !isOurs(error)) {

@@ -20,7 +20,7 @@ import {
 } from './attempt.ts'
 import { Continuation, type Continuer, changesForRest, openEnd, type Sink } from './continuation.ts'
 import { Choice, type Decision } from './decisions.ts'
-import { isOurs, withoutAnswer } from './failures.ts'
+import { isLocal, isOurs, withoutAnswer } from './failures.ts'
 import { complaintOf, Heartbeat, isEventStream, type Patient } from './heartbeat.ts'
 import { type Candidate, type FailureKind, isAmong, type Lineup } from './lineup.ts'
 import { TotalTimeoutError } from './patience.ts'
@@ -210,11 +210,13 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
       this.#hasRepeated = true
       return this.#repeat(attempt, true)
     }
-    this.#logFailure(attempt, kind, reasonOf(error))
+    const isOwn = isLocal(error)
+    this.#logFailure(attempt, isOwn ? 'local_failure' : kind, reasonOf(error))
     if (this.#race.goesOnWithout(attempt)) return
     const wait = isOurs(error) ? undefined : this.#plan(kind, progress.isSent)
     if (wait !== undefined) return this.#retry(wait)
-    this.#giveUp(withoutAnswer(kind, error), kind === 'timeout' ? 'timed_out' : 'backend_failed')
+    const outcome = isOwn ? 'rejected' : kind === 'timeout' ? 'timed_out' : 'backend_failed'
+    this.#giveUp(withoutAnswer(kind, error), outcome)
   }
 
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void {
@@ -574,9 +576,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     return !(body instanceof Readable) || !(body.readableDidRead || body.destroyed)
   }
 
-  #logFailure({ backend }: Attempt, kind: FailureKind, why: string): void {
+  #logFailure({ backend }: Attempt, kind: FailureKind | 'local_failure', why: string): void {
     const { id } = this.#exchange
-    backend.live.fail(why)
+    if (kind !== 'local_failure') backend.live.fail(why)
     this.#log.warn({ requestId: id, backend: backend.name, kind, reason: why }, 'attempt failed')
   }
 }

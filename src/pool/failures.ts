@@ -25,12 +25,28 @@ export function isOurs(error: Error & { code?: string }): boolean {
   return error.code === 'UND_ERR_INVALID_ARG' || error.code === 'UND_ERR_NOT_SUPPORTED'
 }
 
+/** Codes of what this machine has run out of: descriptors, ports, buffers, memory. */
+const SHORTAGES: unknown[] = ['EMFILE', 'ENFILE', 'EADDRNOTAVAIL', 'ENOBUFS', 'ENOMEM', 'EAGAIN']
+
+/**
+ * Whether the gateway itself could not open a connection. Of several addresses each must have failed in this way:
+ * one that refused says that the backend is unavailable.
+ */
+export function isLocal(error: Error & { code?: unknown }): boolean {
+  if (error instanceof AggregateError) return error.errors.every(isLocal)
+  return SHORTAGES.includes(error.code)
+}
+
 /** There is no answer. */
 export function withoutAnswer(kind: FailureKind, cause: Error): GatewayError {
   if (isOurs(cause)) {
     return new GatewayError('invalid_request', 'The request cannot be forwarded as it is.', {
       cause
     })
+  }
+  if (isLocal(cause)) {
+    const message = 'The gateway cannot open a connection at the moment. Retry in 1 s.'
+    return new GatewayError('overloaded', message, { headers: { 'retry-after': '1' }, cause })
   }
   if (cause instanceof errors.HTTPParserError || cause instanceof errors.HeadersOverflowError) {
     const message = 'The backend gave an answer that is not valid HTTP, or has too large a head.'

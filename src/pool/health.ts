@@ -3,6 +3,7 @@ import { isDeepStrictEqual } from 'node:util'
 import type { FastifyBaseLogger } from 'fastify'
 import { reasonOf } from '../errors.ts'
 import type { Backend } from './backend.ts'
+import { isLocal } from './failures.ts'
 
 /** Active health checks. Times in milliseconds. */
 export interface HealthCheck {
@@ -64,9 +65,7 @@ export class HealthChecker {
     const { live } = backend
     let successes = 0
     let failures = 0
-    while (!signal.aborted) {
-      const failure = await probe(backend, check, signal)
-      if (signal.aborted) return
+    const judge = (failure: string | undefined) => {
       successes = failure === undefined ? successes + 1 : 0
       failures = failure === undefined ? 0 : failures + 1
       if (failure !== undefined) live.fail(failure)
@@ -84,12 +83,17 @@ export class HealthChecker {
         this.#log.info({ backend: backend.name }, 'backend is healthy')
       }
       live.isProbed = true
+    }
+    while (!signal.aborted) {
+      const result = await probe(backend, check, signal)
+      if (signal.aborted) return
+      if (result !== 'not_probed') judge(result)
       await sleep(check.interval, undefined, { signal, ref: false }).catch(() => {})
     }
   }
 }
 
-/** What went wrong, or undefined. */
+/** Returns what went wrong, if anything; `not_probed` if the gateway itself could not open a connection. */
 async function probe(
   backend: Backend,
   check: HealthCheck,
@@ -104,6 +108,6 @@ async function probe(
     await body.dump()
     return statusCode === check.expectedStatus ? undefined : `status ${statusCode}`
   } catch (error) {
-    return reasonOf(error as Error)
+    return isLocal(error as Error) ? 'not_probed' : reasonOf(error as Error)
   }
 }

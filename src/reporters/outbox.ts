@@ -115,7 +115,8 @@ export class Outbox implements Sink {
     if (thread === undefined) return
     await Promise.race([this.#ask({ kind: 'close' }), sleep(CLOSE_TIMEOUT)])
     this.#thread = undefined
-    await thread.terminate()
+    // It does not end while its disk does not respond.
+    await Promise.race([thread.terminate(), sleep(CLOSE_TIMEOUT, undefined, { ref: false })])
   }
 
   // What couriers need of the ledger.

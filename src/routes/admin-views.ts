@@ -55,7 +55,7 @@ const ExplanationShown = Type.Object(
         backend: Type.Union(text.anyOf, { description: 'Which was chosen; null: none could be' }),
         outcome: Type.Union(text.anyOf, {
           description:
-            '2xx, 3xx, 4xx, 429, 5xx, connect_failure, timeout, cancelled or broke_off; without a backend queued, or what the call ended with; null: under way'
+            '2xx, 3xx, 4xx, 429, 5xx, connect_failure, timeout, cancelled, local_failure or broke_off; without a backend queued, or what the call ended with; null: under way'
         }),
         queued_ms: Type.Number({ description: 'How long it has waited for room' }),
         score_unit: Type.Union(text.anyOf, { description: 'What score is' }),

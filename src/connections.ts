@@ -1,0 +1,164 @@
+import type { Server } from 'node:http'
+import { type BlockList, isIP, type Socket } from 'node:net'
+import type { FastifyBaseLogger } from 'fastify'
+import { descriptorLimit, isAmongLast, servableConnections } from './descriptors.ts'
+import { toNetworks } from './keys/key.ts'
+import { Complaint } from './logs/complaint.ts'
+
+/** The bounds as a configuration has them; `auto` follows from the descriptor limit. */
+export interface ConnectionBounds {
+  max_connections: number | 'auto'
+  /** 0: none. */
+  max_connections_per_address: number | 'auto'
+  trust_proxy: boolean | string[]
+}
+
+/** Why connections are closed as soon as they are open, or not even accepted, as the log says it. */
+const REASONS = {
+  max_connections: 'connections closed: server.max_connections is reached',
+  max_connections_per_address:
+    'connections closed: server.max_connections_per_address is reached; list a front proxy in server.trust_proxy',
+  descriptors: 'connections closed: few file descriptors are left; raise "ulimit -n"',
+  accept: 'connections could not be accepted'
+}
+export type RefusalReason = keyof typeof REASONS
+
+declare module 'fastify' {
+  interface FastifyInstance {
+    connections?: Connections
+  }
+}
+
+/**
+ * The connections of clients, bounded so that they cannot take all descriptors. One beyond a bound is closed before
+ * anything is read from it, and before a TLS handshake: a response would need what is scarce.
+ *
+ * @example
+ * const connections = new Connections(log, 1)
+ * connections.update({ max_connections: 100, max_connections_per_address: 10, trust_proxy: false })
+ * connections.watch(fastify.server)
+ * connections.open // 0
+ */
+export class Connections {
+  /** Connections refused since the start. */
+  readonly refused = new Map<RefusalReason, number>()
+  readonly #log: FastifyBaseLogger
+  /** Processes that share the bounds. */
+  readonly #processes: number
+  readonly #sockets = new Set<Socket>()
+  /** Open connections of each address. */
+  readonly #byAddress = new Map<string, number>()
+  readonly #complaints = new Map<RefusalReason, Complaint>()
+  #max = Number.POSITIVE_INFINITY
+  #maxPerAddress = Number.POSITIVE_INFINITY
+  #trusted: BlockList | 'all' | undefined
+
+  constructor(log: FastifyBaseLogger, processes: number) {
+    this.#log = log
+    this.#processes = processes
+  }
+
+  get open(): number {
+    return this.#sockets.size
+  }
+
+  update({ max_connections, max_connections_per_address, trust_proxy }: ConnectionBounds): void {
+    const share = (bound: number) => Math.ceil(bound / this.#processes)
+    const servable = servableConnections()
+    this.#max = max_connections === 'auto' ? servable : share(max_connections)
+    this.#maxPerAddress =
+      max_connections_per_address === 'auto'
+        ? Math.ceil(this.#max / 2)
+        : share(max_connections_per_address) || Number.POSITIVE_INFINITY
+    if (typeof trust_proxy === 'boolean') this.#trusted = trust_proxy ? 'all' : undefined
+    else this.#trusted = toNetworks(trust_proxy)
+    if (this.#max <= servable) return
+    this.#log.warn(
+      { max_connections: this.#max, servable, descriptors: descriptorLimit },
+      'server.max_connections exceeds what the limit of file descriptors allows; raise "ulimit -n"'
+    )
+  }
+
+  /** Counts and bounds what a server accepts. */
+  watch(server: Server): void {
+    server.prependListener('connection', (socket: Socket) => this.#enter(socket))
+    server.on('error', (error: NodeJS.ErrnoException) => {
+      if (error.syscall === 'accept') this.refuse('accept', 1, error.code)
+    })
+  }
+
+  /** Counts refused connections, and logs them from time to time; `detail`: an address or a code. */
+  refuse(reason: RefusalReason, connections: number, detail?: string): void {
+    this.refused.set(reason, (this.refused.get(reason) ?? 0) + connections)
+    let complaint = this.#complaints.get(reason)
+    if (complaint === undefined) {
+      complaint = new Complaint((connections, latest) =>
+        this.#log.warn({ connections, latest, open: this.open }, REASONS[reason])
+      )
+      this.#complaints.set(reason, complaint)
+    }
+    complaint.add(connections, detail ?? '')
+  }
+
+  /** Closes what is left, also connections that never got through a TLS handshake: Node's server waits for them. */
+  close(): void {
+    for (const socket of this.#sockets) socket.destroy()
+    for (const each of this.#complaints.values()) each.end()
+  }
+
+  #enter(socket: Socket): void {
+    const address = toIpv4(socket.remoteAddress ?? '')
+    const group = groupOf(address)
+    const ofGroup = this.#byAddress.get(group) ?? 0
+    const reason = this.#reasonAgainst(socket, address, ofGroup)
+    if (reason !== undefined) {
+      this.refuse(reason, 1, address)
+      // The server's own listener, which comes next, expects an open one.
+      process.nextTick(() => socket.destroy())
+      return
+    }
+    this.#sockets.add(socket)
+    this.#byAddress.set(group, ofGroup + 1)
+    socket.once('close', () => this.#leave(socket, group))
+  }
+
+  #leave(socket: Socket, group: string): void {
+    this.#sockets.delete(socket)
+    const left = this.#byAddress.get(group)! - 1
+    if (left > 0) this.#byAddress.set(group, left)
+    else this.#byAddress.delete(group)
+  }
+
+  #reasonAgainst(socket: Socket, address: string, ofGroup: number): RefusalReason | undefined {
+    if (this.open >= this.#max) return 'max_connections'
+    if (isAmongLast(descriptorOf(socket))) return 'descriptors'
+    if (ofGroup < this.#maxPerAddress || this.#trusts(address)) return undefined
+    return 'max_connections_per_address'
+  }
+
+  #trusts(address: string): boolean {
+    const trusted = this.#trusted
+    if (trusted === 'all' || trusted === undefined) return trusted === 'all'
+    const family = isIP(address)
+    return family > 0 && trusted.check(address, family === 6 ? 'ipv6' : 'ipv4')
+  }
+}
+
+function descriptorOf(socket: Socket): number {
+  return (socket as Socket & { _handle?: { fd?: number } })._handle?.fd ?? -1
+}
+
+/** An IPv4 address as such, where a socket of IPv6 shows it. */
+function toIpv4(address: string): string {
+  return address.startsWith('::ffff:') ? address.slice(7) : address
+}
+
+/** Addresses that one caller has: a single one of IPv4, a network of 64 bits of IPv6. */
+function groupOf(address: string): string {
+  if (!address.includes(':')) return address
+  const [head, tail] = address.split('::') as [string, string | undefined]
+  const first = head === '' ? [] : head.split(':')
+  const last = tail === undefined || tail === '' ? [] : tail.split(':')
+  const zeros = new Array(Math.max(0, 8 - first.length - last.length)).fill('0')
+  return [...first, ...zeros, ...last].slice(0, 4).join(':')
+}
