@@ -23,8 +23,8 @@ const get = (url: string, upstreamPrefix?: string): Endpoint => ({
 const modelRoutes: FastifyPluginAsync = fastify => {
   const lists = ['/v1/models', '/models']
   rewriteListings(fastify, lists, body => {
-    const { data } = body as { data: ModelCard[] }
-    return { object: 'list', data: data.map(toPublic) }
+    const { data } = Object(body) as { data?: unknown }
+    return { object: 'list', data: Array.isArray(data) ? data.map(toPublic) : [] }
   })
   rewriteListings(
     fastify,

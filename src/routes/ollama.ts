@@ -25,9 +25,10 @@ const LISTED = [
 /** The models of Ollama's list that the caller may use, by the names that callers use. */
 function ownModels(fastify: FastifyInstance, body: unknown, exchange: Exchange): unknown {
   const backend = fastify.backends.pool.backends.find(({ name }) => name === exchange.backend)
-  const { models } = body as { models: Record<string, unknown>[] }
+  const { models } = Object(body) as { models?: unknown }
+  if (!Array.isArray(models)) return { models: [] }
   return {
-    models: models.flatMap(listed => {
+    models: models.flatMap((listed: Record<string, unknown>) => {
       const names = backend === undefined ? [] : publicNames(backend, String(listed.name))
       const shown = Object.entries(listed).filter(([field]) => LISTED.includes(field))
       return names
