@@ -1,4 +1,5 @@
 import type { Dialect } from '../dialects/dialect.ts'
+import type { Failure } from '../dialects/failure.ts'
 import type { Usage } from '../exchange.ts'
 import type { Framing } from '../http.ts'
 import { addCounts, type Counts, toUsage } from './counts.ts'
@@ -50,13 +51,13 @@ export class Meter {
   hasFinalUsage = false
   /** Another backend goes on with the answer, and has not said yet how many tokens that is. */
   isUsageOld = false
-  /** The backend reported an error inside its answer. */
-  failed = false
+  /** How the backend failed, where it reported that inside its response. */
+  failure: Failure | undefined
   /** `id` of the answer, and who wants to know it as soon as it is seen. */
   id: string | undefined
   onId: ((id: string) => void) | undefined
   readonly framing: Framing
-  readonly #endTypes: readonly string[]
+  readonly #dialect: Dialect
   readonly #takeOut: boolean
   readonly #mustEnd: boolean
   readonly #watcher: JsonWatcher
@@ -96,7 +97,7 @@ export class Meter {
   }) {
     this.#mustEnd = options.mustEnd ?? false
     this.framing = options.framing
-    this.#endTypes = options.dialect.endTypes
+    this.#dialect = options.dialect
     this.#takeOut = options.takeOut && options.framing === 'sse'
     this.#watcher = new JsonWatcher(options.names ?? memberNames(options.dialect, options.framing))
   }
@@ -160,7 +161,7 @@ export class Meter {
   }
 
   isCutShort(): boolean {
-    return this.#mustEnd && this.framing !== 'json' && !this.finished && !this.failed
+    return this.#mustEnd && this.framing !== 'json' && !this.finished && this.failure === undefined
   }
 
   /** What the backend said, or undefined. */
@@ -182,6 +183,11 @@ export class Meter {
     const text = passed.text.map((count, at) => count - told[at]!)
     const deltas = passed.deltas - this.#toldDeltas
     return { tokens: this.#toldTokens, since: { text, deltas, isWhole: false } }
+  }
+
+  /** The backend has counted all that has passed. */
+  get isAllTold(): boolean {
+    return this.deltas === 0 || (this.#toldTokens > 0 && this.#toldDeltas === this.deltas)
   }
 
   #lines(chunk: Buffer): Buffer | undefined {
@@ -235,8 +241,8 @@ export class Meter {
   #takeSample(chunk: Buffer): void {
     const { seen } = this.#watcher
     const { textBegin, textEnd } = seen
-    const isPlain = seen.texts === 1 && seen.usage === undefined && !this.#saysEnd() && !seen.error
-    if (!isPlain || chunk.length > MAX_SAMPLE) return
+    const isPlain = seen.texts === 1 && seen.usage === undefined && !this.#saysEnd()
+    if (!isPlain || this.#saysFailure() || chunk.length > MAX_SAMPLE) return
     // Not from Node's pool, of which it would keep 8 KB for as long as the answer takes.
     const kept = Buffer.allocUnsafeSlow(chunk.length)
     chunk.copy(kept)
@@ -328,7 +334,7 @@ export class Meter {
   #isLast(): boolean {
     const { type } = this.#watcher.seen
     if (this.#endMatched === THE_END.length) return true
-    return type !== undefined && this.#endTypes.includes(type)
+    return type !== undefined && this.#dialect.endTypes.includes(type)
   }
 
   /** Keeps back the beginning of an unfinished event, and joins what goes on. */
@@ -386,7 +392,7 @@ export class Meter {
     }
     if (seen.promptEvalCount) this.#counts.input_tokens = seen.promptEvalCount
     if (seen.evalCount) this.#counts.output_tokens = seen.evalCount
-    if (seen.error) this.failed = true
+    this.failure ??= this.#dialect.failure(seen)
     if (this.#saysEnd()) this.finished = true
     if (this.id === undefined && seen.id !== undefined) {
       this.id = seen.id
@@ -406,12 +412,20 @@ export class Meter {
   /** The one chunk of a stream that has usage and nothing else: `choices` is empty, null or left out. */
   #isUsageChunk(): boolean {
     const { hasChoices, usage, type } = this.#watcher.seen
-    return usage !== undefined && !hasChoices && type === undefined
+    return usage !== undefined && !hasChoices && type === undefined && !this.#saysFailure()
+  }
+
+  #saysFailure(): boolean {
+    return this.#dialect.failure(this.#watcher.seen) !== undefined
   }
 
   #saysEnd(): boolean {
-    const { done, finishReason, type } = this.#watcher.seen
-    return done || finishReason || (type !== undefined && this.#endTypes.includes(type))
+    const { done, finishReasons, type } = this.#watcher.seen
+    return (
+      done ||
+      finishReasons !== undefined ||
+      (type !== undefined && this.#dialect.endTypes.includes(type))
+    )
   }
 }
 

@@ -115,28 +115,40 @@ const MAX_MODELS = 1000
 /** What the meter has seen becomes what the exchange has spent. */
 function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
   const { usage, deltas } = meter
+  if (meter.failure !== undefined && exchange.outcome === 'ok') {
+    exchange.outcome = 'backend_failed'
+    exchange.errorCode = 'backend_failed'
+  }
+  // A failure alone costs as little as one that comes with a status of its own.
+  if (meter.failure !== undefined && usage === undefined && deltas === 0) return
   if (meter.framing === 'json') {
     if (usage === undefined) estimate(exchange, meter, estimates, exchange.outcome === 'ok')
     else learn(exchange, meter, estimates, usage)
     return
   }
-  if (meter.failed && exchange.outcome === 'ok') {
-    exchange.outcome = 'backend_failed'
-    exchange.errorCode = 'backend_failed'
-  }
   exchange.firstTokenAt = meter.firstDeltaAt
   exchange.lastTokenAt = meter.lastDeltaAt
-  const isWhole = exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
+  const isWhole =
+    meter.failure === undefined
+      ? exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
+      : meter.isAllTold
   const isSaid = usage !== undefined && (usage.completionTokens > 0 || deltas === 0)
   if (isWhole && isSaid && !meter.isUsageOld) learn(exchange, meter, estimates, usage)
-  else estimate(exchange, meter, estimates, isWhole && !meter.failed && !meter.isUsageOld)
+  else
+    estimate(
+      exchange,
+      meter,
+      estimates,
+      isWhole && meter.failure === undefined && !meter.isUsageOld
+    )
 }
 
 /** The backend has said it: that is what was spent, and an example of the model's tokens. */
 function learn(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Usage): void {
   // Of what several backends have written none has counted the whole.
   exchange.usage = exchange.isDivided ? { ...usage, exactness: 'counted' } : usage
-  if (exchange.isDivided) return
+  // A response that failed may lack text that its tokens were spent on.
+  if (exchange.isDivided || meter.failure !== undefined) return
   const { payload } = exchange.request
   const model = payload?.model ?? ''
   const { promptTokens, completionTokens } = usage

@@ -2,6 +2,7 @@ import { ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import { Readable, type Writable } from 'node:stream'
 import type { Dispatcher } from 'undici'
+import type { Failure } from '../dialects/failure.ts'
 import type { GatewayError } from '../errors.ts'
 
 /** Looks at every chunk of an answer and says what of it goes on. */
@@ -17,6 +18,8 @@ export interface Tap {
   breakOff(): string
   /** Is it a stream of a kind that says that it is over, and has not said so? */
   isCutShort(): boolean
+  /** How the backend failed, where it reported that inside its response. */
+  readonly failure: Failure | undefined
 }
 
 /** The exchange an answer belongs to. */
@@ -29,8 +32,8 @@ export interface Account {
 
 /** Who gave the answer. */
 export interface Source {
-  /** All of it has come. */
-  complete(): void
+  /** All of it has come. `failure`: the backend reported one inside it. */
+  complete(failure: Failure | undefined): void
   /** It is not complete, although nobody had noticed: says what is wrong with it. */
   broke(why: string): GatewayError
 }
@@ -160,8 +163,8 @@ export class Answer extends Readable {
       const out = this.tap === undefined ? chunk : this.tap.pass(chunk)
       if (out !== undefined) chunks.push(out)
     }
-    this.source?.complete()
     const last = this.tap?.end()
+    this.source?.complete(this.tap?.failure)
     if (last !== undefined) chunks.push(last)
     response.once('prefinish', () => this.#limitFlush(response))
     return chunks.length === 1 ? chunks[0] : Buffer.concat(chunks)
@@ -287,8 +290,8 @@ export class Answer extends Readable {
     if (this.#over === 'ended' && this.tap?.isCutShort()) this.#over = this.source?.broke(ENDLESS)
     if (this.#over === 'ended') {
       this.#isFinished = true
-      this.source?.complete()
       this.#rest = this.tap?.end()
+      this.source?.complete(this.tap?.failure)
       if (this.#isRecorded) this.#endProperly()
       else this.#conclude()
       return

@@ -1,6 +1,9 @@
 import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { type Dispatcher, errors } from 'undici'
+import type { Dialect } from '../dialects/dialect.ts'
+import type { Failure } from '../dialects/failure.ts'
+import { openai } from '../dialects/openai.ts'
 import { GatewayError } from '../errors.ts'
 import { framingOf, isStream, mediaType, parseRetryAfter } from '../http.ts'
 import { Answer } from './answer.ts'
@@ -51,6 +54,8 @@ export interface AttemptOwner {
   again(attempt: Attempt): void
   /** When the client will have waited long enough for an answer to begin (monotonic, ms). */
   readonly deadline: number
+  /** In which the request was made. */
+  readonly dialect: Dialect
   count(attempt: Attempt, result: AttemptResult): void
 }
 
@@ -84,6 +89,7 @@ const NOBODY: AttemptOwner = {
   broke() {},
   again() {},
   deadline: Number.POSITIVE_INFINITY,
+  dialect: openai,
   count() {}
 }
 
@@ -112,7 +118,7 @@ export class Attempt implements BackendHandler {
   #first: FirstEvent | undefined
   #holding: NodeJS.Timeout | undefined
   /** It began with an error, and is the client's all the same. */
-  #failure: FailureKind | undefined
+  #failure: Failure | undefined
   readonly #limits: TimeLimits
   readonly #patience: Patience
   /** Waits for a connection, where undici would wait for longer. */
@@ -235,7 +241,7 @@ export class Attempt implements BackendHandler {
       }
     }
     this.#answer = new Answer(controller)
-    this.#first = firstEventOf(this.#head)
+    this.#first = firstEventOf(this.#head, this.#owner.dialect)
   }
 
   onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {
@@ -282,8 +288,9 @@ export class Attempt implements BackendHandler {
     this.#owner.failed(this, kind, error, { isSent: this.#controller !== undefined, isStale })
   }
 
-  complete(): void {
-    this.backend.live.breaker.succeeded(this.#era, performance.now())
+  complete(failure: Failure | undefined): void {
+    if (this.#failure === undefined && failure !== undefined) this.#judgeFailure(failure)
+    else this.backend.live.breaker.succeeded(this.#era, performance.now())
     this.#era = JUDGED
   }
 
@@ -292,21 +299,22 @@ export class Attempt implements BackendHandler {
   }
 
   #begin(controller: Dispatcher.DispatchController, chunk: Buffer): void {
-    const beginning = this.#first?.see(chunk) ?? 'answer'
+    const beginning = this.#first?.see(chunk) ?? 'response'
     if (beginning === 'incomplete') {
       const hold = Math.min(HOLD_MS, this.#owner.deadline - performance.now())
       this.#holding ??= setTimeout(() => this.#deliverOnce(), hold).unref()
       return
     }
-    if (beginning !== 'answer') {
-      const refusal = new Refusal(this.#head!, controller)
-      for (const each of this.#first!.chunks) refusal.data(each)
-      this.#penalise()
-      if (beginning === '5xx') this.#fail()
-      if (this.#owner.refused(this, beginning, refusal)) {
-        this.#owner.count(this, beginning)
-        this.#refusal = refusal
-        return
+    if (beginning !== 'response') {
+      this.#judgeFailure(beginning)
+      if (beginning !== '4xx') {
+        const refusal = new Refusal(this.#head!, controller)
+        for (const each of this.#first!.chunks) refusal.data(each)
+        if (this.#owner.refused(this, beginning, refusal)) {
+          this.#owner.count(this, beginning)
+          this.#refusal = refusal
+          return
+        }
       }
       this.#failure = beginning
     }
@@ -395,6 +403,15 @@ export class Attempt implements BackendHandler {
     this.#era = JUDGED
   }
 
+  /** The backend reports a failure inside its response. A request that is at fault counts neither way. */
+  #judgeFailure(failure: Failure): void {
+    this.backend.live.fail(`an error inside a response (${failure})`)
+    if (failure !== '4xx') this.#penalise()
+    if (failure === '5xx') return this.#fail()
+    this.backend.live.breaker.leave(this.#era)
+    this.#era = JUDGED
+  }
+
   #judgeRefusal({ statusCode, headers }: Head): void {
     const isBusy = statusCode === 429 || statusCode === 503
     const rest = isBusy ? parseRetryAfter(headers['retry-after']) : 0
@@ -428,9 +445,9 @@ export class Attempt implements BackendHandler {
   }
 }
 
-/** Only a stream that can be read can begin with an error that is seen. */
-function firstEventOf({ statusCode, headers }: Head): FirstEvent | undefined {
+/** Only a response that can be read can begin with an error that is seen. */
+function firstEventOf({ statusCode, headers }: Head, dialect: Dialect): FirstEvent | undefined {
   if (statusCode > 299 || headers['content-encoding'] !== undefined) return undefined
   const framing = framingOf(headers['content-type'])
-  return framing === undefined || framing === 'json' ? undefined : new FirstEvent(framing)
+  return framing === undefined ? undefined : new FirstEvent(framing, dialect)
 }

@@ -1,7 +1,8 @@
+import { openai } from '../dialects/openai.ts'
 import type { GatewayError } from '../errors.ts'
+import { failureOf } from '../metering/event.ts'
 import { findMembers, type Member, skipSpace, skipValue, splice } from '../metering/members.ts'
 import { type Answer, ENDLESS } from './answer.ts'
-import { failureOf } from './first-event.ts'
 
 /**
  * A stream of text whose backend has died goes on from another one, which gets the text so far as the
@@ -40,7 +41,6 @@ interface Event {
   model?: unknown
   choices?: unknown
   usage?: unknown
-  error?: unknown
 }
 interface Choice {
   index?: unknown
@@ -56,8 +56,6 @@ const MAX_SAMPLE = 4 * 1024
 const BLANK_LINE = /(?:\r\n|\n|\r(?!\n)){2}/g
 const LF = 0x0a
 const QUOTE = 0x22
-/** How servers end an answer that they did not want to end. */
-const ABORTED: unknown[] = ['abort', 'error']
 
 /** Members of a request that another backend reads as the first one did. */
 const PLAIN = new Set(
@@ -284,11 +282,12 @@ export class Continuation implements Sink {
     const said: Event | undefined = isObject(json) ? json : undefined
     const choices = said?.choices ?? []
     const choice: Choice | undefined = Array.isArray(choices) ? choices[0] : undefined
-    const isBroken = failureOf(data) !== undefined || ABORTED.includes(choice?.finish_reason)
+    const failure = failureOf(data, openai, 'sse')
+    const isBroken = failure !== undefined && failure !== '4xx'
     if (isBroken && this.#isOpen && this.#continuer.canContinue()) {
       return this.#cut('an error in its stream')
     }
-    const isLast = data === '[DONE]' || isBroken || isSaid(said?.error)
+    const isLast = data === '[DONE]' || failure !== undefined
     const hadRole = this.#hasRole
     const isText = said !== undefined && !isLast && this.#read(said, choices, choice)
     if (this.#isOpen && !isText && !isLast && this.#before !== undefined) {

@@ -1,6 +1,7 @@
 import { Readable } from 'node:stream'
 import type { FastifyBaseLogger } from 'fastify'
 import type { Dispatcher } from 'undici'
+import type { Dialect } from '../dialects/dialect.ts'
 import { GatewayError, reasonOf } from '../errors.ts'
 import { BYTES_PER_TOKEN, type Exchange, type Work } from '../exchange.ts'
 import { parseRetryAfter } from '../http.ts'
@@ -334,6 +335,10 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.bytes = (request.payload?.bytes.length ?? 0) + (question?.bytes.length ?? 0)
     const refused = this.#pool.queue.join(this, this.#queuedAt)
     if (refused !== undefined) this.turnAway(refused)
+  }
+
+  get dialect(): Dialect {
+    return this.#exchange.dialect
   }
 
   get caller(): string {
