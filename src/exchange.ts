@@ -3,6 +3,7 @@ import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest }
 import type { Dialect } from './dialects/dialect.ts'
 import { openai } from './dialects/openai.ts'
 import { type GatewayError, toGatewayError } from './errors.ts'
+import type { Framing } from './http.ts'
 import { matchesModel } from './keys/key.ts'
 import type { OwnLimits } from './limits/limits.ts'
 import type { Lease, LimitStore } from './limits/store.ts'
@@ -195,6 +196,14 @@ export class Exchange {
 
   get isStream(): boolean {
     return this.request.payload?.stream ?? false
+  }
+
+  /** The framing of the response that is asked for; undefined: no JSON, or that is not known. */
+  get asked(): Framing | undefined {
+    const { endpoint, request } = this
+    if (endpoint === undefined || request.payload === undefined) return undefined
+    if (!request.payload.stream) return 'json'
+    return endpoint.dialect.streamsEvents ? 'sse' : 'ndjson'
   }
 
   /** Tokens of the prompt, about. */

@@ -161,6 +161,8 @@ export class Meter {
   }
 
   isCutShort(): boolean {
+    // The last line may lack its end.
+    if (this.framing === 'ndjson') this.#harvest()
     return this.#mustEnd && this.framing !== 'json' && !this.finished && this.failure === undefined
   }
 

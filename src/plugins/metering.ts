@@ -1,17 +1,13 @@
-import { pipeline, Transform } from 'node:stream'
-import * as zlib from 'node:zlib'
 import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Dialect } from '../dialects/dialect.ts'
-import type { GatewayError } from '../errors.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
-import { type Framing, framingOf } from '../http.ts'
+import type { Framing } from '../http.ts'
 import { Estimates } from '../metering/estimate.ts'
 import { Meter, memberNames } from '../metering/meter.ts'
 import { askForUsage } from '../metering/question.ts'
 import { promptText } from '../metering/text.ts'
 import type { MemberNames } from '../metering/watcher.ts'
-import { type Answer, ENDLESS, READ_MS } from '../pool/answer.ts'
 
 /**
  * Reads from every answer how many tokens it took: `request.exchange.usage`, complete when the
@@ -77,7 +73,7 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     const { reply, request } = exchange
     if (exchange.endpoint?.body === 'none' || request.method !== 'POST') return undefined
     if (reply.statusCode < 200 || reply.statusCode > 299) return undefined
-    const framing = framingOf(reply.getHeader('content-type'))
+    const { framing } = answer
     if (framing === undefined) return undefined
     const { dialect } = exchange
     const meter = new Meter({
@@ -89,16 +85,8 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     })
     exchange.meter = meter
     meter.onId = exchange.onAnswerId
-    const encoding = reply.getHeader('content-encoding')
-    if (encoding === undefined || encoding === 'identity') {
-      answer.tap = meter
-      return undefined
-    }
-    const decoder = createDecoder(String(encoding))
-    if (decoder === undefined) return undefined
-    reply.removeHeader('content-encoding')
-    reply.removeHeader('content-length')
-    return decoded(answer, decoder, meter)
+    answer.tap = meter
+    return undefined
   })
 
   exchanges.onEnd('metering', exchange => {
@@ -198,54 +186,6 @@ function estimatePrompt(exchange: Exchange, estimates: Estimates): void {
 function saysItsEnd(endpoint: Endpoint | undefined): boolean {
   if (endpoint === undefined) return false
   return endpoint.dialect.name !== 'openai' || endpoint.asksForUsage === true
-}
-
-function createDecoder(encoding: string): Transform | undefined {
-  switch (encoding) {
-    case 'gzip':
-    case 'x-gzip':
-      return zlib.createGunzip({ flush: zlib.constants.Z_SYNC_FLUSH })
-    case 'deflate':
-      return zlib.createInflate({ flush: zlib.constants.Z_SYNC_FLUSH })
-    case 'br':
-      return zlib.createBrotliDecompress()
-    case 'zstd':
-      return zlib.createZstdDecompress()
-    default:
-      return undefined
-  }
-}
-
-/** A backend that compresses although it was asked not to: the client gets the plain bytes. */
-function decoded(answer: Answer, decoder: Transform, meter: Meter): Transform {
-  const { account } = answer
-  const sayLast = (error: GatewayError) => {
-    const words = answer.isStream ? account?.lastWords(error) : undefined
-    if (words !== undefined) tap.push(meter.breakOff() + words)
-  }
-  const tap = new Transform({
-    transform: (chunk, _encoding, done) => done(null, meter.pass(chunk)),
-    async flush(done) {
-      const error = meter.isCutShort() ? answer.source?.broke(ENDLESS) : undefined
-      if (error !== undefined) {
-        sayLast(error)
-        // The client gets a moment to read them before the connection breaks.
-        return void setTimeout(() => done(error), READ_MS)
-      }
-      const rest = meter.end()
-      await account?.conclude()
-      done(null, rest)
-    }
-  })
-  // The words must not go through the decoder; and the backend's end is not the end of what it says.
-  answer.account = {
-    lastWords(error) {
-      sayLast(error)
-      return ''
-    },
-    conclude: () => undefined
-  }
-  return pipeline(answer, decoder, tap, () => {})
 }
 
 export default fp(meteringPlugin, {

@@ -4,6 +4,7 @@ import { Readable, type Writable } from 'node:stream'
 import type { Dispatcher } from 'undici'
 import type { Failure } from '../dialects/failure.ts'
 import type { GatewayError } from '../errors.ts'
+import type { Framing } from '../http.ts'
 
 /** Looks at every chunk of an answer and says what of it goes on. */
 export interface Tap {
@@ -40,7 +41,7 @@ export interface Source {
 
 /** Clients drop what they have not read yet when a connection breaks: they get a moment (ms) to read. */
 const LAST_WORDS_MS = 500
-export const READ_MS = 50
+const READ_MS = 50
 
 /** What is wrong with a stream that does not say that it is over. */
 export const ENDLESS = 'the stream ended without its end'
@@ -67,6 +68,8 @@ export class Answer extends Readable {
   /** Objects, not functions: V8 lets a function that is assigned to a member live until its next full collection. */
   account: Account | undefined
   source: Source | undefined
+  /** How it is cut into JSON texts; undefined: it is none. */
+  framing: Framing | undefined
   /** It comes bit by bit, and a break can be told of in words. */
   isStream = false
   /** How long (ms) a client may let bytes wait; 0: for ever. */
@@ -103,6 +106,7 @@ export class Answer extends Readable {
   static awaited(): Answer {
     const answer = new Answer(NOBODY_SENDS)
     answer.isAwaited = true
+    answer.framing = 'sse'
     answer.#offered = true
     return answer
   }
