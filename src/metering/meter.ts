@@ -2,9 +2,9 @@ import type { Dialect } from '../dialects/dialect.ts'
 import type { Failure } from '../dialects/failure.ts'
 import type { Usage } from '../exchange.ts'
 import type { Framing } from '../http.ts'
-import { addCounts, type Counts, toUsage } from './counts.ts'
+import { Counts, isOutput } from './counts.ts'
 import type { Passed } from './estimate.ts'
-import { addText, type TextCounts } from './text.ts'
+import { addText, characters, type TextCounts } from './text.ts'
 import { JsonWatcher, MemberNames } from './watcher.ts'
 
 const DATA = Buffer.from('data:')
@@ -61,7 +61,7 @@ export class Meter {
   readonly #takeOut: boolean
   readonly #mustEnd: boolean
   readonly #watcher: JsonWatcher
-  readonly #counts: Counts = {}
+  readonly #counts = new Counts()
   /** What had passed when the backend last said how many tokens that was: servers can say it on the way. */
   #toldTokens = 0
   #toldText: TextCounts | undefined
@@ -168,7 +168,12 @@ export class Meter {
 
   /** What the backend said, or undefined. */
   get usage(): Usage | undefined {
-    return toUsage(this.#counts)
+    return this.#counts.toUsage()
+  }
+
+  /** What it said last is no count of tokens. */
+  get isUsageWrong(): boolean {
+    return this.#counts.isWrong
   }
 
   /** All that has passed. */
@@ -387,13 +392,13 @@ export class Meter {
     const { seen } = this.#watcher
     if (seen.delta) this.deltas++
     if (seen.usage !== undefined) {
-      addCounts(this.#counts, seen.usage)
+      this.#counts.add(seen.usage)
       this.isUsageOld = false
       this.#noteTold()
       if (this.#isUsageChunk()) this.hasFinalUsage = true
     }
-    if (seen.promptEvalCount) this.#counts.input_tokens = seen.promptEvalCount
-    if (seen.evalCount) this.#counts.output_tokens = seen.evalCount
+    if (seen.promptEvalCount !== undefined) this.#counts.set('input_tokens', seen.promptEvalCount)
+    if (seen.evalCount !== undefined) this.#counts.set('output_tokens', seen.evalCount)
     this.failure ??= this.#dialect.failure(seen)
     if (this.#saysEnd()) this.finished = true
     if (this.id === undefined && seen.id !== undefined) {
@@ -404,8 +409,9 @@ export class Meter {
   }
 
   #noteTold(): void {
-    const tokens = this.#counts.completion_tokens ?? this.#counts.output_tokens ?? 0
+    const tokens = this.#counts.output
     if (this.deltas === 0 || tokens === this.#toldTokens) return
+    if (!isOutput(tokens, characters(this.#watcher.text))) return
     this.#toldTokens = tokens
     this.#toldText = [...this.#watcher.text]
     this.#toldDeltas = this.deltas

@@ -3,10 +3,11 @@ import fp from 'fastify-plugin'
 import type { Dialect } from '../dialects/dialect.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
 import type { Framing } from '../http.ts'
+import { isPlausible } from '../metering/counts.ts'
 import { Estimates } from '../metering/estimate.ts'
 import { Meter, memberNames } from '../metering/meter.ts'
 import { askForUsage } from '../metering/question.ts'
-import { promptText } from '../metering/text.ts'
+import { characters, promptText } from '../metering/text.ts'
 import type { MemberNames } from '../metering/watcher.ts'
 
 /**
@@ -102,39 +103,55 @@ const MAX_MODELS = 1000
 
 /** What the meter has seen becomes what the exchange has spent. */
 function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
-  const { usage, deltas } = meter
   if (meter.failure !== undefined && exchange.outcome === 'ok') {
     exchange.outcome = 'backend_failed'
     exchange.errorCode = 'backend_failed'
   }
+  const said = plausible(exchange, meter)
   // A failure alone costs as little as one that comes with a status of its own.
-  if (meter.failure !== undefined && usage === undefined && deltas === 0) return
-  if (meter.framing === 'json') {
-    if (usage === undefined) estimate(exchange, meter, estimates, exchange.outcome === 'ok')
-    else learn(exchange, meter, estimates, usage)
-    return
+  if (meter.failure !== undefined && said === undefined && meter.deltas === 0) return
+  if (meter.framing !== 'json') {
+    exchange.firstTokenAt = meter.firstDeltaAt
+    exchange.lastTokenAt = meter.lastDeltaAt
   }
-  exchange.firstTokenAt = meter.firstDeltaAt
-  exchange.lastTokenAt = meter.lastDeltaAt
-  const isWhole =
-    meter.failure === undefined
-      ? exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
-      : meter.isAllTold
-  const isSaid = usage !== undefined && (usage.completionTokens > 0 || deltas === 0)
-  if (isWhole && isSaid && !meter.isUsageOld) learn(exchange, meter, estimates, usage)
-  else
-    estimate(
-      exchange,
-      meter,
-      estimates,
-      isWhole && meter.failure === undefined && !meter.isUsageOld
-    )
+  const isOver = isTold(exchange, meter, said) && !meter.isUsageOld
+  const isRight = isOver && said !== undefined && !meter.isUsageWrong
+  if (isRight) teach(exchange, meter, estimates, said)
+  if (isRight && saysAll(exchange, meter, said)) {
+    // Of what several backends have written none has counted the whole.
+    exchange.usage = exchange.isDivided ? { ...said, exactness: 'counted' } : said
+  } else {
+    const isWhole = isOver && meter.failure === undefined
+    estimate(exchange, meter, estimates, { said, isRight, isWhole })
+  }
 }
 
-/** The backend has said it: that is what was spent, and an example of the model's tokens. */
-function learn(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Usage): void {
-  // Of what several backends have written none has counted the whole.
-  exchange.usage = exchange.isDivided ? { ...usage, exactness: 'counted' } : usage
+/** What the backend said, if it can be true. */
+function plausible({ prompt }: Exchange, meter: Meter): Usage | undefined {
+  const { usage } = meter
+  if (usage === undefined) return undefined
+  const asked = prompt === undefined ? 0 : characters(prompt.counts)
+  return isPlausible(usage, asked, characters(meter.passed(true).text)) ? usage : undefined
+}
+
+/** Whether nothing has passed that the backend has not counted, or all has that there is to count. */
+function isTold(exchange: Exchange, meter: Meter, said: Usage | undefined): boolean {
+  if (meter.framing === 'json') return said !== undefined || exchange.outcome === 'ok'
+  if (meter.failure !== undefined) return meter.isAllTold
+  return exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
+}
+
+/** Whether there is a count of all that must have some tokens: of the prompt, and of the text that has passed. */
+function saysAll({ endpoint, prompt }: Exchange, meter: Meter, said: Usage): boolean {
+  if (endpoint?.spends === undefined) return true
+  const hasPrompt = prompt !== undefined && characters(prompt.counts) > 0
+  if (hasPrompt && said.promptTokens === 0) return false
+  const hasOutput = endpoint.spends !== 'input' && meter.deltas > 0
+  return !hasOutput || said.completionTokens > 0
+}
+
+/** The backend has said it: that is an example of the model's tokens. */
+function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Usage): void {
   // A response that failed may lack text that its tokens were spent on.
   if (exchange.isDivided || meter.failure !== undefined) return
   const { payload } = exchange.request
@@ -149,16 +166,21 @@ function learn(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Us
 
 /**
  * The backend has not said all. The output is what has passed, beside what it may have said of it; the
- * prompt is estimated unless its tokens were told at the beginning.
+ * prompt is estimated unless its tokens were told.
  */
-function estimate(exchange: Exchange, meter: Meter, estimates: Estimates, isWhole: boolean): void {
+function estimate(
+  exchange: Exchange,
+  meter: Meter,
+  estimates: Estimates,
+  { said, isRight, isWhole }: { said: Usage | undefined; isRight: boolean; isWhole: boolean }
+): void {
   const spends = exchange.endpoint?.spends
   if (spends === undefined) return
   const model = exchange.request.payload?.model ?? ''
-  const said = meter.usage
   const { tokens, since } = isWhole ? { tokens: 0, since: meter.passed(true) } : meter.counted
   const output = spends === 'input' ? 0 : tokens + estimates.output(model, since)
-  const completionTokens = Math.max(output, said?.completionTokens ?? 0)
+  const saidOutput = said?.completionTokens ?? 0
+  const completionTokens = isRight && saidOutput > 0 ? saidOutput : Math.max(output, saidOutput)
   const prompt = exchange.prompt === undefined ? 0 : estimates.input(model, exchange.prompt.counts)
   const promptTokens = said?.promptTokens || prompt
   exchange.usage = {
