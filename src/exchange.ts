@@ -40,7 +40,10 @@ export interface Usage {
   promptTokens: number
   completionTokens: number
   totalTokens: number
+  /** Tokens of the prompt that were read from a cache. */
   cachedTokens?: number
+  /** Tokens of the prompt that were written to a cache. */
+  cacheWriteTokens?: number
   reasoningTokens?: number
   exactness: 'exact' | 'counted' | 'estimated'
 }

@@ -60,27 +60,37 @@ export class Counts {
   toUsage(): Usage | undefined {
     const counts = this.#counts
     if (Object.keys(counts).length === 0) return undefined
-    const cached = (counts.cache_read_input_tokens ?? 0) + (counts.cache_creation_input_tokens ?? 0)
-    const beside = counts.prompt_tokens === undefined ? cached : 0
+    const read = counts.cache_read_input_tokens ?? 0
+    const beside =
+      counts.prompt_tokens === undefined ? read + (counts.cache_creation_input_tokens ?? 0) : 0
     const completionTokens = this.output
     const input = counts.prompt_tokens ?? counts.input_tokens
     const promptTokens =
       input === undefined && beside === 0
         ? Math.max(0, (counts.total_tokens ?? 0) - completionTokens)
         : (input ?? 0) + beside
-    const cachedTokens = counts.cached_tokens ?? counts.cache_read_input_tokens
-    const { reasoning_tokens: reasoning } = counts
     return {
       promptTokens,
       completionTokens,
       totalTokens: Math.max(counts.total_tokens ?? 0, promptTokens + completionTokens),
-      // Whatever a server counts there: less than nothing is never left of the prompt, or of the output.
-      ...(cachedTokens === undefined ? {} : { cachedTokens: Math.min(cachedTokens, promptTokens) }),
-      ...(reasoning === undefined
-        ? {}
-        : { reasoningTokens: Math.min(reasoning, completionTokens) }),
+      ...this.#parts(promptTokens, completionTokens),
       exactness: 'exact'
     }
+  }
+
+  /** Whatever a server counts there: less than nothing is never left of the prompt, or of the output. */
+  #parts(prompt: number, completion: number): Partial<Usage> {
+    const counts = this.#counts
+    const cached = counts.cached_tokens ?? counts.cache_read_input_tokens
+    const written = counts.cache_write_tokens ?? counts.cache_creation_input_tokens
+    const reasoning = counts.reasoning_tokens
+    const parts: Partial<Usage> = {}
+    if (cached !== undefined) parts.cachedTokens = Math.min(cached, prompt)
+    if (written !== undefined) {
+      parts.cacheWriteTokens = Math.min(written, prompt - (parts.cachedTokens ?? 0))
+    }
+    if (reasoning !== undefined) parts.reasoningTokens = Math.min(reasoning, completion)
+    return parts
   }
 
   #setDetail(name: string, value: unknown): void {
