@@ -4,6 +4,7 @@ import { BodyBudget } from './body-budget.ts'
 import type { Dialect } from './dialects/dialect.ts'
 import { openai } from './dialects/openai.ts'
 import { type GatewayError, toGatewayError } from './errors.ts'
+import type { Framing } from './http.ts'
 import { matchesModel } from './keys/key.ts'
 import type { OwnLimits } from './limits/limits.ts'
 import type { Lease, LimitStore } from './limits/store.ts'
@@ -42,7 +43,10 @@ export interface Usage {
   promptTokens: number
   completionTokens: number
   totalTokens: number
+  /** Tokens of the prompt that were read from a cache. */
   cachedTokens?: number
+  /** Tokens of the prompt that were written to a cache. */
+  cacheWriteTokens?: number
   reasoningTokens?: number
   exactness: 'exact' | 'counted' | 'estimated'
 }
@@ -182,6 +186,14 @@ export class Exchange {
 
   get isStream(): boolean {
     return this.request.payload?.stream ?? false
+  }
+
+  /** The framing of the response that is asked for; undefined: no JSON, or that is not known. */
+  get asked(): Framing | undefined {
+    const { endpoint, request } = this
+    if (endpoint === undefined || request.payload === undefined) return undefined
+    if (!request.payload.stream) return 'json'
+    return endpoint.dialect.streamsEvents ? 'sse' : 'ndjson'
   }
 
   /** Tokens of the prompt, about. */

@@ -68,7 +68,7 @@ test('the records of calls are kept and summed up, in a file that nobody else re
   assert.equal(statSync(file).mode & 0o777, 0o600)
 
   const { db } = await storeFor(t, file)
-  const one = { currency: 'EUR', input_tokens: 12, output_tokens: 3, cached_tokens: 0, cost: 12 }
+  const one = { currency: 'EUR', input_tokens: 12, output_tokens: 3, cost: 12 }
   const times = (value: string, requests: number) => ({
     value,
     requests,
@@ -76,6 +76,7 @@ test('the records of calls are kept and summed up, in a file that nobody else re
     input_tokens: one.input_tokens * requests,
     output_tokens: one.output_tokens * requests,
     cached_tokens: 0,
+    cache_write_tokens: 0,
     cost: one.cost * requests
   })
   assert.deepEqual(await readSums(db, { by: 'tag:team' }), [times('ads', 1), times('search', 2)])
@@ -137,7 +138,7 @@ test('of 200,000 records none is read for a sum, and the sums are those of the r
     WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 200000)
     SELECT 'id' || n, n, date(1767225600 + n % 30 * 86400, 'unixepoch'), 'key' || (n % 50),
       'user' || (n % 20), 'model' || (n % 7), 'gpu' || (n % 3), 'EUR', n % 1000, n % 100, 0, n % 8 / 4.0,
-      json_object('team', 'team' || (n % 5)), '{}'
+      json_object('team', 'team' || (n % 5)), '{}', 0
     FROM numbers
   `)
   for (const [by, column] of [
@@ -148,7 +149,7 @@ test('of 200,000 records none is read for a sum, and the sums are those of the r
   ] as const) {
     const slow = await db.run(
       `SELECT ${column} AS value, currency, count(*) AS requests, sum(input_tokens) AS input_tokens,
-        sum(output_tokens) AS output_tokens, 0 AS cached_tokens, sum(cost) AS cost
+        sum(output_tokens) AS output_tokens, 0 AS cached_tokens, 0 AS cache_write_tokens, sum(cost) AS cost
       FROM usage_records GROUP BY 1 ORDER BY 1`,
       []
     )
@@ -201,6 +202,58 @@ test('a file of a newer version is left as it is, and nothing is lost', async t 
   const verdict = await builtin.send([record('a')], SIGNAL)
   assert.equal(verdict.kind, 'unavailable')
   assert.match('reason' in verdict ? verdict.reason : '', /newer version/)
-  await db.run('PRAGMA user_version = 1', [])
+  await db.run('PRAGMA user_version = 2', [])
   assert.deepEqual(await builtin.send([record('a')], SIGNAL), { kind: 'delivered' })
+})
+
+/** What the first version has made, with one record. */
+const FIRST_VERSION = `
+  CREATE TABLE usage_records (
+    id TEXT NOT NULL PRIMARY KEY, at INTEGER NOT NULL, day TEXT NOT NULL, api_key_id TEXT NOT NULL,
+    user_id TEXT NOT NULL, model TEXT NOT NULL, backend TEXT NOT NULL, currency TEXT NOT NULL,
+    input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL,
+    cost REAL NOT NULL, tags TEXT NOT NULL, record TEXT NOT NULL
+  );
+  CREATE INDEX usage_records_by_time ON usage_records (at);
+  CREATE TABLE usage_sums (
+    dimension TEXT NOT NULL, day TEXT NOT NULL, value TEXT NOT NULL, currency TEXT NOT NULL,
+    requests INTEGER NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
+    cached_tokens INTEGER NOT NULL, cost REAL NOT NULL,
+    PRIMARY KEY (dimension, day, value, currency)
+  ) WITHOUT ROWID;
+  CREATE INDEX usage_sums_by_day ON usage_sums (day);
+  CREATE TRIGGER usage_records_summed AFTER INSERT ON usage_records BEGIN
+    INSERT INTO usage_sums
+    SELECT dimension, NEW.day, value, NEW.currency, 1, NEW.input_tokens, NEW.output_tokens,
+      NEW.cached_tokens, NEW.cost
+    FROM (SELECT 'day' AS dimension, '' AS value UNION ALL SELECT 'model', NEW.model) WHERE true
+    ON CONFLICT DO UPDATE SET requests = requests + 1,
+      input_tokens = input_tokens + excluded.input_tokens,
+      output_tokens = output_tokens + excluded.output_tokens,
+      cached_tokens = cached_tokens + excluded.cached_tokens, cost = cost + excluded.cost;
+  END;
+  INSERT INTO usage_records VALUES (
+    'old', 1767225600000, '2026-01-31', '', '', 'm', 'gpu', '', 100, 10, 5, 1, '{}', '{}'
+  );
+  PRAGMA user_version = 1;
+`
+
+test('a file of the first version gets what it lacks, whoever opens it first, and keeps its sums', async t => {
+  const file = join(folder(t), 'usage.db')
+  const old = new Sqlite(file, 20_000)
+  await old.run(FIRST_VERSION)
+  await old.close()
+  const builtins = [1, 2, 3].map(() => builtinFor(t, file, 0))
+  const verdicts = await Promise.all(
+    builtins.map((each, at) => each.send([record(`${at}`, { cache_write_tokens: 4 })], SIGNAL))
+  )
+  assert.deepEqual(verdicts, Array(3).fill({ kind: 'delivered' }))
+  const { db, count } = await storeFor(t, file)
+  assert.equal(await count('usage_records'), 4)
+  const [sum] = await readSums(db, { by: 'model' })
+  const { requests, input_tokens, cached_tokens, cache_write_tokens, cost } = sum!
+  assert.deepEqual(
+    [requests, input_tokens, cached_tokens, cache_write_tokens, cost],
+    [4, 130, 5, 12, 1]
+  )
 })

@@ -69,7 +69,9 @@ test('every query of the dashboard is about metrics, labels and values that the 
       }
       if (groupedBy.length > 0) assert.deepEqual(without(shown, groupedBy), [], legendFormat)
       for (const { label, value } of matchers) {
-        if (label === 'type') assert.ok(labels.get(label)!.has(value), expr)
+        if (label === 'type') {
+          for (const type of value.split('|')) assert.ok(labels.get(label)!.has(type), expr)
+        }
         if (label !== 'outcome') continue
         for (const outcome of value.split('|')) assert.ok(outcomes.includes(`'${outcome}'`), expr)
       }

@@ -166,8 +166,12 @@ const status =
     response.end(typeof body === 'string' ? body : JSON.stringify(body))
   }
 const refused = { error: { message: MESSAGE, type: 'BadRequestError', code: 400 } }
-const gzipped: Answerer = (_request, response) => {
-  response.writeHead(200, { 'content-type': 'text/event-stream', 'content-encoding': 'gzip' }).end()
+const page: Answerer = (_request, response) => {
+  response.writeHead(200, { 'content-type': 'text/html' }).end('<html>')
+}
+const compressed: Answerer = (_request, response) => {
+  const headers = { 'content-type': 'text/event-stream', 'content-encoding': 'compress' }
+  response.writeHead(200, headers).end('\x1f\x9d\x90')
 }
 
 const ERRORS: [string, string, Answerer, RegExp, object][] = [
@@ -209,15 +213,15 @@ const ERRORS: [string, string, Answerer, RegExp, object][] = [
   [
     'an answer that is no stream',
     '/v1/chat/completions',
-    status(200, { choices: [] }),
-    /"message":"The backend did not answer with a plain stream of events\."/,
+    page,
+    /"message":"The backend did not answer with a stream of events\."/,
     { outcome: 'backend_failed', error: 'backend_failed' }
   ],
   [
-    'an answer that is compressed',
+    'an answer in a coding that nobody knows',
     '/v1/chat/completions',
-    gzipped,
-    /"message":"The backend did not answer with a plain stream of events\."/,
+    compressed,
+    /"message":"The response of the backend cannot be decoded: its content-encoding is wrong\."/,
     { outcome: 'backend_failed', error: 'backend_failed' }
   ],
   [

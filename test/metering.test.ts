@@ -7,6 +7,7 @@ import { ollama } from '../src/dialects/ollama.ts'
 import { openai } from '../src/dialects/openai.ts'
 import { responses } from '../src/dialects/responses.ts'
 import type { Framing } from '../src/http.ts'
+import { isPlausible } from '../src/metering/counts.ts'
 import { Meter } from '../src/metering/meter.ts'
 import { characters } from '../src/metering/text.ts'
 import { askForUsage, changed } from '../src/payload-edits.ts'
@@ -900,4 +901,135 @@ test('a last event without its blank line is read', () => {
     assert.equal(Buffer.concat(out).toString(), takeOut ? chunk('Hi') : text)
     assert.equal(meter.usage?.totalTokens, 15)
   }
+})
+
+/** Responses of each API to a prompt of about 60 tokens, with these counts (JSON) of prompt and output. */
+const COUNTED: [string, string, (prompt: string, output: string) => string][] = [
+  [
+    '/v1/chat/completions',
+    SSE_TYPE,
+    (prompt, output) =>
+      `${WORDS.map(content => chat({ content })).join('')}data: {"choices":[],"usage":{"prompt_tokens":${prompt},"completion_tokens":${output}}}\n\n${DONE}`
+  ],
+  [
+    '/v1/chat/completions',
+    JSON_TYPE,
+    (prompt, output) =>
+      `{"choices":[{"message":{"content":"${SAYS}"}}],"usage":{"prompt_tokens":${prompt},"completion_tokens":${output}}}`
+  ],
+  [
+    '/v1/responses',
+    SSE_TYPE,
+    (prompt, output) =>
+      `${typed({ type: 'response.output_text.delta', delta: SAYS } as never)}data: {"type":"response.completed","response":{"usage":{"input_tokens":${prompt},"output_tokens":${output}}}}\n\n`
+  ],
+  [
+    '/v1/messages',
+    SSE_TYPE,
+    (prompt, output) =>
+      `data: {"type":"message_start","message":{"usage":{"input_tokens":${prompt},"output_tokens":0}}}\n\n${typed({ type: 'content_block_delta', delta: { type: 'text_delta', text: SAYS } } as never)}data: {"type":"message_delta","usage":{"output_tokens":${output}}}\n\n${typed({ type: 'message_stop' })}`
+  ],
+  [
+    '/v1/messages',
+    JSON_TYPE,
+    (prompt, output) =>
+      `{"type":"message","content":[{"type":"text","text":"${SAYS}"}],"usage":{"input_tokens":${prompt},"output_tokens":${output}}}`
+  ],
+  [
+    '/api/chat',
+    'application/x-ndjson',
+    (prompt, output) =>
+      `${json({ message: { content: SAYS }, done: false })}\n{"message":{"content":""},"done":true,"prompt_eval_count":${prompt},"eval_count":${output}}\n`
+  ],
+  [
+    '/api/generate',
+    JSON_TYPE,
+    (prompt, output) =>
+      `{"response":"${SAYS}","done":true,"prompt_eval_count":${prompt},"eval_count":${output}}`
+  ]
+]
+/** What is no count of tokens, or of more than there can be. */
+const NO_COUNTS = ['1e308', '1e999', '-5', '1.5', '"12"', 'true', '1e9', '50000000', '0', 'null']
+
+for (const [path, type, body] of COUNTED) {
+  test(`${path}, ${type}: what is no count of tokens is estimated`, async t => {
+    let text = ''
+    const backend = await fakeBackend(t, (_request, response) => {
+      response.writeHead(200, { 'content-type': type })
+      response.end(text)
+    })
+    const gateway = await startGateway(t, {
+      backends: [{ url: backend.url }],
+      rate_limit: { enabled: true, global: { tokens_per_minute: 1_000_000 } }
+    })
+    const ask = async (prompt: string, output: string) => {
+      text = body(prompt, output)
+      const request = { ...CHAT, input: SAYS, stream: type !== JSON_TYPE }
+      const response = await post(gateway.url + path, request)
+      assert.equal(response.status, 200)
+      await response.text()
+      const requestId = response.headers.get('x-llmproxy-request-id')
+      const line = await gateway.logged({ msg: 'exchange', requestId })
+      return [Number(line.promptTokens), Number(line.completionTokens), line.exactness] as const
+    }
+    for (const wrong of NO_COUNTS) {
+      const [prompt, output, exactness] = await ask('60', wrong)
+      assert.equal(exactness, 'estimated', `${wrong} for the output`)
+      // The rest of it may be right, unless it is far too much.
+      assert.ok(prompt > 40 && prompt < 120, `${prompt} for a prompt beside ${wrong}`)
+      assert.ok(output > 30 && output < 60, `${output} for ${wrong}`)
+    }
+    for (const wrong of NO_COUNTS) {
+      const [prompt, output, exactness] = await ask(wrong, '44')
+      assert.equal(exactness, 'estimated', `${wrong} for the prompt`)
+      assert.ok(prompt > 40 && prompt < 120, `${prompt} for ${wrong}`)
+      assert.ok(output > 30 && output < 60, `${output} for an output beside ${wrong}`)
+    }
+    assert.deepEqual(await ask('60', '44'), [60, 44, 'exact'])
+    assert.ok((await gateway.metric('llmproxy_usage_tokens_total', { type: 'prompt' })) < 2500)
+  })
+}
+
+test('a fully cached prompt, which Ollama does not count, is estimated, and the output is its own', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'application/x-ndjson' })
+    response.end('{"response":"Hi","done":false}\n{"response":"","done":true,"eval_count":7}\n')
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  await (await post(`${gateway.url}/api/generate`, { model: 'm', prompt: SAYS })).text()
+  const line = await gateway.logged({ msg: 'exchange' })
+  assert.deepEqual([line.completionTokens, line.exactness], [7, 'estimated'])
+  assert.ok(Number(line.promptTokens) > 30 && Number(line.promptTokens) < 120)
+})
+
+for (const [path, answer] of [
+  ['/v1/embeddings', { data: [], usage: { prompt_tokens: 0, total_tokens: 0 } }],
+  ['/v1/rerank', { results: [], usage: { total_tokens: 0 } }],
+  ['/api/embed', { embeddings: [] }]
+] as const) {
+  test(`${path}: a prompt of 0 tokens is estimated`, async t => {
+    const backend = await fakeBackend(t, (_request, response) => {
+      response.writeHead(200, { 'content-type': JSON_TYPE })
+      response.end(json(answer))
+    })
+    const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+    await (await post(gateway.url + path, { model: 'm', input: SAYS })).text()
+    const line = await gateway.logged({ msg: 'exchange' })
+    assert.deepEqual([line.completionTokens, line.exactness], [0, 'estimated'])
+    assert.ok(Number(line.promptTokens) > 30)
+  })
+}
+
+test('as many tokens as a long text can have are believed', () => {
+  const usage = {
+    prompt_tokens: 30_000_000,
+    completion_tokens: 2_000_000,
+    total_tokens: 32_000_000
+  }
+  const text = JSON.stringify({ choices: [{ message: { content: 'Hi' } }], usage })
+  const { meter } = run({ framing: 'json', dialect: openai, text } as Case, [], false)
+  assert.equal(meter.isUsageWrong, false)
+  assert.equal(isPlausible(meter.usage!, 20_000_000, 1_000_000), true)
+  assert.equal(isPlausible(meter.usage!, 1_000_000, 1_000_000), false)
+  assert.equal(isPlausible(meter.usage!, 20_000_000, 2), false)
 })

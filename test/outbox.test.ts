@@ -125,7 +125,7 @@ test('a whole answer, and one that comes in parts under a length: the last bytes
     const answer = JSON.stringify({
       choices: [],
       text: 'x'.repeat(3000),
-      usage: { total_tokens: 3 }
+      usage: { prompt_tokens: 20, completion_tokens: 1000, total_tokens: 1020 }
     })
     const gateway = await heldGateway(t, async (_request, response) => {
       response.writeHead(200, {
@@ -148,8 +148,8 @@ test('a whole answer, and one that comes in parts under a length: the last bytes
     await new Promise(resolve => setTimeout(resolve, 20))
     assert.ok(!client.received.endsWith(answer.slice(-100)), `${parts} parts`)
     gateway.safe.resolve()
-    await client.until(/total_tokens":3}}$/)
-    assert.equal(gateway.records[0]!.total_tokens, 3)
+    await client.until(/total_tokens":1020}}$/)
+    assert.equal(gateway.records[0]!.total_tokens, 1020)
   }
 })
 

@@ -154,7 +154,8 @@ for (const each of DRIVERS) {
     for (const name of [...numbers, 'ttft_ms', 'duration_ms'] as (keyof UsageRecord)[]) {
       assert.equal(Number(rest[name]), Number(record[name]), name)
     }
-    assert.deepEqual([rest.cached_tokens, rest.reasoning_tokens], [null, null])
+    const { cached_tokens, cache_write_tokens, reasoning_tokens } = rest
+    assert.deepEqual([cached_tokens, cache_write_tokens, reasoning_tokens], [null, null, null])
   })
 
   test(`${driver}: what comes twice is there once`, { skip }, async t => {
@@ -172,13 +173,17 @@ for (const each of DRIVERS) {
     await db.run(`CREATE TABLE ${quoted} (id VARCHAR(40) PRIMARY KEY, model VARCHAR(100))`)
     await db.run(`INSERT INTO ${quoted} VALUES ('old', 'm')`)
     const reporter = reporterFor(t, open(), table)
-    assert.deepEqual(await reporter.send([entry({ output_tokens: 7 })], SIGNAL), {
-      kind: 'delivered'
-    })
-    const rows = await db.run(`SELECT id, output_tokens FROM ${quoted} ORDER BY id DESC`, [])
+    const record = entry({ output_tokens: 7, cache_write_tokens: 5 })
+    assert.deepEqual(await reporter.send([record], SIGNAL), { kind: 'delivered' })
+    const names = 'output_tokens, cache_write_tokens'
+    const rows = await db.run(`SELECT ${names} FROM ${quoted} ORDER BY id DESC`, [])
+    const toNumber = (value: unknown) => (value === null ? null : Number(value))
     assert.deepEqual(
-      rows.map(row => row.output_tokens && Number(row.output_tokens)),
-      [null, 7]
+      rows.map(row => [toNumber(row.output_tokens), toNumber(row.cache_write_tokens)]),
+      [
+        [null, null],
+        [7, 5]
+      ]
     )
   })
 

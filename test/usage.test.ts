@@ -460,3 +460,112 @@ test('a record that alone is refused does not hold up those behind it', async t 
   assert.deepEqual(seen.toSorted(), ['a', 'b', 'poison'])
   await gateway.logged({ msg: 'usage records were refused; they will be tried again' })
 })
+
+/** Usage of each API whose prompt of 100 tokens read 20 from a cache and wrote 30 to it. */
+const CACHE_WRITES: [string, boolean, string][] = [
+  [
+    '/v1/messages',
+    false,
+    '{"type":"message","content":[{"type":"text","text":"Hi"}],"usage":{"input_tokens":50,"cache_read_input_tokens":20,"cache_creation_input_tokens":30,"cache_creation":{"ephemeral_5m_input_tokens":30,"ephemeral_1h_input_tokens":0},"output_tokens":10}}'
+  ],
+  [
+    '/v1/messages',
+    true,
+    'data: {"type":"message_start","message":{"usage":{"input_tokens":50,"cache_read_input_tokens":20,"cache_creation_input_tokens":30,"output_tokens":1}}}\n\ndata: {"type":"message_delta","usage":{"output_tokens":10}}\n\ndata: {"type":"message_stop"}\n\n'
+  ],
+  [
+    '/v1/chat/completions',
+    false,
+    '{"choices":[{"message":{"content":"Hi"}}],"usage":{"prompt_tokens":100,"completion_tokens":10,"prompt_tokens_details":{"cached_tokens":20,"cache_write_tokens":30}}}'
+  ],
+  [
+    '/v1/chat/completions',
+    true,
+    `${chunk('Hi')}data: {"choices":[],"usage":{"prompt_tokens":100,"completion_tokens":10,"prompt_tokens_details":{"cached_tokens":20,"cache_write_tokens":30}}}\n\n${DONE}`
+  ],
+  [
+    '/v1/responses',
+    false,
+    '{"status":"completed","usage":{"input_tokens":100,"output_tokens":10,"input_tokens_details":{"cached_tokens":20,"cache_write_tokens":30}}}'
+  ]
+]
+
+test('tokens that a cache was written with have a field and a price of their own, for every API', async t => {
+  let body = ''
+  const backend = await fakeBackend(t, (_request, response) => {
+    const type = body.startsWith('data:') ? 'text/event-stream' : 'application/json'
+    response.writeHead(200, { 'content-type': type }).end(body)
+  })
+  const hook = await receiver(t)
+  const million = 1_000_000
+  const prices = [
+    { model: 'm', input: million, cached: 0.1 * million, cache_write: 3 * million, output: 0 },
+    { model: '*', input: million, cached: 0.1 * million, output: 0 }
+  ]
+  const { usage } = reporting(hook.url, {})
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    usage: { ...usage, prices }
+  })
+  const models = ['m', 'other']
+  let index = 0
+  for (const [path, stream, text] of CACHE_WRITES) {
+    body = text
+    for (const model of models) {
+      await (await post(gateway.url + path, { ...CHAT, model, stream })).text()
+      const { input_tokens, cached_tokens, cache_write_tokens, exactness, cost } = await hook.event(
+        index++
+      )
+      assert.deepEqual(
+        [input_tokens, cached_tokens, cache_write_tokens, exactness, cost],
+        [100, 20, 30, 'exact', model === 'm' ? 50 + 2 + 90 : 80 + 2],
+        `${path}, ${model}`
+      )
+    }
+  }
+  const metric = (type: string) => gateway.metric('llmproxy_usage_tokens_total', { type })
+  assert.deepEqual(
+    [await metric('prompt'), await metric('cached'), await metric('cache_write')],
+    [100 * index, 20 * index, 30 * index]
+  )
+})
+
+test('a quota of money counts what a cache was written with', async t => {
+  const body = CACHE_WRITES[0]![2]
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'application/json' }).end(body)
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    rate_limit: {
+      enabled: true,
+      per_key: { total_quota: 100, quota_unit: 'cost' }
+    },
+    usage: {
+      enabled: true,
+      prices: [{ model: '*', input: 0, cached: 0, cache_write: 4_000_000, output: 0 }],
+      reporters: [{ type: 'builtin', builtin: {} }]
+    }
+  })
+  const ask = async () => (await post(`${gateway.url}/v1/messages`, CHAT)).status
+  assert.equal(await ask(), 200)
+  await gateway.logged({ msg: 'exchange' })
+  assert.equal(await ask(), 429)
+})
+
+test('an odd count of cache writes makes no call cheaper than nothing', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'application/json' })
+    response.end(
+      '{"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":8,"cache_write_tokens":64}}}'
+    )
+  })
+  const hook = await receiver(t)
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    ...reporting(hook.url)
+  })
+  await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
+  const { cached_tokens, cache_write_tokens } = await hook.event()
+  assert.deepEqual([cached_tokens, cache_write_tokens], [8, 2])
+})

@@ -1,5 +1,6 @@
 import type { GatewayError } from '../errors.ts'
 import type { Dialect } from './dialect.ts'
+import { failureIn } from './failure.ts'
 
 const TYPES: Record<number, string> = {
   401: 'authentication_error',
@@ -27,5 +28,6 @@ export const anthropic: Dialect = {
     `event: error\ndata: ${JSON.stringify(anthropicError(error, requestId))}\n\n`,
   deltaMembers: ['text', 'partial_json', 'thinking'],
   answerMembers: ['text', 'input', 'thinking'],
-  endTypes: ['message_stop', 'error']
+  endTypes: ['message_stop', 'error'],
+  failure: report => failureIn(report, ['error'])
 }

@@ -1,4 +1,5 @@
 import type { GatewayError } from '../errors.ts'
+import type { Failure, Report } from './failure.ts'
 
 /**
  * What the gateway must know about one API: how an error looks, in a body and in a stream, and
@@ -20,4 +21,6 @@ export interface Dialect {
   answerMembers: readonly string[]
   /** Values of an event's `type` that end a stream properly (beside `[DONE]` and `"done": true`). */
   endTypes: readonly string[]
+  /** How the backend failed according to one event or one whole JSON body; undefined: it did not. */
+  failure(report: Report): Failure | undefined
 }

@@ -1,4 +1,5 @@
 import type { Dialect } from './dialect.ts'
+import { failureIn } from './failure.ts'
 
 const PIECES = ['content', 'response', 'thinking', 'arguments']
 
@@ -11,5 +12,6 @@ export const ollama: Dialect = {
   errorEvent: error => `${JSON.stringify({ error: error.message })}\n`,
   deltaMembers: PIECES,
   answerMembers: PIECES,
-  endTypes: []
+  endTypes: [],
+  failure: report => failureIn(report)
 }

@@ -1,5 +1,6 @@
 import type { GatewayError } from '../errors.ts'
 import type { Dialect } from './dialect.ts'
+import { failureIn } from './failure.ts'
 
 /** OpenAI's error object, https://platform.openai.com/docs/guides/error-codes */
 export function openaiError(error: GatewayError) {
@@ -27,5 +28,6 @@ export const openai: Dialect = {
   errorEvent: error => `data: ${JSON.stringify(openaiError(error))}\n\n`,
   deltaMembers: PIECES,
   answerMembers: PIECES,
-  endTypes: []
+  endTypes: [],
+  failure: report => failureIn(report)
 }

@@ -1,4 +1,5 @@
 import type { Dialect } from './dialect.ts'
+import { failureIn } from './failure.ts'
 import { openaiError } from './openai.ts'
 
 /** The Responses API: typed events, usage inside `response.completed`, no `[DONE]`. */
@@ -13,5 +14,6 @@ export const responses: Dialect = {
   },
   deltaMembers: ['delta'],
   answerMembers: ['text', 'arguments'],
-  endTypes: ['response.completed', 'response.failed', 'response.incomplete', 'error']
+  endTypes: ['response.completed', 'response.failed', 'response.incomplete', 'error'],
+  failure: report => failureIn(report, ['error', 'response.failed'], ['failed'])
 }

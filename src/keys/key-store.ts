@@ -2,7 +2,7 @@ import { isAbsolute, resolve } from 'node:path'
 import { Type } from 'typebox'
 import { checkOptions } from '../options.ts'
 import { DatabaseError, type Row } from '../store/sql.ts'
-import { prepareFile, Sqlite } from '../store/sqlite.ts'
+import { Sqlite } from '../store/sqlite.ts'
 import type { KeyFields } from './fields.ts'
 import type { KeyNews } from './key.ts'
 import { toHash } from './static.ts'
@@ -49,7 +49,6 @@ export class KeyExistsError extends Error {
   }
 }
 
-const SCHEMA_VERSION = 1
 const STATEMENT_TIMEOUT = 5_000
 /** What a page of the list holds if nothing is said, and at most. */
 const PAGE = 20
@@ -342,7 +341,7 @@ export class KeyStore {
   }
 
   async #ready(): Promise<void> {
-    this.#prepared ??= prepareFile(this.#db, SCHEMA, SCHEMA_VERSION)
+    this.#prepared ??= this.#db.upgrade([SCHEMA])
     try {
       await this.#prepared
     } catch (error) {

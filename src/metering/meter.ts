@@ -1,9 +1,10 @@
 import type { Dialect } from '../dialects/dialect.ts'
+import type { Failure } from '../dialects/failure.ts'
 import type { Usage } from '../exchange.ts'
 import type { Framing } from '../http.ts'
-import { addCounts, type Counts, toUsage } from './counts.ts'
+import { Counts, isOutput } from './counts.ts'
 import type { Passed } from './estimate.ts'
-import { addText, type TextCounts } from './text.ts'
+import { addText, characters, type TextCounts } from './text.ts'
 import { JsonWatcher, MemberNames } from './watcher.ts'
 
 const DATA = Buffer.from('data:')
@@ -50,17 +51,17 @@ export class Meter {
   hasFinalUsage = false
   /** Another backend goes on with the answer, and has not said yet how many tokens that is. */
   isUsageOld = false
-  /** The backend reported an error inside its answer. */
-  failed = false
+  /** How the backend failed, where it reported that inside its response. */
+  failure: Failure | undefined
   /** `id` of the answer, and who wants to know it as soon as it is seen. */
   id: string | undefined
   onId: ((id: string) => void) | undefined
   readonly framing: Framing
-  readonly #endTypes: readonly string[]
+  readonly #dialect: Dialect
   readonly #takeOut: boolean
   readonly #mustEnd: boolean
   readonly #watcher: JsonWatcher
-  readonly #counts: Counts = {}
+  readonly #counts = new Counts()
   /** What had passed when the backend last said how many tokens that was: servers can say it on the way. */
   #toldTokens = 0
   #toldText: TextCounts | undefined
@@ -96,7 +97,7 @@ export class Meter {
   }) {
     this.#mustEnd = options.mustEnd ?? false
     this.framing = options.framing
-    this.#endTypes = options.dialect.endTypes
+    this.#dialect = options.dialect
     this.#takeOut = options.takeOut && options.framing === 'sse'
     this.#watcher = new JsonWatcher(options.names ?? memberNames(options.dialect, options.framing))
   }
@@ -160,12 +161,19 @@ export class Meter {
   }
 
   isCutShort(): boolean {
-    return this.#mustEnd && this.framing !== 'json' && !this.finished && !this.failed
+    // The last line may lack its end.
+    if (this.framing === 'ndjson') this.#harvest()
+    return this.#mustEnd && this.framing !== 'json' && !this.finished && this.failure === undefined
   }
 
   /** What the backend said, or undefined. */
   get usage(): Usage | undefined {
-    return toUsage(this.#counts)
+    return this.#counts.toUsage()
+  }
+
+  /** What it said last is no count of tokens. */
+  get isUsageWrong(): boolean {
+    return this.#counts.isWrong
   }
 
   /** All that has passed. */
@@ -182,6 +190,11 @@ export class Meter {
     const text = passed.text.map((count, at) => count - told[at]!)
     const deltas = passed.deltas - this.#toldDeltas
     return { tokens: this.#toldTokens, since: { text, deltas, isWhole: false } }
+  }
+
+  /** The backend has counted all that has passed. */
+  get isAllTold(): boolean {
+    return this.deltas === 0 || (this.#toldTokens > 0 && this.#toldDeltas === this.deltas)
   }
 
   #lines(chunk: Buffer): Buffer | undefined {
@@ -235,8 +248,8 @@ export class Meter {
   #takeSample(chunk: Buffer): void {
     const { seen } = this.#watcher
     const { textBegin, textEnd } = seen
-    const isPlain = seen.texts === 1 && seen.usage === undefined && !this.#saysEnd() && !seen.error
-    if (!isPlain || chunk.length > MAX_SAMPLE) return
+    const isPlain = seen.texts === 1 && seen.usage === undefined && !this.#saysEnd()
+    if (!isPlain || this.#saysFailure() || chunk.length > MAX_SAMPLE) return
     // Not from Node's pool, of which it would keep 8 KB for as long as the answer takes.
     const kept = Buffer.allocUnsafeSlow(chunk.length)
     chunk.copy(kept)
@@ -328,7 +341,7 @@ export class Meter {
   #isLast(): boolean {
     const { type } = this.#watcher.seen
     if (this.#endMatched === THE_END.length) return true
-    return type !== undefined && this.#endTypes.includes(type)
+    return type !== undefined && this.#dialect.endTypes.includes(type)
   }
 
   /** Keeps back the beginning of an unfinished event, and joins what goes on. */
@@ -379,14 +392,14 @@ export class Meter {
     const { seen } = this.#watcher
     if (seen.delta) this.deltas++
     if (seen.usage !== undefined) {
-      addCounts(this.#counts, seen.usage)
+      this.#counts.add(seen.usage)
       this.isUsageOld = false
       this.#noteTold()
       if (this.#isUsageChunk()) this.hasFinalUsage = true
     }
-    if (seen.promptEvalCount) this.#counts.input_tokens = seen.promptEvalCount
-    if (seen.evalCount) this.#counts.output_tokens = seen.evalCount
-    if (seen.error) this.failed = true
+    if (seen.promptEvalCount !== undefined) this.#counts.set('input_tokens', seen.promptEvalCount)
+    if (seen.evalCount !== undefined) this.#counts.set('output_tokens', seen.evalCount)
+    this.failure ??= this.#dialect.failure(seen)
     if (this.#saysEnd()) this.finished = true
     if (this.id === undefined && seen.id !== undefined) {
       this.id = seen.id
@@ -396,8 +409,9 @@ export class Meter {
   }
 
   #noteTold(): void {
-    const tokens = this.#counts.completion_tokens ?? this.#counts.output_tokens ?? 0
+    const tokens = this.#counts.output
     if (this.deltas === 0 || tokens === this.#toldTokens) return
+    if (!isOutput(tokens, characters(this.#watcher.text))) return
     this.#toldTokens = tokens
     this.#toldText = [...this.#watcher.text]
     this.#toldDeltas = this.deltas
@@ -406,12 +420,20 @@ export class Meter {
   /** The one chunk of a stream that has usage and nothing else: `choices` is empty, null or left out. */
   #isUsageChunk(): boolean {
     const { hasChoices, usage, type } = this.#watcher.seen
-    return usage !== undefined && !hasChoices && type === undefined
+    return usage !== undefined && !hasChoices && type === undefined && !this.#saysFailure()
+  }
+
+  #saysFailure(): boolean {
+    return this.#dialect.failure(this.#watcher.seen) !== undefined
   }
 
   #saysEnd(): boolean {
-    const { done, finishReason, type } = this.#watcher.seen
-    return done || finishReason || (type !== undefined && this.#endTypes.includes(type))
+    const { done, finishReasons, type } = this.#watcher.seen
+    return (
+      done ||
+      finishReasons !== undefined ||
+      (type !== undefined && this.#dialect.endTypes.includes(type))
+    )
   }
 }
 

@@ -1,36 +1,29 @@
+import type { Report } from '../dialects/failure.ts'
 import { addText, noText } from './text.ts'
 
 /**
  * Watches one JSON text go by, in pieces of any size, and notes the few members that metering needs:
  * without parsing the text, without keeping it, and without being fooled by text inside strings.
  *
- * Members are told apart by name and depth: `usage` at the top or inside a top-level `message` or
- * `response`; Ollama's counts, `id`, `type`, `done` and `error` at the top; `choices` when it is
- * not empty; and whether one of the delta members, anywhere, has text, and how much.
+ * Members are told apart by name and depth: `usage` and `error` at the top or inside a top-level `message`
+ * or `response`; Ollama's counts, `id`, `type`, `done` and the fields of an error at the top; `choices` when
+ * it is not empty, and the `finish_reason` of each; and whether one of the delta members, anywhere, has
+ * text, and how much.
  */
 
 /** What was seen in one JSON text. */
-export interface Seen {
+export interface Seen extends Report {
   /** The usage object, as JSON. */
   usage: string | undefined
   promptEvalCount: number | undefined
   evalCount: number | undefined
   id: string | undefined
-  type: string | undefined
-  /** One of the delta members had text. */
-  delta: boolean
   /** How many such texts there were, and where the first stands in the piece that was fed. */
   texts: number
   textBegin: number
   textEnd: number
-  /** There was a `choices` that was not empty. */
-  hasChoices: boolean
-  /** A `finish_reason` was given, anywhere. */
-  finishReason: boolean
   /** `done` was true. */
   done: boolean
-  /** There was an `error`, an object or text. */
-  error: boolean
 }
 
 const NAMES = {
@@ -40,11 +33,16 @@ const NAMES = {
   choices: 4,
   id: 5,
   type: 6,
-  done: 7,
-  error: 8,
-  prompt_eval_count: 9,
-  eval_count: 10,
-  finish_reason: 11
+  object: 7,
+  status: 8,
+  error_type: 9,
+  finish_reason: 10,
+  // Those from here on may be numbers or the like.
+  done: 11,
+  error: 12,
+  prompt_eval_count: 13,
+  eval_count: 14,
+  code: 15
 } as const
 /** Flag on a name's number: its text is a piece of the answer. */
 const DELTA = 64
@@ -57,7 +55,7 @@ const AFTER = 3
 const NAME_TEXT = 4
 const TEXT = 5
 const SCALAR = 6
-const USAGE_OBJECT = 7
+const KEPT_OBJECT = 7
 const DEEP = 8
 const LOST = 9
 
@@ -66,6 +64,10 @@ const ARRAY = 2
 const MAX_DEPTH = 64
 const MAX_KEPT = 16 * 1024
 const LONG_TEXT = 48
+/** Maximum number of different finish reasons that are kept of one text. */
+const MAX_REASONS = 16
+/** Stands for an error that is longer than what is kept; JSON. */
+const LONG_ERROR = '"..."'
 
 /** The members a watcher looks for; the same for all answers of one dialect. */
 export class MemberNames {
@@ -170,10 +172,12 @@ export class JsonWatcher {
             this.#endScalar(bytes, begin, at)
           } else at++
           break
-        case USAGE_OBJECT:
+        case KEPT_OBJECT:
           at++
           if (this.#endsNested(byte)) {
-            this.seen.usage = this.#take(bytes, begin, at)
+            const json = this.#take(bytes, begin, at)
+            if (this.#isError()) this.seen.error = json
+            else this.seen.usage = json
             this.#state = AFTER
           }
           break
@@ -221,22 +225,15 @@ export class JsonWatcher {
       case 0x22:
         this.#state = TEXT
         this.#isPiece = this.#pieceDepth === 0 && this.#isDelta()
-        this.#keeps = this.#isTop(NAMES.type) || this.#isId()
-        if (this.#isTop(NAMES.error)) this.seen.error = true
+        this.#keeps = this.#isKept()
         return true
       case 0x7b:
-        if (this.#isUsage()) {
-          this.#state = USAGE_OBJECT
-          this.#keeps = true
-          this.#braces = 1
-          this.#inText = false
-          return false
-        }
-        if (this.#isTop(NAMES.error)) this.seen.error = true
+        if (this.#isUsage() || this.#isError()) return this.#keepObject()
         this.#noteObject(at)
         this.#open(OBJECT, NAME)
         return false
       case 0x5b:
+        if (this.#isError()) return this.#keepObject()
         if (this.#isTop(NAMES.choices)) this.seen.hasChoices = true
         this.#open(ARRAY, VALUE)
         return false
@@ -249,6 +246,14 @@ export class JsonWatcher {
         this.#keeps = this.#depth === 1 && this.#members[1]! >= NAMES.done
         return false
     }
+  }
+
+  #keepObject(): boolean {
+    this.#state = KEPT_OBJECT
+    this.#keeps = true
+    this.#braces = 1
+    this.#inText = false
+    return false
   }
 
   #open(kind: number, state: number): void {
@@ -283,12 +288,9 @@ export class JsonWatcher {
   }
 
   #noteText(at: number): void {
-    if (this.#kinds[this.#depth] !== OBJECT) return
-    const member = this.#members[this.#depth]!
-    if (member & DELTA) {
-      this.seen.delta = true
-      if (this.seen.texts++ === 0) this.seen.textBegin = at
-    } else if (member === NAMES.finish_reason) this.seen.finishReason = true
+    if (!this.#isDelta()) return
+    this.seen.delta = true
+    if (this.seen.texts++ === 0) this.seen.textBegin = at
   }
 
   /** Tool-call arguments may be an object, whose JSON the model has written. */
@@ -308,24 +310,70 @@ export class JsonWatcher {
   #endText(bytes: Buffer, begin: number, end: number): void {
     this.#isPiece = false
     if (this.seen.texts === 1 && this.seen.textEnd === 0) this.seen.textEnd = end
-    if (this.#keeps) {
-      const isId = this.#isId()
-      const text = this.#take(bytes, begin, end)
-      if (isId) this.seen.id = text
-      else this.seen.type = text
-    }
+    if (this.#keeps) this.#noteValue(this.#take(bytes, begin, end))
     this.#state = AFTER
+  }
+
+  #noteValue(text: string): void {
+    const { seen } = this
+    if (this.#isId()) seen.id = text
+    else if (this.#isError()) seen.error = `"${text}"`
+    else if (this.#depth > 1) this.#noteFinishReason(text)
+    else {
+      switch (this.#members[1]) {
+        case NAMES.type:
+          seen.type = text
+          break
+        case NAMES.object:
+          seen.object = text
+          break
+        case NAMES.status:
+          seen.status = text
+          break
+        case NAMES.message:
+          seen.message = text
+          break
+        case NAMES.code:
+          seen.code = text
+          break
+        case NAMES.error_type:
+          seen.errorType = text
+      }
+    }
+  }
+
+  #noteFinishReason(reason: string): void {
+    const known = this.seen.finishReasons ?? []
+    if (reason === '' || known.includes(reason) || known.length >= MAX_REASONS) return
+    this.seen.finishReasons = [...known, reason]
   }
 
   #endScalar(bytes: Buffer, begin: number, end: number): void {
     if (this.#keeps) {
       const text = this.#take(bytes, begin, end)
-      const count = Number(text)
-      if (this.#isTop(NAMES.done)) this.seen.done = text === 'true'
-      else if (this.#isTop(NAMES.eval_count)) this.seen.evalCount = count
-      else if (this.#isTop(NAMES.prompt_eval_count)) this.seen.promptEvalCount = count
+      if (text !== 'null') this.#noteScalar(text)
     }
     this.#state = AFTER
+  }
+
+  #noteScalar(text: string): void {
+    const { seen } = this
+    switch (this.#members[1]) {
+      case NAMES.done:
+        seen.done = text === 'true'
+        break
+      case NAMES.error:
+        seen.error = text
+        break
+      case NAMES.code:
+        seen.code = text
+        break
+      case NAMES.eval_count:
+        seen.evalCount = Number(text)
+        break
+      case NAMES.prompt_eval_count:
+        seen.promptEvalCount = Number(text)
+    }
   }
 
   /** Was this the byte that ends the object or list whose inside is not looked at? */
@@ -344,6 +392,25 @@ export class JsonWatcher {
 
   #isTop(code: number): boolean {
     return this.#depth === 1 && (this.#members[1]! & ~DELTA) === code
+  }
+
+  /** Whether this string is one of those that are noted. */
+  #isKept(): boolean {
+    if (this.#depth === 1) {
+      const member = this.#members[1]!
+      return member === NAMES.message || (member >= NAMES.id && member <= NAMES.code)
+    }
+    if (this.#depth === 2) return this.#isId() || this.#isError()
+    return this.#depth === 3 && this.#isFinishReason()
+  }
+
+  /** Whether it is the member of a choice. */
+  #isFinishReason(): boolean {
+    return this.#members[3] === NAMES.finish_reason && this.#members[1] === NAMES.choices
+  }
+
+  #isError(): boolean {
+    return this.#isTop(NAMES.error) || this.#isInside(NAMES.error)
   }
 
   #isUsage(): boolean {
@@ -393,7 +460,9 @@ export class JsonWatcher {
 
   #keep(bytes: Buffer, begin: number, end: number): void {
     this.#kept += bytes.toString('latin1', begin, end)
-    if (this.#kept.length > MAX_KEPT) this.#state = LOST
+    if (this.#kept.length <= MAX_KEPT) return
+    if (this.#isError()) this.seen.error = LONG_ERROR
+    this.#state = LOST
   }
 
   #take(bytes: Buffer, begin: number, end: number): string {
@@ -411,13 +480,18 @@ function nothing(): Seen {
     evalCount: undefined,
     id: undefined,
     type: undefined,
+    object: undefined,
+    status: undefined,
+    message: undefined,
+    code: undefined,
+    error: undefined,
+    errorType: undefined,
     delta: false,
     texts: 0,
     textBegin: 0,
     textEnd: 0,
     hasChoices: false,
-    finishReason: false,
-    done: false,
-    error: false
+    finishReasons: undefined,
+    done: false
   }
 }

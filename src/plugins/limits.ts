@@ -33,6 +33,7 @@ import {
 import { Typical } from '../limits/typical.ts'
 import { Complaint } from '../logs/complaint.ts'
 import { checkOptions, type Given, OptionsError } from '../options.ts'
+import { partsOf } from '../reporters/record.ts'
 import { StorageOptions } from '../store/storage.ts'
 
 /**
@@ -188,15 +189,13 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       exchange.endpoint.spends === 'input'
         ? 0
         : typical.expect(subject(exchange.request), model, payload?.maxTokens)
-    return { hold: amount(exchange, { input, output, cached: 0 }), least: input }
+    return { hold: amount(exchange, input, output), least: input }
   }
 
-  function amount(
-    exchange: Exchange,
-    tokens: { input: number; output: number; cached: number }
-  ): Amount {
+  function amount(exchange: Exchange, input: number, output: number): Amount {
+    const tokens = { input, output, cached: 0, cacheWrite: 0 }
     const cost = fastify.usage?.cost(exchange, tokens) ?? 0
-    return { tokens: tokens.input + tokens.output, cost }
+    return { tokens: input + output, cost }
   }
 
   function watch(exchange: Exchange): void {
@@ -216,14 +215,14 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     const output = fastify.tokens?.output(exchange) ?? 0
     if (output === 0) return
     const input = fastify.tokens.input(exchange)
-    const spent = amount(exchange, { input, output, cached: 0 })
+    const spent = amount(exchange, input, output)
     const left = lease.held.tokens - (spent.tokens - lease.spent.tokens)
     if (left > AHEAD) return
     watched.delete(exchange)
     const isStopping = options.on_exhausted === 'stop' && options.mode === 'enforce'
     let hasRoom = false
     for (const output of STEPS) {
-      const more = amount(exchange, { input: 0, output, cached: 0 })
+      const more = amount(exchange, 0, output)
       hasRoom = await from.extend(lease, spent, more, !isStopping)
       if (exchange.closed) return
       if (hasRoom) break
@@ -243,13 +242,13 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     }
     const { store, lease } = reservation
     if (usage === undefined) return store.settle(lease, NOTHING)
-    const { promptTokens: input, completionTokens: output, cachedTokens: cached = 0 } = usage
-    const cost = fastify.usage?.cost(exchange, { input, output, cached })
+    const cost = fastify.usage?.cost(exchange, partsOf(usage))
     if (cost === undefined && lease.accounts.some(isOfMoney)) {
       unpriced.add(1, `no price of ${exchange.model ?? 'a call without a model'}`)
     }
     store.settle(lease, { tokens: usage.totalTokens, cost: cost ?? 0 })
-    if (exchange.outcome === 'ok') typical.learn(subject(request), exchange.model ?? '', output)
+    if (exchange.outcome === 'ok')
+      typical.learn(subject(request), exchange.model ?? '', usage.completionTokens)
   })
 
   fastify.addHook('onClose', async () => {

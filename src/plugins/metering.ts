@@ -1,16 +1,13 @@
-import { pipeline, Transform } from 'node:stream'
-import * as zlib from 'node:zlib'
 import type { FastifyPluginAsync } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Dialect } from '../dialects/dialect.ts'
-import type { GatewayError } from '../errors.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
-import { type Framing, framingOf } from '../http.ts'
+import type { Framing } from '../http.ts'
+import { isPlausible } from '../metering/counts.ts'
 import { Estimates } from '../metering/estimate.ts'
 import { Meter, memberNames } from '../metering/meter.ts'
-import { promptText } from '../metering/text.ts'
+import { characters, promptText } from '../metering/text.ts'
 import type { MemberNames } from '../metering/watcher.ts'
-import { type Answer, ENDLESS, READ_MS } from '../pool/answer.ts'
 
 /**
  * Reads from every answer how many tokens it took: `request.exchange.usage`, complete when the
@@ -76,7 +73,7 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     const { reply, request } = exchange
     if (exchange.endpoint?.body === 'none' || request.method !== 'POST') return undefined
     if (reply.statusCode < 200 || reply.statusCode > 299) return undefined
-    const framing = framingOf(reply.getHeader('content-type'))
+    const { framing } = answer
     if (framing === undefined) return undefined
     const { dialect } = exchange
     const meter = new Meter({
@@ -88,16 +85,8 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     })
     exchange.meter = meter
     meter.onId = exchange.onAnswerId
-    const encoding = reply.getHeader('content-encoding')
-    if (encoding === undefined || encoding === 'identity') {
-      answer.tap = meter
-      return undefined
-    }
-    const decoder = createDecoder(String(encoding))
-    if (decoder === undefined) return undefined
-    reply.removeHeader('content-encoding')
-    reply.removeHeader('content-length')
-    return decoded(answer, decoder, meter)
+    answer.tap = meter
+    return undefined
   })
 
   exchanges.onEnd('metering', exchange => {
@@ -113,29 +102,57 @@ const MAX_MODELS = 1000
 
 /** What the meter has seen becomes what the exchange has spent. */
 function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
-  const { usage, deltas } = meter
-  if (meter.framing === 'json') {
-    if (usage === undefined) estimate(exchange, meter, estimates, exchange.outcome === 'ok')
-    else learn(exchange, meter, estimates, usage)
-    return
-  }
-  if (meter.failed && exchange.outcome === 'ok') {
+  if (meter.failure !== undefined && exchange.outcome === 'ok') {
     exchange.outcome = 'backend_failed'
     exchange.errorCode = 'backend_failed'
   }
-  exchange.firstTokenAt = meter.firstDeltaAt
-  exchange.lastTokenAt = meter.lastDeltaAt
-  const isWhole = exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
-  const isSaid = usage !== undefined && (usage.completionTokens > 0 || deltas === 0)
-  if (isWhole && isSaid && !meter.isUsageOld) learn(exchange, meter, estimates, usage)
-  else estimate(exchange, meter, estimates, isWhole && !meter.failed && !meter.isUsageOld)
+  const said = plausible(exchange, meter)
+  // A failure alone costs as little as one that comes with a status of its own.
+  if (meter.failure !== undefined && said === undefined && meter.deltas === 0) return
+  if (meter.framing !== 'json') {
+    exchange.firstTokenAt = meter.firstDeltaAt
+    exchange.lastTokenAt = meter.lastDeltaAt
+  }
+  const isOver = isTold(exchange, meter, said) && !meter.isUsageOld
+  const isRight = isOver && said !== undefined && !meter.isUsageWrong
+  if (isRight) teach(exchange, meter, estimates, said)
+  if (isRight && saysAll(exchange, meter, said)) {
+    // Of what several backends have written none has counted the whole.
+    exchange.usage = exchange.isDivided ? { ...said, exactness: 'counted' } : said
+  } else {
+    const isWhole = isOver && meter.failure === undefined
+    estimate(exchange, meter, estimates, { said, isRight, isWhole })
+  }
 }
 
-/** The backend has said it: that is what was spent, and an example of the model's tokens. */
-function learn(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Usage): void {
-  // Of what several backends have written none has counted the whole.
-  exchange.usage = exchange.isDivided ? { ...usage, exactness: 'counted' } : usage
-  if (exchange.isDivided) return
+/** What the backend said, if it can be true. */
+function plausible({ prompt }: Exchange, meter: Meter): Usage | undefined {
+  const { usage } = meter
+  if (usage === undefined) return undefined
+  const asked = prompt === undefined ? 0 : characters(prompt.counts)
+  return isPlausible(usage, asked, characters(meter.passed(true).text)) ? usage : undefined
+}
+
+/** Whether nothing has passed that the backend has not counted, or all has that there is to count. */
+function isTold(exchange: Exchange, meter: Meter, said: Usage | undefined): boolean {
+  if (meter.framing === 'json') return said !== undefined || exchange.outcome === 'ok'
+  if (meter.failure !== undefined) return meter.isAllTold
+  return exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
+}
+
+/** Whether there is a count of all that must have some tokens: of the prompt, and of the text that has passed. */
+function saysAll({ endpoint, prompt }: Exchange, meter: Meter, said: Usage): boolean {
+  if (endpoint?.spends === undefined) return true
+  const hasPrompt = prompt !== undefined && characters(prompt.counts) > 0
+  if (hasPrompt && said.promptTokens === 0) return false
+  const hasOutput = endpoint.spends !== 'input' && meter.deltas > 0
+  return !hasOutput || said.completionTokens > 0
+}
+
+/** The backend has said it: that is an example of the model's tokens. */
+function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Usage): void {
+  // A response that failed may lack text that its tokens were spent on.
+  if (exchange.isDivided || meter.failure !== undefined) return
   const { payload } = exchange.request
   const model = payload?.model ?? ''
   const { promptTokens, completionTokens } = usage
@@ -148,16 +165,21 @@ function learn(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Us
 
 /**
  * The backend has not said all. The output is what has passed, beside what it may have said of it; the
- * prompt is estimated unless its tokens were told at the beginning.
+ * prompt is estimated unless its tokens were told.
  */
-function estimate(exchange: Exchange, meter: Meter, estimates: Estimates, isWhole: boolean): void {
+function estimate(
+  exchange: Exchange,
+  meter: Meter,
+  estimates: Estimates,
+  { said, isRight, isWhole }: { said: Usage | undefined; isRight: boolean; isWhole: boolean }
+): void {
   const spends = exchange.endpoint?.spends
   if (spends === undefined) return
   const model = exchange.request.payload?.model ?? ''
-  const said = meter.usage
   const { tokens, since } = isWhole ? { tokens: 0, since: meter.passed(true) } : meter.counted
   const output = spends === 'input' ? 0 : tokens + estimates.output(model, since)
-  const completionTokens = Math.max(output, said?.completionTokens ?? 0)
+  const saidOutput = said?.completionTokens ?? 0
+  const completionTokens = isRight && saidOutput > 0 ? saidOutput : Math.max(output, saidOutput)
   const prompt = exchange.prompt === undefined ? 0 : estimates.input(model, exchange.prompt.counts)
   const promptTokens = said?.promptTokens || prompt
   exchange.usage = {
@@ -185,54 +207,6 @@ function estimatePrompt(exchange: Exchange, estimates: Estimates): void {
 function saysItsEnd(endpoint: Endpoint | undefined): boolean {
   if (endpoint === undefined) return false
   return endpoint.dialect.name !== 'openai' || endpoint.asksForUsage === true
-}
-
-function createDecoder(encoding: string): Transform | undefined {
-  switch (encoding) {
-    case 'gzip':
-    case 'x-gzip':
-      return zlib.createGunzip({ flush: zlib.constants.Z_SYNC_FLUSH })
-    case 'deflate':
-      return zlib.createInflate({ flush: zlib.constants.Z_SYNC_FLUSH })
-    case 'br':
-      return zlib.createBrotliDecompress()
-    case 'zstd':
-      return zlib.createZstdDecompress()
-    default:
-      return undefined
-  }
-}
-
-/** A backend that compresses although it was asked not to: the client gets the plain bytes. */
-function decoded(answer: Answer, decoder: Transform, meter: Meter): Transform {
-  const { account } = answer
-  const sayLast = (error: GatewayError) => {
-    const words = answer.isStream ? account?.lastWords(error) : undefined
-    if (words !== undefined) tap.push(meter.breakOff() + words)
-  }
-  const tap = new Transform({
-    transform: (chunk, _encoding, done) => done(null, meter.pass(chunk)),
-    async flush(done) {
-      const error = meter.isCutShort() ? answer.source?.broke(ENDLESS) : undefined
-      if (error !== undefined) {
-        sayLast(error)
-        // The client gets a moment to read them before the connection breaks.
-        return void setTimeout(() => done(error), READ_MS)
-      }
-      const rest = meter.end()
-      await account?.conclude()
-      done(null, rest)
-    }
-  })
-  // The words must not go through the decoder; and the backend's end is not the end of what it says.
-  answer.account = {
-    lastWords(error) {
-      sayLast(error)
-      return ''
-    },
-    conclude: () => undefined
-  }
-  return pipeline(answer, decoder, tap, () => {})
 }
 
 export default fp(meteringPlugin, {

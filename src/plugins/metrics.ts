@@ -109,7 +109,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
   })
   const tokens = new Counter({
     name: 'llmproxy_usage_tokens_total',
-    help: 'Tokens that were metered',
+    help: 'Tokens that were metered; cached and cache_write are parts of prompt',
     labelNames: ['type'],
     registers
   })
@@ -178,6 +178,9 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     if (usage !== undefined) {
       tokens.inc({ type: 'prompt' }, usage.promptTokens)
       tokens.inc({ type: 'completion' }, usage.completionTokens)
+      const { cachedTokens = 0, cacheWriteTokens = 0 } = usage
+      if (cachedTokens > 0) tokens.inc({ type: 'cached' }, cachedTokens)
+      if (cacheWriteTokens > 0) tokens.inc({ type: 'cache_write' }, cacheWriteTokens)
     }
     if (ttftMs === undefined) return
     ttft.observe({ path, backend }, ttftMs / 1000)

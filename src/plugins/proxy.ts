@@ -5,7 +5,7 @@ import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { dropControls, ENGINE_CONTROLS, isControlHeader } from '../engine-controls.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
-import { framingOf, isStream, mediaType, pathBelow } from '../http.ts'
+import { isStream, pathBelow } from '../http.ts'
 import { checkOptions, Duration, type Given, Section } from '../options.ts'
 import type { Answer } from '../pool/answer.ts'
 import { createDispatcher, EXCHANGE } from '../pool/dispatcher.ts'
@@ -111,7 +111,11 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
   ) => {
     answer.stallTimeout = options.write_timeout
     answer.account = exchange
-    answer.isStream = isStream(mediaType(reply.getHeader('content-type')))
+    answer.isStream = isStream(answer.framing)
+    // nginx in front would collect the events otherwise.
+    if (answer.framing === 'sse' && !reply.hasHeader('x-accel-buffering')) {
+      reply.header('x-accel-buffering', 'no')
+    }
     // A length would turn the last words of a stream into a proper end.
     if (answer.isStream) reply.removeHeader('content-length')
     if (answer.isAwaited) return void reply.send(answer)
@@ -135,13 +139,12 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
   })
 }
 
-/** The model is called in its answer what callers call it. What is compressed stays as it is. */
+/** The model is called in its answer what callers call it. */
 function withName(exchange: Exchange, answer: Answer, sent: NodeJS.ReadableStream) {
   const { reply, served } = exchange
   if (served?.model === undefined || served.model === served.upstream) return sent
-  const framing = framingOf(reply.getHeader('content-type'))
-  const isPlain = (reply.getHeader('content-encoding') ?? 'identity') === 'identity'
-  if (framing === undefined || !isPlain || reply.statusCode > 299) return sent
+  const { framing } = answer
+  if (framing === undefined || reply.statusCode > 299) return sent
   reply.removeHeader('content-length')
   const renamed = new Renamed(answer.tap, framing, served.model)
   if (sent !== answer) return pipeline(sent, renamed.toTransform(), () => {})
@@ -237,10 +240,9 @@ function toClient(headers: Headers, exchange: Exchange) {
   )
   kept['x-request-id'] ??= exchange.id
   kept[exchange.dialect.idHeader] ??= exchange.id
-  if (mediaType(kept['content-type']) === 'text/event-stream') {
-    // nginx in front would collect the events otherwise.
-    kept['x-accel-buffering'] ??= 'no'
-  }
+  // Several are no type at all.
+  const { 'content-type': type } = kept
+  if (Array.isArray(type)) kept['content-type'] = type[0]
   return kept as never
 }
 

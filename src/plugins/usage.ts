@@ -13,7 +13,7 @@ import { builtinFile } from '../reporters/builtin.ts'
 import type { OnDelivery } from '../reporters/courier.ts'
 import { type Keeping, Outbox } from '../reporters/outbox.ts'
 import type { Sink } from '../reporters/posts.ts'
-import { cost, type Price, toRecord } from '../reporters/record.ts'
+import { cost, type Price, type PricedTokens, toRecord } from '../reporters/record.ts'
 import { toEntry } from '../reporters/reporter.ts'
 import { ReporterOptions, reporterIssues, toReporters } from '../reporters/reporters.ts'
 import { prepareStore, readSums, type Sum, type SumQuery } from '../reporters/usage-store.ts'
@@ -40,6 +40,9 @@ const PriceOptions = Type.Object(
     input: Money('Price of a million tokens of input'),
     output: Money('Price of a million tokens of output'),
     cached: Type.Optional(Money('Price of a million tokens of input that came from a cache')),
+    cache_write: Type.Optional(
+      Money('Price of a million tokens of input that were written to a cache')
+    ),
     currency: Type.String({ default: 'USD', pattern: '^[A-Z]{3}$', description: 'Currency' })
   },
   { additionalProperties: false }
@@ -91,10 +94,7 @@ export interface UsageReports extends Readonly<OutboxState> {
   readonly onDelivery: OnDelivery[]
   update(options: UsageOptions, storage: StorageOptions): Promise<void>
   /** What so many tokens cost in this exchange; undefined where its model has no price. */
-  cost(
-    exchange: Exchange,
-    tokens: { input: number; output: number; cached: number }
-  ): number | undefined
+  cost(exchange: Exchange, tokens: PricedTokens): number | undefined
   /** What was spent; undefined where no reporter of type builtin keeps it in a file. */
   sums(query: SumQuery): Promise<Sum[] | undefined>
   /** Delivers what is pending until the signal fires. */
@@ -152,9 +152,9 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     },
     onDelivery,
     update,
-    cost(exchange, { input, output, cached }) {
+    cost(exchange, tokens) {
       const price = priceOf(exchange)
-      return price && cost(price, input, output, cached)
+      return price && cost(price, tokens)
     },
     async sums(query) {
       if (!rules.isSummed || fastify.dataDir === undefined) return undefined

@@ -2,7 +2,9 @@ import { ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import { Readable, type Writable } from 'node:stream'
 import type { Dispatcher } from 'undici'
+import type { Failure } from '../dialects/failure.ts'
 import type { GatewayError } from '../errors.ts'
+import type { Framing } from '../http.ts'
 
 /** Looks at every chunk of an answer and says what of it goes on. */
 export interface Tap {
@@ -17,6 +19,8 @@ export interface Tap {
   breakOff(): string
   /** Is it a stream of a kind that says that it is over, and has not said so? */
   isCutShort(): boolean
+  /** How the backend failed, where it reported that inside its response. */
+  readonly failure: Failure | undefined
 }
 
 /** The exchange an answer belongs to. */
@@ -29,15 +33,15 @@ export interface Account {
 
 /** Who gave the answer. */
 export interface Source {
-  /** All of it has come. */
-  complete(): void
+  /** All of it has come. `failure`: the backend reported one inside it. */
+  complete(failure: Failure | undefined): void
   /** It is not complete, although nobody had noticed: says what is wrong with it. */
   broke(why: string): GatewayError
 }
 
 /** Clients drop what they have not read yet when a connection breaks: they get a moment (ms) to read. */
 const LAST_WORDS_MS = 500
-export const READ_MS = 50
+const READ_MS = 50
 
 /** What is wrong with a stream that does not say that it is over. */
 export const ENDLESS = 'the stream ended without its end'
@@ -64,6 +68,8 @@ export class Answer extends Readable {
   /** Objects, not functions: V8 lets a function that is assigned to a member live until its next full collection. */
   account: Account | undefined
   source: Source | undefined
+  /** How it is cut into JSON texts; undefined: it is none. */
+  framing: Framing | undefined
   /** It comes bit by bit, and a break can be told of in words. */
   isStream = false
   /** How long (ms) a client may let bytes wait; 0: for ever. */
@@ -100,6 +106,7 @@ export class Answer extends Readable {
   static awaited(): Answer {
     const answer = new Answer(NOBODY_SENDS)
     answer.isAwaited = true
+    answer.framing = 'sse'
     answer.#offered = true
     return answer
   }
@@ -160,8 +167,8 @@ export class Answer extends Readable {
       const out = this.tap === undefined ? chunk : this.tap.pass(chunk)
       if (out !== undefined) chunks.push(out)
     }
-    this.source?.complete()
     const last = this.tap?.end()
+    this.source?.complete(this.tap?.failure)
     if (last !== undefined) chunks.push(last)
     response.once('prefinish', () => this.#limitFlush(response))
     return chunks.length === 1 ? chunks[0] : Buffer.concat(chunks)
@@ -287,8 +294,8 @@ export class Answer extends Readable {
     if (this.#over === 'ended' && this.tap?.isCutShort()) this.#over = this.source?.broke(ENDLESS)
     if (this.#over === 'ended') {
       this.#isFinished = true
-      this.source?.complete()
       this.#rest = this.tap?.end()
+      this.source?.complete(this.tap?.failure)
       if (this.#isRecorded) this.#endProperly()
       else this.#conclude()
       return

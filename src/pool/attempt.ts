@@ -1,8 +1,11 @@
 import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { type Dispatcher, errors } from 'undici'
+import type { Dialect } from '../dialects/dialect.ts'
+import type { Failure } from '../dialects/failure.ts'
+import { openai } from '../dialects/openai.ts'
 import { GatewayError } from '../errors.ts'
-import { framingOf, isStream, mediaType, parseRetryAfter } from '../http.ts'
+import { type Framing, framingOf, isStream, parseRetryAfter } from '../http.ts'
 import { Pieces } from '../wire/edits.ts'
 import { free } from '../wire/gathered.ts'
 import { Answer } from './answer.ts'
@@ -10,6 +13,7 @@ import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
 import { isAllSent } from './connector.ts'
 import type { Sink } from './continuation.ts'
 import type { Choice } from './decisions.ts'
+import { CodingError, codingsOf, Decoder } from './decoder.ts'
 import { brokenOff, failureKind, isLocal, isOurs, statusFailure } from './failures.ts'
 import { FirstEvent } from './first-event.ts'
 import type { Candidate, FailureKind } from './lineup.ts'
@@ -59,6 +63,10 @@ export interface AttemptOwner {
   again(attempt: Attempt): void
   /** When the client will have waited long enough for an answer to begin (monotonic, ms). */
   readonly deadline: number
+  /** In which the request was made. */
+  readonly dialect: Dialect
+  /** The framing that the request asks for; undefined: none. */
+  readonly asked: Framing | undefined
   count(attempt: Attempt, result: AttemptResult): void
 }
 
@@ -92,6 +100,8 @@ const NOBODY: AttemptOwner = {
   broke() {},
   again() {},
   deadline: Number.POSITIVE_INFINITY,
+  dialect: openai,
+  asked: undefined,
   count() {}
 }
 
@@ -119,11 +129,15 @@ export class Attempt implements BackendHandler {
   #answer: Answer | undefined
   /** Where it goes from when it is the client's. */
   #sink: Sink | undefined
-  /** What a stream begins with, until that is seen. */
+  /** Undoes the content codings of the response, if it has any. */
+  #decoder: Decoder | undefined
+  /** A content coding that cannot be undone, if it is one. */
+  #coding: string | undefined
+  /** What a response begins with, until that is seen. */
   #first: FirstEvent | undefined
   #holding: NodeJS.Timeout | undefined
   /** It began with an error, and is the client's all the same. */
-  #failure: FailureKind | undefined
+  #failure: Failure | undefined
   readonly #limits: TimeLimits
   readonly #patience: Patience
   /** Waits for a connection, where undici would wait for longer. */
@@ -179,7 +193,7 @@ export class Attempt implements BackendHandler {
     if (!this.#isDelivered && this.#refusal === undefined) this.#owner.count(this, result)
     this.#end()
     const reason = new GatewayError('client_gone', 'Nobody waits for the answer any more.')
-    if (this.#controller !== undefined) this.#controller.abort(reason)
+    if (this.#controller !== undefined) (this.#decoder ?? this.#controller).abort(reason)
     else this.socket?.destroy(reason)
   }
 
@@ -195,6 +209,7 @@ export class Attempt implements BackendHandler {
   letGo(): void {
     this.#owner = NOBODY
     this.#controller = undefined
+    this.#decoder = undefined
     this.#head = undefined
     this.#job = undefined
   }
@@ -215,17 +230,17 @@ export class Attempt implements BackendHandler {
   }
 
   onResponseStart(
-    controller: Dispatcher.DispatchController,
+    source: Dispatcher.DispatchController,
     statusCode: number,
     headers: Headers
   ): void {
     if (statusCode < 200) return
-    if (statusCode > 599)
-      return controller.abort(new errors.HTTPParserError(`status ${statusCode}`))
-    this.#wait(controller)
+    if (statusCode > 599) return source.abort(new errors.HTTPParserError(`status ${statusCode}`))
+    this.#wait(source)
     this.#head = { statusCode, headers }
     // The bytes of the head would hold Node's pool for as long as the answer takes.
-    controller.rawHeaders = []
+    source.rawHeaders = []
+    const controller = this.#decode(source)
     this.isAllSent = isAllSent() && this.#pieces?.isTaken !== false
     const { question } = this
     if (statusCode === 400 || statusCode === 422) {
@@ -247,22 +262,76 @@ export class Attempt implements BackendHandler {
       }
     }
     this.#answer = new Answer(controller)
-    this.#first = firstEventOf(this.#head)
+    this.#first = this.#expect(this.#head)
   }
 
-  onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {
+  onResponseData(source: Dispatcher.DispatchController, chunk: Buffer): void {
     this.#patience.heard = true
-    if (!this.#patience.isListening) {
-      this.#patience.listen(controller)
-    }
-    if (this.#sink !== undefined) this.#sink.data(chunk)
-    else if (this.#refusal === undefined) {
-      this.#answer!.data(chunk)
-      if (!this.#isDelivered) this.#begin(controller, chunk)
-    } else if (!this.#refusal.data(chunk)) this.#outgrown(controller, chunk)
+    if (!this.#patience.isListening) this.#patience.listen(this.#decoder ?? source)
+    if (this.#decoder === undefined) this.#data(source, chunk)
+    else this.#decoder.write(chunk)
   }
 
   onResponseEnd(): void {
+    if (this.#decoder === undefined) this.#ended()
+    else this.#decoder.end()
+  }
+
+  onResponseError(_source: Dispatcher.DispatchController, error: Error): void {
+    if (this.#decoder === undefined) this.#failed(error)
+    else this.#decoder.break(error)
+  }
+
+  complete(failure: Failure | undefined): void {
+    if (this.#failure === undefined && failure !== undefined) this.#judgeFailure(failure)
+    else this.backend.live.breaker.succeeded(this.#era, performance.now())
+    this.#era = JUDGED
+  }
+
+  broke(why: string): GatewayError {
+    return this.#broke(new Error(why))
+  }
+
+  /** Returns what controls the response: a decoder, if the response has content codings. */
+  #decode(source: Dispatcher.DispatchController): Dispatcher.DispatchController {
+    const { statusCode, headers } = this.#head!
+    const { 'content-encoding': given, ...others } = headers
+    if (given === undefined) return source
+    const { codings, unknown } = codingsOf(given)
+    this.#coding = unknown
+    this.#head = { statusCode, headers: others }
+    if (unknown !== undefined) others['content-encoding'] = unknown
+    if (codings.length === 0) return source
+    delete others['content-length']
+    const decoder = new Decoder(codings, source, {
+      data: chunk => this.#data(decoder, chunk),
+      end: () => this.#ended(),
+      fail: error => this.#failed(error)
+    })
+    this.#decoder = decoder
+    return decoder
+  }
+
+  /** Only a response that can be read can begin with an error that is seen. */
+  #expect({ statusCode, headers }: Head): FirstEvent | undefined {
+    if (statusCode > 299) return undefined
+    const { dialect, asked } = this.#owner
+    const declared = framingOf(headers['content-type'])
+    return new FirstEvent({ dialect, asked, declared, isDecoded: this.#decoder !== undefined })
+  }
+
+  #data(controller: Dispatcher.DispatchController, chunk: Buffer): void {
+    if (this.#sink !== undefined) this.#sink.data(chunk)
+    else if (this.#refusal === undefined) {
+      this.#answer!.data(chunk)
+      if (!this.#isDelivered) this.#begin(chunk)
+    } else if (!this.#refusal.data(chunk)) this.#outgrown(controller, chunk)
+  }
+
+  #ended(): void {
+    if (this.#isOver) return
+    const isBegun = this.#isDelivered || this.#refusal !== undefined
+    if (!isBegun) this.#judge(this.#first?.end() ?? 'response')
     this.#end()
     if (this.#isInDoubt) return this.#settleDoubt(this.#refusal!)
     if (this.#refusal !== undefined) return this.#refusal.end()
@@ -270,10 +339,11 @@ export class Attempt implements BackendHandler {
     this.#sink!.end()
   }
 
-  onResponseError(_controller: Dispatcher.DispatchController, error: Error): void {
+  #failed(error: Error): void {
+    if (this.#isOver) return
     this.#end()
     // An answer that was destroyed is one that its client gave up.
-    if (this.#isCancelled || (this.#sink ?? this.#answer)?.destroyed) return
+    if ((this.#sink ?? this.#answer)?.destroyed) return
     if (this.#isDelivered) return this.#sink!.break(this.#broke(error))
     if (this.#refusal !== undefined && !this.#isInDoubt) return this.#refusal.lose()
     const kind = failureKind(error)
@@ -295,36 +365,47 @@ export class Attempt implements BackendHandler {
     this.#owner.failed(this, kind, error, { isSent: this.#controller !== undefined, isStale })
   }
 
-  complete(): void {
-    this.backend.live.breaker.succeeded(this.#era, performance.now())
-    this.#era = JUDGED
-  }
-
-  broke(why: string): GatewayError {
-    return this.#broke(new Error(why))
-  }
-
-  #begin(controller: Dispatcher.DispatchController, chunk: Buffer): void {
-    const beginning = this.#first?.see(chunk) ?? 'answer'
+  #begin(chunk: Buffer): void {
+    const beginning = this.#first?.see(chunk) ?? 'response'
+    if (this.#isHidden()) return this.#refuse()
     if (beginning === 'incomplete') {
       const hold = Math.min(HOLD_MS, this.#owner.deadline - performance.now())
       this.#holding ??= setTimeout(() => this.#deliverOnce(), hold).unref()
       return
     }
-    if (beginning !== 'answer') {
-      const refusal = new Refusal(this.#head!, controller)
-      for (const each of this.#first!.chunks) refusal.data(each)
-      this.#penalise()
-      if (beginning === '5xx') this.#fail()
-      if (this.#owner.refused(this, beginning, refusal)) {
-        this.#owner.count(this, beginning)
-        this.#refusal = refusal
-        return
-      }
-      this.#failure = beginning
-    }
+    this.#judge(beginning)
+    if (this.#refusal !== undefined) return
     // What came in the same piece is on its way: an answer may be whole when it is delivered.
     queueMicrotask(() => this.#deliverOnce())
+  }
+
+  /** What begins with a failure is kept while others are tried. */
+  #judge(beginning: 'response' | Failure): void {
+    if (beginning === 'response') return
+    this.#judgeFailure(beginning)
+    this.#failure = beginning
+    if (beginning === '4xx') return
+    const { chunks, framing } = this.#first!
+    const refusal = new Refusal(this.#head!, this.#decoder ?? this.#controller!, framing)
+    for (const each of chunks) refusal.data(each)
+    if (!this.#owner.refused(this, beginning, refusal)) return
+    this.#owner.count(this, beginning)
+    this.#refusal = refusal
+  }
+
+  /** Whether an unknown coding hides what was asked for. Where the body can be read it was none. */
+  #isHidden(): boolean {
+    if (this.#coding === undefined || this.#first === undefined) return false
+    const { isShown } = this.#first
+    if (isShown) delete this.#head!.headers['content-encoding']
+    return isShown === false && this.#owner.asked !== undefined
+  }
+
+  #refuse(): void {
+    const error = new CodingError(`the content coding ${this.#coding} is unknown`)
+    const controller = this.#decoder ?? this.#controller!
+    this.#failed(error)
+    controller.abort(error)
   }
 
   #wait(controller: Dispatcher.DispatchController): void {
@@ -337,10 +418,13 @@ export class Attempt implements BackendHandler {
 
   #deliver(complete = false): void {
     this.#isDelivered = true
+    const { statusCode, headers } = this.#head!
+    const framing =
+      this.#first === undefined ? framingOf(headers['content-type']) : this.#first.framing
     this.#first = undefined
+    this.#answer!.framing = framing
     this.#answer!.source = this
     this.#answer!.offer(complete)
-    const { statusCode } = this.#head!
     this.#owner.count(
       this,
       this.#failure ??
@@ -348,21 +432,21 @@ export class Attempt implements BackendHandler {
         (`${Math.floor(statusCode / 100)}xx` as AttemptResult)
     )
     if (this.#failure === undefined) {
-      this.#observe(statusCode)
+      this.#observe(statusCode, framing)
       this.#judgeHead(statusCode)
     }
     this.#sink = this.#owner.deliver(this, this.#head!, this.#answer!)
   }
 
   /** Being refused fast is no merit; a refusal of the gateway's own key is a failure. */
-  #observe(statusCode: number): void {
+  #observe(statusCode: number, framing: Framing | undefined): void {
     if (statusCode >= 500 || statusCode === 429) return
     if (statusCode === 401 || statusCode === 403) return this.#penalise()
     const now = performance.now()
     const ms = now - this.#startedAt
     if (statusCode < 400) this.backend.live.reputation.observeSuccess(now)
     // A whole answer comes when it is complete: beside streams its first byte says nothing of the queue.
-    if (isStream(mediaType(this.#head!.headers['content-type']))) {
+    if (isStream(framing)) {
       this.backend.live.streamedAt = now
       this.#job?.begun(now)
     } else if (now - this.backend.live.streamedAt < STREAMS_MS) return
@@ -408,6 +492,15 @@ export class Attempt implements BackendHandler {
     this.#era = JUDGED
   }
 
+  /** The backend reports a failure inside its response. A request that is at fault counts neither way. */
+  #judgeFailure(failure: Failure): void {
+    this.backend.live.fail(`an error inside a response (${failure})`)
+    if (failure !== '4xx') this.#penalise()
+    if (failure === '5xx') return this.#fail()
+    this.backend.live.breaker.leave(this.#era)
+    this.#era = JUDGED
+  }
+
   #judgeRefusal({ statusCode, headers }: Head): void {
     const isBusy = statusCode === 429 || statusCode === 503
     const rest = isBusy ? parseRetryAfter(headers['retry-after']) : 0
@@ -439,11 +532,4 @@ export class Attempt implements BackendHandler {
     this.#job?.end()
     this.backend.live.breaker.leave(this.#era)
   }
-}
-
-/** Only a stream that can be read can begin with an error that is seen. */
-function firstEventOf({ statusCode, headers }: Head): FirstEvent | undefined {
-  if (statusCode > 299 || headers['content-encoding'] !== undefined) return undefined
-  const framing = framingOf(headers['content-type'])
-  return framing === undefined || framing === 'json' ? undefined : new FirstEvent(framing)
 }

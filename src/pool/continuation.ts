@@ -1,9 +1,10 @@
+import { openai } from '../dialects/openai.ts'
 import type { GatewayError } from '../errors.ts'
+import { failureOf } from '../metering/event.ts'
 import type { Body } from '../payload.ts'
 import type { Change } from '../payload-edits.ts'
 import { type Member, membersOf } from '../wire/json-scanner.ts'
 import { type Answer, ENDLESS } from './answer.ts'
-import { failureOf } from './first-event.ts'
 
 /**
  * A stream of text whose backend has died goes on from another one, which gets the text so far as the
@@ -42,7 +43,6 @@ interface Event {
   model?: unknown
   choices?: unknown
   usage?: unknown
-  error?: unknown
 }
 interface Choice {
   index?: unknown
@@ -62,8 +62,6 @@ const BRACE = 0x7b
 const BRACE_END = 0x7d
 /** A last message that is larger (bytes) is not read for its role. */
 const MAX_LAST_MESSAGE = 1024 * 1024
-/** How servers end an answer that they did not want to end. */
-const ABORTED: unknown[] = ['abort', 'error']
 
 /** Members of a request that another backend reads as the first one did. */
 const PLAIN = new Set(
@@ -275,11 +273,12 @@ export class Continuation implements Sink {
     const said: Event | undefined = isObject(json) ? json : undefined
     const choices = said?.choices ?? []
     const choice: Choice | undefined = Array.isArray(choices) ? choices[0] : undefined
-    const isBroken = failureOf(data) !== undefined || ABORTED.includes(choice?.finish_reason)
+    const failure = failureOf(data, openai, 'sse')
+    const isBroken = failure !== undefined && failure !== '4xx'
     if (isBroken && this.#isOpen && this.#continuer.canContinue()) {
       return this.#cut('an error in its stream')
     }
-    const isLast = data === '[DONE]' || isBroken || isSaid(said?.error)
+    const isLast = data === '[DONE]' || failure !== undefined
     const hadRole = this.#hasRole
     const isText = said !== undefined && !isLast && this.#read(said, choices, choice)
     if (this.#isOpen && !isText && !isLast && this.#before !== undefined) {

@@ -1,14 +1,16 @@
 import { Readable } from 'node:stream'
 import type { FastifyBaseLogger } from 'fastify'
 import type { Dispatcher } from 'undici'
+import type { Dialect } from '../dialects/dialect.ts'
 import { GatewayError, reasonOf } from '../errors.ts'
 import { BYTES_PER_TOKEN, type Exchange, type Work } from '../exchange.ts'
-import { parseRetryAfter } from '../http.ts'
+import { type Framing, parseRetryAfter } from '../http.ts'
 import { LONGEST } from '../options.ts'
 import type { Payload } from '../payload.ts'
 import { askForUsage, type Change, changed, nameModel, saltCache } from '../payload-edits.ts'
 import { Pieces } from '../wire/edits.ts'
 import type { Answer } from './answer.ts'
+import { AsEvent } from './as-event.ts'
 import type { Share } from './attained.ts'
 import {
   Attempt,
@@ -172,7 +174,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.#attribute(attempt)
     this.deadline = Number.POSITIVE_INFINITY
     this.#delivered = attempt
-    if (!this.#isContinuable(attempt, head)) return this.#handOver(head, answer)
+    if (!this.#isContinuable(attempt, head, answer)) return this.#handOver(head, answer)
     this.#exchange.begun = { model: attempt.candidate.model }
     const call = this.#call
     const early = answer.takeBack()
@@ -340,6 +342,14 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     if (refused !== undefined) this.turnAway(refused)
   }
 
+  get dialect(): Dialect {
+    return this.#exchange.dialect
+  }
+
+  get asked(): Framing | undefined {
+    return this.#exchange.asked
+  }
+
   get caller(): string {
     const { request, clientIp = '' } = this.#exchange
     return request.caller?.id ?? clientIp
@@ -443,11 +453,11 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   /** Is it an answer that another backend could go on with? */
-  #isContinuable({ candidate }: Attempt, head: Head): boolean {
+  #isContinuable({ candidate }: Attempt, head: Head, answer: Answer): boolean {
     const { endpoint, request } = this.#exchange
     if (!endpoint?.asksForUsage || !this.#lineup.continues(candidate)) return false
     const { payload } = request
-    return isEventStream(head) && payload !== undefined && openEnd(payload) !== undefined
+    return isEventStream(head, answer) && payload !== undefined && openEnd(payload) !== undefined
   }
 
   /** How many tokens the client has had. */
@@ -458,7 +468,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 
   /** A backend answers that was asked to go on. */
   #goOn(attempt: Attempt, head: Head, answer: Answer): Sink {
-    if (!isEventStream(head)) {
+    if (!isEventStream(head, answer)) {
       attempt.cancel()
       this.#logFailure(attempt, '5xx', `status ${head.statusCode} where a stream was to go on`)
       this.#tryOther('5xx')
@@ -500,8 +510,11 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 
   /** The client has its head, and heartbeats. */
   #join(open: Answer, head: Head, answer: Answer): Answer {
-    if (isEventStream(head)) {
+    const { framing } = answer
+    if (head.statusCode < 300 && (framing === 'sse' || framing === 'json')) {
+      open.framing = framing
       this.#front.answers(this.#exchange, open)
+      if (framing === 'json') open.tap = new AsEvent(open.tap)
       open.takeOver(answer)
       return open
     }

@@ -1,5 +1,6 @@
 import { errors } from 'undici'
 import { GatewayError } from '../errors.ts'
+import { CodingError } from './decoder.ts'
 import type { FailureKind } from './lineup.ts'
 import { TotalTimeoutError } from './patience.ts'
 
@@ -16,7 +17,8 @@ export function statusFailure(statusCode: number): FailureKind | undefined {
   return statusCode === 429 ? '429' : undefined
 }
 
-export function failureKind(error: Error & { code?: string }): 'timeout' | 'connect_failure' {
+export function failureKind(error: Error & { code?: string }): FailureKind {
+  if (error instanceof CodingError) return '5xx'
   return TIMEOUTS.includes(error.code) ? 'timeout' : 'connect_failure'
 }
 
@@ -52,6 +54,7 @@ export function withoutAnswer(kind: FailureKind, cause: Error): GatewayError {
     const message = 'The backend gave an answer that is not valid HTTP, or has too large a head.'
     return new GatewayError('backend_failed', message, { cause })
   }
+  if (cause instanceof CodingError) return undecodable(cause)
   return kind === 'timeout'
     ? new GatewayError('backend_timeout', 'The backend did not answer in time.', { cause })
     : new GatewayError('backend_unreachable', 'No backend could be reached.', { cause })
@@ -59,6 +62,7 @@ export function withoutAnswer(kind: FailureKind, cause: Error): GatewayError {
 
 /** The client has some of an answer. */
 export function brokenOff(cause: Error): GatewayError {
+  if (cause instanceof CodingError) return undecodable(cause)
   if (failureKind(cause) === 'connect_failure') {
     const message = 'The backend broke off in the middle of its answer.'
     return new GatewayError('backend_failed', message, { cause })
@@ -68,4 +72,9 @@ export function brokenOff(cause: Error): GatewayError {
       ? 'The answer took longer than it may.'
       : 'The backend fell silent in the middle of its answer.'
   return new GatewayError('backend_timeout', message, { cause })
+}
+
+function undecodable(cause: CodingError): GatewayError {
+  const message = 'The response of the backend cannot be decoded: its content-encoding is wrong.'
+  return new GatewayError('backend_failed', message, { cause })
 }

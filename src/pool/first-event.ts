@@ -1,92 +1,117 @@
-import type { Framing } from '../http.ts'
-import type { FailureKind } from './lineup.ts'
+import type { Dialect } from '../dialects/dialect.ts'
+import type { Failure } from '../dialects/failure.ts'
+import { type Framing, framingOfText } from '../http.ts'
+import { failureOf } from '../metering/event.ts'
 
-/** More than this (bytes) is not waited for. */
+/** Maximum bytes buffered while waiting for the first event. */
 const MAX_HELD = 16 * 1024
-/** What servers call it when they have too much to do. */
-const BUSY = /overloaded|rate_limit|too_many|queue|busy/i
-/** What they call it, or say, when the request is at fault. */
-const CALLERS_FAULT =
-  /bad_?request|invalid|validation|not_?found|not found|authentication|permission|exceed|context_length|content_filter|not support|too long|must be|required/i
+/** Tokens have been spent, and the client gets what they were spent on. */
+const USAGE = /"usage"\s*:\s*\{/
+
+/** What is known of a response before its body comes. */
+export interface Expected {
+  dialect: Dialect
+  /** The framing that the request asked for; undefined: none. */
+  asked: Framing | undefined
+  /** The framing that `content-type` names. */
+  declared: Framing | undefined
+  /** It comes out of a decoder, which can fail at its end: a short JSON body is waited for. */
+  isDecoded: boolean
+}
 
 /**
- * The first event of a stream. Inference servers say 200 before they look closely, so a stream may begin
- * with an error; as long as nothing else has come another backend can be asked.
+ * The beginning of a response: it shows the framing, whatever `content-type` says. Inference servers say 200
+ * before they look closely, so the first event of a stream, or a JSON body that comes in one piece, may be an
+ * error. As long as nothing else has come another backend can be asked.
  *
  * @example
- * new FirstEvent('sse').see(Buffer.from('data: {"error":{"code":503}}\n')) // '5xx'
+ * const expected = { dialect: openai, asked: 'sse', declared: undefined, isDecoded: false }
+ * new FirstEvent(expected).see(Buffer.from('data: {"error":{"code":503}}\n')) // '5xx'
  */
 export class FirstEvent {
   readonly chunks: Buffer[] = []
-  readonly #framing: Exclude<Framing, 'json'>
+  readonly #expected: Expected
+  /** What the text shows. */
+  #shown: Framing | 'unclear' | undefined = 'unclear'
   #text = ''
   /** Where the line begins that is not complete. */
   #line = 0
   #isSeen = false
 
-  constructor(framing: Exclude<Framing, 'json'>) {
-    this.#framing = framing
+  constructor(expected: Expected) {
+    this.#expected = expected
+  }
+
+  /** Whether the body itself shows its framing; undefined: not enough has come. */
+  get isShown(): boolean | undefined {
+    return this.#shown === 'unclear' ? undefined : this.#shown !== undefined
+  }
+
+  get framing(): Framing | undefined {
+    const { asked, declared } = this.#expected
+    if (this.#shown === 'unclear') return declared ?? asked
+    return this.#shown ?? declared
   }
 
   /**
    * Takes the next chunk.
    *
-   * @returns `incomplete`: it has not come yet; `answer`: it is none that another backend could do better;
-   * else how the backend has failed.
+   * @returns `incomplete`: it has not come yet; `response`: it reports no failure; else how the backend has
+   * failed.
    */
-  see(chunk: Buffer): 'incomplete' | 'answer' | FailureKind {
-    if (this.#isSeen) return 'answer'
+  see(chunk: Buffer): 'incomplete' | 'response' | Failure {
+    if (this.#isSeen) return 'response'
     this.chunks.push(chunk)
     // Byte by byte, so that a character may be cut: what is looked for is ASCII.
-    this.#text += chunk.toString('latin1')
+    this.#text += chunk.toString('latin1', 0, MAX_HELD)
+    this.#look()
     const event = this.#event()
-    if (event === undefined && this.#text.length < MAX_HELD) return 'incomplete'
+    if (event === undefined && this.#isAwaited()) return 'incomplete'
+    return this.#judge(event)
+  }
+
+  /** All has come. */
+  end(): 'response' | Failure {
+    if (this.#isSeen) return 'response'
+    this.#text += '\n'
+    this.#look()
+    return this.#judge(this.framing === 'json' ? this.#text : this.#event())
+  }
+
+  #look(): void {
+    const { asked, declared } = this.#expected
+    if (this.#shown !== 'unclear') return
+    this.#shown = asked === undefined ? declared : framingOfText(this.#text, asked, declared)
+  }
+
+  #isAwaited(): boolean {
+    return this.#text.length < MAX_HELD && this.framing !== undefined
+  }
+
+  #judge(event: string | undefined): 'response' | Failure {
     this.#isSeen = true
-    return (event === undefined ? undefined : failureOf(event)) ?? 'answer'
+    const { framing } = this
+    if (event === undefined || framing === undefined) return 'response'
+    if (framing === 'json' && USAGE.test(event)) return 'response'
+    return failureOf(event, this.#expected.dialect, framing) ?? 'response'
   }
 
   /** Its JSON, when it is there; comments and the like are none. */
   #event(): string | undefined {
+    const { framing } = this
+    if (this.#shown === 'unclear' || framing === undefined) return undefined
+    if (framing === 'json') {
+      const isTooLong = this.#text.length >= MAX_HELD
+      return isTooLong || this.#expected.isDecoded ? undefined : this.#text
+    }
     for (;;) {
       const end = this.#text.indexOf('\n', this.#line)
       if (end === -1) return undefined
       const line = this.#text.slice(this.#line, end).trim()
       this.#line = end + 1
-      if (this.#framing === 'ndjson' && line !== '') return line
+      if (framing === 'ndjson' && line !== '') return line
       const [, field, data] = /^(data|error):(.+)/.exec(line) ?? []
-      // llama.cpp had errors in lines of their own.
       if (field !== undefined) return field === 'error' ? `{"error":${data}}` : data
     }
-  }
-}
-
-/** How a backend has failed that says this; undefined: it has not, or the request is at fault. */
-export function failureOf(event: string): FailureKind | undefined {
-  if (!event.includes('"error"')) return undefined
-  const { error, response, choices, ...flat } = parse(event)
-  if (choices !== undefined) return undefined
-  if (flat.type === 'response.failed') return kindOf(Object(Object(response).error))
-  if (flat.object === 'error') return kindOf(flat)
-  if (typeof error === 'string' && error !== '') return kindOf({ message: error, ...flat })
-  const isSaid = typeof error === 'object' && error !== null && Object.keys(error).length > 0
-  return isSaid ? kindOf({ ...flat, ...error }) : undefined
-}
-
-function kindOf(error: Record<string, unknown>): FailureKind | undefined {
-  const { code, type, error_type = type, message } = error
-  const status = Number(code)
-  if (status === 429) return '429'
-  if (status >= 500) return '5xx'
-  if (status >= 400) return undefined
-  const said = `${error_type} ${code} ${message}`
-  if (CALLERS_FAULT.test(said)) return undefined
-  return BUSY.test(said) ? '429' : '5xx'
-}
-
-function parse(json: string): Record<string, unknown> {
-  try {
-    return Object(JSON.parse(json))
-  } catch {
-    return {}
   }
 }

@@ -1,5 +1,4 @@
 import { GatewayError } from '../errors.ts'
-import { mediaType } from '../http.ts'
 import { Answer } from './answer.ts'
 import type { Head } from './attempt.ts'
 
@@ -59,19 +58,15 @@ export class Heartbeat {
 }
 
 /** Can this answer follow the head that the client has? */
-export function isEventStream({ statusCode, headers }: Head): boolean {
-  const isPlain = (headers['content-encoding'] ?? 'identity') === 'identity'
-  return statusCode < 300 && isPlain && mediaType(headers['content-type']) === 'text/event-stream'
+export function isEventStream({ statusCode }: Head, { framing }: Answer): boolean {
+  return statusCode < 300 && framing === 'sse'
 }
 
 /** What to tell the client of an answer that can't: what the backend says, if it says what is wrong. */
 export async function complaintOf({ statusCode }: Head, answer: Answer): Promise<GatewayError> {
   if (statusCode < 400) {
     answer.destroy()
-    return new GatewayError(
-      'backend_failed',
-      'The backend did not answer with a plain stream of events.'
-    )
+    return new GatewayError('backend_failed', 'The backend did not answer with a stream of events.')
   }
   const said = messageIn(await read(answer))
   const message = said ?? `The backend answered with status ${statusCode}.`

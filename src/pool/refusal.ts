@@ -1,4 +1,5 @@
 import type { Dispatcher } from 'undici'
+import type { Framing } from '../http.ts'
 import { Answer, NOBODY_SENDS } from './answer.ts'
 import type { Head } from './attempt.ts'
 
@@ -9,12 +10,14 @@ export class Refusal {
   readonly head: Head
   readonly chunks: Buffer[] = []
   readonly #controller: Dispatcher.DispatchController
+  readonly #framing: Framing | undefined
   #size = 0
   #state: 'coming' | 'complete' | 'lost' = 'coming'
   #settled: ((isComplete: boolean) => void) | undefined
 
-  constructor(head: Head, controller: Dispatcher.DispatchController) {
+  constructor(head: Head, controller: Dispatcher.DispatchController, framing?: Framing) {
     this.head = head
+    this.#framing = framing
     this.#controller = controller
   }
 
@@ -50,6 +53,7 @@ export class Refusal {
 
   toAnswer(): Answer {
     const answer = new Answer(NOBODY_SENDS)
+    answer.framing = this.#framing
     for (const chunk of this.chunks) answer.data(chunk)
     answer.end()
     return answer

@@ -1,4 +1,5 @@
 import { Transform } from 'node:stream'
+import type { Failure } from '../dialects/failure.ts'
 import type { Framing } from '../http.ts'
 import type { Tap } from './answer.ts'
 
@@ -73,6 +74,10 @@ export class Renamed implements Tap {
 
   isCutShort(): boolean {
     return this.#inner?.isCutShort() ?? false
+  }
+
+  get failure(): Failure | undefined {
+    return this.#inner?.failure
   }
 
   #rename(bytes: Buffer | undefined): Buffer | undefined {

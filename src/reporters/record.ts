@@ -1,4 +1,4 @@
-import type { Exchange } from '../exchange.ts'
+import type { Exchange, Usage } from '../exchange.ts'
 import { pathBelow } from '../http.ts'
 
 /**
@@ -25,6 +25,8 @@ export interface UsageRecord {
   output_tokens: number
   /** Of the input, from a cache. */
   cached_tokens?: number | undefined
+  /** Of the input, written to a cache. */
+  cache_write_tokens?: number | undefined
   /** Of the output, reasoning. */
   reasoning_tokens?: number | undefined
   is_stream: boolean
@@ -60,6 +62,7 @@ export interface Price {
   input: number
   output: number
   cached?: number | undefined
+  cache_write?: number | undefined
   currency: string
 }
 
@@ -97,11 +100,12 @@ export function toRecord(
     input_tokens,
     output_tokens,
     cached_tokens: usage?.cachedTokens,
+    cache_write_tokens: usage?.cacheWriteTokens,
     reasoning_tokens: usage?.reasoningTokens,
     is_stream: stream,
     stream,
     exactness: usage?.exactness ?? null,
-    cost: price && cost(price, input_tokens, output_tokens, usage?.cachedTokens ?? 0),
+    cost: price && cost(price, partsOf(usage)),
     currency: price?.currency,
     tags: tags(request, tagHeaders),
     endpoint: exchange.endpoint?.url ?? request.routeOptions.url ?? '',
@@ -120,10 +124,29 @@ export function toRecord(
   }
 }
 
-/** Cached tokens are part of the input, at a price of their own where there is one. */
-export function cost(price: Price, input: number, output: number, cached: number): number {
-  const fresh = (input - cached) * price.input
-  return (fresh + cached * (price.cached ?? price.input) + output * price.output) / MILLION
+/** Tokens by price; those that a cache was read or written for are part of the input. */
+export interface PricedTokens {
+  input: number
+  output: number
+  cached: number
+  cacheWrite: number
+}
+
+export function partsOf(usage: Usage | undefined): PricedTokens {
+  return {
+    input: usage?.promptTokens ?? 0,
+    output: usage?.completionTokens ?? 0,
+    cached: usage?.cachedTokens ?? 0,
+    cacheWrite: usage?.cacheWriteTokens ?? 0
+  }
+}
+
+/** Without a price of their own, tokens from a cache and into it cost as much as the rest of the input. */
+export function cost(price: Price, { input, output, cached, cacheWrite }: PricedTokens): number {
+  const fresh = (input - cached - cacheWrite) * price.input
+  const fromCache = cached * (price.cached ?? price.input)
+  const intoCache = cacheWrite * (price.cache_write ?? price.input)
+  return (fresh + fromCache + intoCache + output * price.output) / MILLION
 }
 
 /** What stands with the key counts more than what a client says: it must not put its bill on another team. */

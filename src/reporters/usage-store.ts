@@ -1,5 +1,5 @@
 import { type Database, placeholders, type Value } from '../store/sql.ts'
-import { prepareFile } from '../store/sqlite.ts'
+import type { Sqlite } from '../store/sqlite.ts'
 import type { UsageRecord } from './record.ts'
 
 /**
@@ -7,13 +7,18 @@ import type { UsageRecord } from './record.ts'
  * come, by a trigger: so a record that comes twice counts once, and nobody who asks for a sum reads them.
  */
 
-const SCHEMA_VERSION = 1
 const DAY = 24 * 60 * 60 * 1000
 /** Rows that go in one step; others can write between two. */
 const STEP = 1_000
 const MAX_NAME = 255
 
-const SUMMED = ['input_tokens', 'output_tokens', 'cached_tokens', 'cost'] as const
+const SUMMED = [
+  'input_tokens',
+  'output_tokens',
+  'cached_tokens',
+  'cache_write_tokens',
+  'cost'
+] as const
 const COLUMNS = [
   'id',
   'at',
@@ -28,7 +33,7 @@ const COLUMNS = [
   'record'
 ] as const
 
-const SCHEMA = `
+const TABLES = `
   CREATE TABLE IF NOT EXISTS usage_records (
     id TEXT NOT NULL PRIMARY KEY, at INTEGER NOT NULL, day TEXT NOT NULL, api_key_id TEXT NOT NULL,
     user_id TEXT NOT NULL, model TEXT NOT NULL, backend TEXT NOT NULL, currency TEXT NOT NULL,
@@ -43,8 +48,13 @@ const SCHEMA = `
     PRIMARY KEY (dimension, day, value, currency)
   ) WITHOUT ROWID;
   CREATE INDEX IF NOT EXISTS usage_sums_by_day ON usage_sums (day);
-  CREATE TRIGGER IF NOT EXISTS usage_records_summed AFTER INSERT ON usage_records BEGIN
-    INSERT INTO usage_sums
+`
+const CACHE_WRITES = `
+  ALTER TABLE usage_records ADD COLUMN cache_write_tokens INTEGER NOT NULL DEFAULT 0;
+  ALTER TABLE usage_sums ADD COLUMN cache_write_tokens INTEGER NOT NULL DEFAULT 0;
+  DROP TRIGGER IF EXISTS usage_records_summed;
+  CREATE TRIGGER usage_records_summed AFTER INSERT ON usage_records BEGIN
+    INSERT INTO usage_sums (dimension, day, value, currency, requests, ${SUMMED.join(', ')})
     SELECT dimension, NEW.day, value, NEW.currency, 1, ${SUMMED.map(each => `NEW.${each}`).join(', ')}
     FROM (
       SELECT 'day' AS dimension, '' AS value
@@ -72,6 +82,7 @@ export interface Sum {
   input_tokens: number
   output_tokens: number
   cached_tokens: number
+  cache_write_tokens: number
   cost: number
 }
 
@@ -82,9 +93,9 @@ export interface SumQuery {
   until?: string
 }
 
-/** Makes the tables in a file that is new. */
-export function prepareStore(db: Database): Promise<void> {
-  return prepareFile(db, SCHEMA, SCHEMA_VERSION)
+/** Makes the tables in a file that is new, and completes those of an older version. */
+export function prepareStore(db: Sqlite): Promise<void> {
+  return db.upgrade([TABLES, CACHE_WRITES])
 }
 
 /** Keeps the records; one that is there already is left as it is, and so are the sums. */
@@ -149,7 +160,7 @@ async function deleteInSteps(
 }
 
 function toRow(record: UsageRecord): Value[] {
-  const { id, timestamp, tags = {}, cached_tokens = 0, cost = 0, currency = '' } = record
+  const { id, timestamp, tags = {}, cost = 0, currency = '' } = record
   const names = [record.api_key_id, record.user_id, record.model, record.backend]
   const at = Date.parse(timestamp)
   return [
@@ -160,7 +171,8 @@ function toRow(record: UsageRecord): Value[] {
     currency,
     record.input_tokens,
     record.output_tokens,
-    cached_tokens,
+    record.cached_tokens ?? 0,
+    record.cache_write_tokens ?? 0,
     cost,
     JSON.stringify(tags),
     JSON.stringify(record)

@@ -13,6 +13,7 @@ const kinds = {
   output_tokens: 'count',
   total_tokens: 'count',
   cached_tokens: 'count',
+  cache_write_tokens: 'count',
   reasoning_tokens: 'count',
   exactness: 'key',
   outcome: 'key',

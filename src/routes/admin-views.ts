@@ -39,6 +39,7 @@ const SumShown = Type.Object({
   input_tokens: count,
   output_tokens: count,
   cached_tokens: count,
+  cache_write_tokens: count,
   cost: Type.Number()
 })
 

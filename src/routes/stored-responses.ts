@@ -1,6 +1,6 @@
 import type { FastifyBaseLogger } from 'fastify'
 import { Lru } from '../keys/lru.ts'
-import { prepareFile, Sqlite } from '../store/sqlite.ts'
+import { Sqlite } from '../store/sqlite.ts'
 
 /** A stored response: it lives in the backend that made it, and belongs to the caller that asked for it. */
 export interface StoredResponse {
@@ -14,7 +14,6 @@ export interface StoredResponse {
 /** Name of the file in the data directory. */
 export const RESPONSES_FILE = 'responses.db'
 
-const SCHEMA_VERSION = 1
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS responses (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, caller TEXT NOT NULL,
@@ -120,7 +119,7 @@ export class StoredResponses {
   }
 
   #prepare(): Promise<void> {
-    this.#prepared ??= prepareFile(this.#db, SCHEMA, SCHEMA_VERSION).catch(error => {
+    this.#prepared ??= this.#db.upgrade([SCHEMA]).catch(error => {
       this.#prepared = undefined
       throw error
     })

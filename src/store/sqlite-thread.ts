@@ -11,12 +11,13 @@ export interface Statement {
   values: readonly Value[]
 }
 
-/** A statement or a script, or several statements in one transaction; without either, the end. */
+/** A statement or a script, several statements in one transaction, or an upgrade; without any, the end. */
 export interface Order {
   id: number
   sql?: string
   values?: readonly Value[] | undefined
   all?: readonly Statement[]
+  scripts?: readonly string[]
 }
 
 export interface Answer {
@@ -29,15 +30,22 @@ const port = parentPort!
 const { file } = workerData as { file: string }
 let db: DatabaseSync | undefined
 
-port.on('message', ({ id, sql, values, all }: Order) => {
+port.on('message', (order: Order) => {
+  const { id } = order
   try {
-    const rows = all !== undefined ? runAll(all) : sql === undefined ? close() : run(sql, values)
+    const rows = carryOut(order)
     port.postMessage({ id, rows } satisfies Answer)
   } catch (error) {
     const { message, errcode: code } = error as Error & { errcode?: number }
     port.postMessage({ id, error: { message, code } } satisfies Answer)
   }
 })
+
+function carryOut({ sql, values, all, scripts }: Order): Row[] | Row[][] {
+  if (all !== undefined) return runAll(all)
+  if (scripts !== undefined) return upgrade(scripts)
+  return sql === undefined ? close() : run(sql, values)
+}
 
 function run(sql: string, values: readonly Value[] | undefined): Row[] {
   db ??= openSqliteFile(file)
@@ -49,6 +57,22 @@ function run(sql: string, values: readonly Value[] | undefined): Row[] {
 function runAll(statements: readonly Statement[]): Row[][] {
   db ??= openSqliteFile(file)
   return inTransaction(db, db => statements.map(each => query(db, each)))
+}
+
+function upgrade(scripts: readonly string[]): Row[] {
+  db ??= openSqliteFile(file)
+  if (versionOf(db) === scripts.length) return []
+  inTransaction(db, db => {
+    const version = versionOf(db)
+    if (version > scripts.length) throw new Error('was written by a newer version of LLMProxy')
+    for (const script of scripts.slice(version)) db.exec(script)
+    db.exec(`PRAGMA user_version = ${scripts.length}`)
+  })
+  return []
+}
+
+function versionOf(db: DatabaseSync): number {
+  return Number(db.prepare('PRAGMA user_version').get()!.user_version)
 }
 
 function query(db: DatabaseSync, { sql, values }: Statement): Row[] {

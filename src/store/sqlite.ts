@@ -47,6 +47,16 @@ export class Sqlite implements Database {
   }
 
   /**
+   * Brings the file to the newest version, also one that is new. Several processes may do it simultaneously.
+   *
+   * @param scripts each leads from one version to the next; the first makes the tables in a new file
+   */
+  async upgrade(scripts: readonly string[]): Promise<void> {
+    if (this.#isClosed) throw new DatabaseError('unavailable', 'closed')
+    await this.#ask({ scripts }, this.#timeout)
+  }
+
+  /**
    * Changes when anybody else has written to the file (`PRAGMA data_version`, which is good for one
    * connection), and when the file was opened anew.
    */
@@ -109,12 +119,4 @@ export class Sqlite implements Database {
     this.#thread = undefined
     for (const { reject } of this.#asked.values()) reject(new DatabaseError('unavailable', reason))
   }
-}
-
-/** Makes the tables in a file that is new. Several may do it at the same time: `IF NOT EXISTS`. */
-export async function prepareFile(db: Database, script: string, version: number): Promise<void> {
-  const [row] = await db.run('PRAGMA user_version', [])
-  const found = Number(row!.user_version)
-  if (found > version) throw new Error('was written by a newer version of LLMProxy')
-  if (found === 0) await db.run(`${script} PRAGMA user_version = ${version}`)
 }
