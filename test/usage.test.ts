@@ -460,3 +460,15 @@ test('a record that alone is refused does not hold up those behind it', async t 
   assert.deepEqual(seen.toSorted(), ['a', 'b', 'poison'])
   await gateway.logged({ msg: 'usage records were refused; they will be tried again' })
 })
+
+test('reporters work without usage.enabled', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const hook = await receiver(t)
+  const { usage } = reporting(hook.url)
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    usage: { reporters: usage.reporters }
+  })
+  await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
+  assert.equal((await hook.event()).total_tokens, 15)
+})

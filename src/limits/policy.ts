@@ -22,7 +22,8 @@ export const LimitsOptions = Section(
   {
     enabled: Type.Boolean({
       default: false,
-      description: 'Switches these limits on; those that stand with a key always hold'
+      description:
+        'Enforces these limits; if left out, true where limits are listed. Limits set on a key always apply'
     }),
     mode: Type.Enum(['enforce', 'shadow'], {
       default: 'enforce',
@@ -67,7 +68,8 @@ export const LimitsOptions = Section(
       'Models, * as a wildcard, that have others than per_model; the first that fits counts'
     )
   },
-  'How much may be asked'
+  'How much may be asked',
+  ['global', 'per_key', 'per_user', 'per_model', 'users', 'models']
 )
 export type LimitsOptions = Static<typeof LimitsOptions>
 

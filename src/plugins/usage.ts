@@ -47,7 +47,10 @@ const PriceOptions = Type.Object(
 
 export const UsageOptions = Section(
   {
-    enabled: Type.Boolean({ default: false, description: 'Reports usage' }),
+    enabled: Type.Boolean({
+      default: false,
+      description: 'Reports usage; if left out, true where reporters are listed'
+    }),
     durability: Type.Enum(['strict', 'relaxed'], {
       default: 'strict',
       description:
@@ -75,7 +78,8 @@ export const UsageOptions = Section(
       description: 'Who is told'
     })
   },
-  'Where the usage of every call goes'
+  'Where the usage of every call goes',
+  ['reporters']
 )
 export type UsageOptions = Static<typeof UsageOptions>
 
