@@ -14,17 +14,13 @@ import {
   type Lease,
   type Left,
   type LimitStore,
+  MAX_ADDRESSES,
   NOTHING,
   type Refusal
 } from './store.ts'
 
 /** Below this number of subjects no idle ones are looked for. */
 const LOOK_FROM = 1024
-/**
- * Maximum number of subjects. API keys and users with a live quota may exceed it: as many exist as the operator
- * has created. Client addresses never do.
- */
-export const MAX_SUBJECTS = 100_000
 /** Subjects that a request looks at, more than it can add. */
 const LOOKS = 8
 
@@ -218,6 +214,8 @@ export class MemoryStore implements LimitStore {
   #removeSome(): void {
     const now = this.#clock.now()
     const time = this.#clock.time()
+    // API keys and users with a live quota may be more: as many exist as the operator has created.
+    const max = MAX_ADDRESSES - LOOKS
     for (let looks = 0; looks < LOOKS; looks++) {
       const { value, done } = this.#looking.next()
       if (done) {
@@ -225,7 +223,7 @@ export class MemoryStore implements LimitStore {
         return
       }
       const [id, counter] = value
-      const isOver = this.#counters.size > MAX_SUBJECTS - LOOKS
+      const isOver = this.#counters.size > max
       const isSpare = isAddress(id) ? counter.slots === 0 : !counter.isNeeded(time)
       if (counter.isIdle(now, time) || (isOver && isSpare)) this.#remove(id, counter)
     }

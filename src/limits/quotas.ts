@@ -3,6 +3,7 @@ import type { FastifyBaseLogger } from 'fastify'
 import { placeholders, type Row } from '../store/sql.ts'
 import { prepareFile, Sqlite } from '../store/sqlite.ts'
 import type { Spending } from './counter.ts'
+import { ADDRESS, MAX_ADDRESSES } from './store.ts'
 
 /** Maximum time (ms) that the usage of running streams stays in memory alone. */
 const WRITE_INTERVAL = 1_000
@@ -23,6 +24,10 @@ const SCHEMA = `
 /** The clock may be ahead now, or was when something was spent: rows are old if both agree. */
 const DELETE_OLD =
   'DELETE FROM quotas WHERE period_end <= min(?, (SELECT max(period_start) FROM quotas)) - ?'
+/** Client addresses beyond the maximum. */
+const DELETE_SURPLUS = `DELETE FROM quotas WHERE account IN (
+  SELECT account FROM quotas WHERE account GLOB ? ORDER BY period_start DESC LIMIT -1 OFFSET ${MAX_ADDRESSES}
+)`
 
 /**
  * What was spent of quotas, in a file. The file and its writer thread exist only if a quota is configured.
@@ -47,6 +52,7 @@ export class Quotas {
     if (!existsSync(file)) return new Quotas(db, new Map(), log)
     await prepareFile(db, SCHEMA, SCHEMA_VERSION)
     await db.run(DELETE_OLD, [now, KEPT])
+    await db.run(DELETE_SURPLUS, [`per_key:${ADDRESS}*`])
     const rows = await db.run('SELECT * FROM quotas', [])
     return new Quotas(db, new Map(rows.map(row => [String(row.account), toSpending(row)])), log)
   }
@@ -74,7 +80,9 @@ export class Quotas {
 
   /** What the account has spent does not matter any more. */
   forget(account: string): void {
-    this.#changed.set(account, undefined)
+    // While nothing can be written there may be any number of them.
+    if (this.#isBroken) this.#changed.delete(account)
+    else this.#changed.set(account, undefined)
   }
 
   note(account: string, spending: Spending): void {

@@ -119,6 +119,9 @@ export function isRefusal(result: Lease | Refusal): result is Refusal {
 /** Begins the id of a client address, which stands in for a key where no key is known. No key's id begins like this. */
 export const ADDRESS = '\n'
 
+/** Client addresses whose limits are counted; of more, those that are looked at next are forgotten. */
+export const MAX_ADDRESSES = 100_000
+
 /** Whether this is the name ({@link idOf}) of a client address: there may be any number of them. */
 export function isAddress(name: string): boolean {
   return name.startsWith(`per_key:${ADDRESS}`)

@@ -323,7 +323,9 @@ function isOfMoney({ limits }: Account): boolean {
 }
 
 function askerOf(request: FastifyRequest): Asker {
-  return { caller: request.caller, subject: subject(request), model: request.payload?.model }
+  const { caller, payload, server } = request
+  const lists = (model: string) => server.backends?.pool.lists(model) ?? true
+  return { caller, subject: subject(request), model: payload?.model, lists }
 }
 
 function toUnavailable(error: unknown): never {

@@ -12,7 +12,7 @@ import {
   type Wanted
 } from './lineup.ts'
 import { Speeds } from './load.ts'
-import { upstreamModel } from './models.ts'
+import { isListed, upstreamModel } from './models.ts'
 import { Queue, type QueuePolicy } from './queue.ts'
 import type { StrategyName } from './strategies.ts'
 
@@ -146,6 +146,11 @@ export class Pool {
     return this.#current
       .names(model, wanted)
       .some(each => this.backends.some(backend => upstreamModel(backend, each) !== undefined))
+  }
+
+  /** Whether a backend or a fallback has a model of this very name, so that callers cannot invent more of them. */
+  lists(model: string): boolean {
+    return this.backends.some(each => isListed(each, model)) || this.#current.hasFallbacks(model)
   }
 
   get available(): boolean {
