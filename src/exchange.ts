@@ -28,7 +28,7 @@ import { free } from './wire/gathered.ts'
  * What the finishers do, in this order: when the backend has said all, or the exchange ends before; and
  * when it ends.
  */
-const CONCLUDING = ['metering', 'record'] as const
+const CONCLUDING = ['metering', 'budget', 'record'] as const
 const ENDING = ['settle', 'slot', 'metrics', 'log'] as const
 export type Stage = (typeof CONCLUDING)[number] | (typeof ENDING)[number]
 type Finisher = (exchange: Exchange) => void
@@ -144,6 +144,8 @@ export class Exchange {
   /** What the plugins hold for it until it ends. */
   meter: Meter | undefined
   reservation: { store: LimitStore; lease: Lease } | undefined
+  /** Resolves when a crash cannot give back what it spent of a quota; absent: there is none. */
+  booked: Promise<void> | undefined
   /** Somebody wants the request body when it is over. */
   keepsBody = false
   /** A backend has the request, or some of it, and nothing came of it yet. */

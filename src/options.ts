@@ -1,6 +1,7 @@
 import { validateHeaderName, validateHeaderValue } from 'node:http'
 import { Ajv, type FuncKeywordDefinition } from 'ajv'
 import { type Static, type TSchema, type TUnsafe, Type } from 'typebox'
+import { addImplied } from './implied.ts'
 import { type Distinct, findRepeated, formatPath, type Issue, toIssue } from './issues.ts'
 import { dropSwitchedOff, isSwitchedOn, type SchemaNode } from './not-built.ts'
 
@@ -9,7 +10,7 @@ import { dropSwitchedOff, isSwitchedOn, type SchemaNode } from './not-built.ts'
  * the editor's schema and the reference manual all come from it. A few keywords of our own say what
  * JSON Schema can't: `unit` (text such as `30s` or `64MB`), `bare` (what a number without one is in a file), `notBuilt` and `later` (parts and values
  * that this version doesn't have), `shorthand` (text that stands for an object with that one member),
- * `distinct`, `partOfType`, `check` (a function) with `expects` (what it wants, in words), `hashed`,
+ * `distinct`, `partOfType`, `enabledBy`, `check` (a function) with `expects` (what it wants, in words), `hashed`,
  * `secret` (never shown, nor anything inside), and `restart` (a running gateway cannot take over another value, nor
  * anything inside; see `changes.ts`).
  */
@@ -146,9 +147,22 @@ export type Given<T> = T extends number
       ? { readonly [Name in keyof T]?: Given<T[Name]> }
       : T
 
-/** An object whose unknown members are refused, and which is there with its defaults if left out. */
-export function Section<T extends Record<string, TSchema>>(properties: T, description: string) {
-  return Type.Object(properties, { additionalProperties: false, default: {}, description })
+/**
+ * An object whose unknown members are refused, and which is there with its defaults if left out.
+ *
+ * @param enabledBy fields that enable the section if one of them has content and `enabled` is left out
+ */
+export function Section<T extends Record<string, TSchema>>(
+  properties: T,
+  description: string,
+  enabledBy: readonly string[] = []
+) {
+  return Type.Object(properties, {
+    additionalProperties: false,
+    default: {},
+    description,
+    ...(enabledBy.length === 0 ? {} : { enabledBy })
+  })
 }
 
 /**
@@ -291,6 +305,7 @@ export function findIssues(schema: TSchema, options: unknown): Issue[] {
     compiled.set(schema, validate)
   }
   dropSwitchedOff(schema as SchemaNode, options, false)
+  addImplied(schema as SchemaNode, options)
   if (validate(options)) return []
   const errors = validate.errors ?? []
   // Where no alternative fits, what is wrong with each of them only confuses.

@@ -311,26 +311,65 @@ test('shadow refuses nothing, not even without its Redis', { skip: REDIS.skip },
   for (let at = 0; at < 3; at++) assert.equal((await call('a')).status, 200)
 })
 
-test('what was spent of a quota outlives a restart', async t => {
-  const dir = folder(t)
+for (const [signal, workers] of [
+  ['SIGTERM', 1],
+  ['SIGKILL', 1],
+  ['SIGKILL', 2]
+] as const) {
+  test(`what was spent of a quota outlives ${signal} with ${workers} worker(s)`, async t => {
+    const dir = folder(t)
+    const backend = await answering(t)
+    const config = {
+      server: { listen: '127.0.0.1:0', workers },
+      backends: [{ url: backend.url }],
+      auth: { enabled: true, keys: keys({ total_quota: 150 }) }
+    }
+    const { CLI, start: startProcess, writeConfig } = await import('./process.ts')
+    const file = writeConfig(`${dir}/config.json`, config)
+    const begin = () => startProcess(t, [CLI, '--config', file], { LLMPROXY_DATA_DIR: dir })
+    const first = await begin()
+    const call = (url: string, max_tokens: number) =>
+      post(`${url}/v1/chat/completions`, { ...CHAT, max_tokens }, { authorization: 'Bearer a' })
+    await (await call(first.url, 100)).text()
+    first.child.kill(signal)
+    await first.exit
+    const second = await begin()
+    assert.equal((await call(second.url, 50)).status, 429)
+    assert.equal((await call(second.url, 5)).status, 200)
+  })
+}
+
+test('the end of a response waits until its quota is written, and so does its record', async t => {
   const backend = await answering(t)
-  const config = {
-    server: { listen: '127.0.0.1:0' },
+  const hook = await fakeBackend(t, (_request, response) => void response.end())
+  const gateway = await startGateway(t, {
     backends: [{ url: backend.url }],
-    auth: { enabled: true, keys: keys({ total_quota: 150 }) }
-  }
-  const { CLI, start: startProcess, writeConfig } = await import('./process.ts')
-  const file = writeConfig(`${dir}/config.json`, config)
-  const begin = () => startProcess(t, [CLI, '--config', file], { LLMPROXY_DATA_DIR: dir })
-  const first = await begin()
-  const call = (url: string, max_tokens: number) =>
-    post(`${url}/v1/chat/completions`, { ...CHAT, max_tokens }, { authorization: 'Bearer a' })
-  await (await call(first.url, 100)).text()
-  first.child.kill('SIGTERM')
-  await first.exit
-  const second = await begin()
-  assert.equal((await call(second.url, 50)).status, 429)
-  assert.equal((await call(second.url, 5)).status, 200)
+    auth: { enabled: true, keys: keys({ total_quota: 800 }) },
+    usage: { enabled: true, reporters: [{ type: 'webhook', webhook: { url: hook.url } }] }
+  })
+  const written = Promise.withResolvers<void>()
+  const booked = Promise.withResolvers<void>()
+  const { book } = MemoryStore.prototype
+  t.mock.method(
+    MemoryStore.prototype,
+    'book',
+    async function (this: MemoryStore, ...args: Parameters<typeof book>) {
+      await book.apply(this, args)
+      booked.resolve()
+      await written.promise
+    }
+  )
+  const client = await stream(t, gateway, 3)
+  await client.until(/ x/)
+  await booked.promise
+  // Whatever is ready has been sent by then.
+  await (await fetch(`${gateway.url}/health`)).text()
+  assert.doesNotMatch(client.received, /\[DONE\]/)
+  assert.equal(hook.requests.length, 0)
+  assert.equal(gateway.fastify.usage?.pending ?? 0, 0)
+  written.resolve()
+  await client.until(/\[DONE\]/)
+  assert.equal(JSON.parse((await hook.request()).body).total_tokens, 13)
 })
 
 test('a name for Redis that is not used may change without a loss', async t => {

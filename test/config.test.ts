@@ -558,3 +558,31 @@ test('a tag has a name that can be asked for', () => {
   assert.match(line!, /usage\.tags: must be a mapping of names \(letters, digits, .*\) to headers/)
   assert.deepEqual(complaint(`${BACKEND}usage: {tags: {team: x-team}}\n`), [])
 })
+
+test('a section that lists something is enabled unless it says otherwise', () => {
+  const isEnabled = (section: 'auth' | 'discovery' | 'rate_limit' | 'usage', content: string) =>
+    parse(`${BACKEND}${section}: ${content}`)[section].enabled
+  for (const [section, content] of [
+    ['usage', 'reporters: [{type: file, file: {path: usage.jsonl}}]'],
+    ['usage', 'reporters: [{type: builtin}]'],
+    ['auth', 'keys: [sk-1]'],
+    ['auth', 'pipeline: [{type: builtin}]'],
+    ['discovery', 'sources: [{type: static, static: {backends: [{url: "http://b:1"}]}}]'],
+    ['rate_limit', 'per_key: {requests_per_minute: 1}'],
+    ['rate_limit', 'users: {alice: {total_quota: 1}}']
+  ] as const) {
+    assert.equal(isEnabled(section, `{${content}}`), true, content)
+    assert.equal(isEnabled(section, `{enabled: false, ${content}}`), false, content)
+  }
+  assert.equal(isEnabled('usage', '{prices: [{model: m, input: 1, output: 1}]}'), false)
+  assert.equal(isEnabled('rate_limit', '{per_key: {requests_per_minute: 0}}'), false)
+  assert.equal(isEnabled('auth', '{keys: []}'), false)
+})
+
+test('a type whose settings all have defaults needs no block', () => {
+  const { usage } = parse(`${BACKEND}usage: {reporters: [{type: builtin}]}`)
+  assert.deepEqual(usage.reporters[0]!.builtin, { retention_days: 90 })
+  assert.deepEqual(complaint(`${BACKEND}usage: {reporters: [{type: webhook}]}`), [
+    'config.yaml:3:21 usage.reporters[0].webhook: is missing'
+  ])
+})

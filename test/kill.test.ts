@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict'
 import { createServer } from 'node:http'
+import { DatabaseSync } from 'node:sqlite'
 import { type TestContext, test } from 'node:test'
 import { answerChat, CHAT, fakeBackend, post } from './helper.ts'
 import { CLI, folder, type Process, start, writeConfig } from './process.ts'
@@ -56,7 +57,11 @@ async function load(gateway: Process): Promise<string[]> {
     for (let call = 0; ; call++) {
       const stream = (index + call) % 2 === 0
       try {
-        const answer = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream })
+        const answer = await post(
+          `${gateway.url}/v1/chat/completions`,
+          { ...CHAT, stream },
+          { authorization: 'Bearer sk-alice' }
+        )
         const text = await answer.text()
         assert.match(text, stream ? /data: \[DONE\]\n\n$/ : /\}$/)
         complete.push(answer.headers.get('x-llmproxy-request-id')!)
@@ -85,6 +90,7 @@ for (const workers of [1, 2]) {
     const file = writeConfig(`${dataDir}/config.json`, {
       server: { listen: '127.0.0.1:0', workers },
       backends: [{ url: backend.url }],
+      auth: { enabled: true, keys: [{ key: 'sk-alice', name: 'alice', total_quota: 1e9 }] },
       usage: { enabled: true, reporters: [{ type: 'webhook', webhook }] }
     })
     const begin = () => start(t, [CLI, '--config', file], { LLMPROXY_DATA_DIR: dataDir })
@@ -107,6 +113,14 @@ for (const workers of [1, 2]) {
     assert.ok(complete.length > 0)
     assert.deepEqual(missing(), [])
     assert.deepEqual(sink.changed, [], 'what comes again is the same record')
+    const reported = [...sink.seen.values()].map(each => JSON.parse(each).total_tokens)
+    const db = new DatabaseSync(`${dataDir}/limits.db`)
+    const { tokens } = db
+      .prepare("SELECT tokens FROM quotas WHERE account = 'per_key:alice'")
+      .get()!
+    db.close()
+    const sum = reported.reduce((sum, each) => sum + each, 0)
+    assert.ok(Number(tokens) >= sum, `${tokens} tokens of the quota are spent, ${sum} are reported`)
     for (const id of complete) {
       const { outcome, exactness, total_tokens } = JSON.parse(sink.seen.get(id)!)
       assert.deepEqual([outcome, exactness, total_tokens], ['ok', 'exact', 15])

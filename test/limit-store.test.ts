@@ -1,10 +1,13 @@
 import assert from 'node:assert/strict'
+import { DatabaseSync } from 'node:sqlite'
 import { type TestContext, test } from 'node:test'
 import { createClient } from '@redis/client'
 import fc from 'fast-check'
+import { pino } from 'pino'
 import { MemoryStore } from '../src/limits/memory.ts'
-import { Orders } from '../src/limits/orders.ts'
+import { Orders, toOrder } from '../src/limits/orders.ts'
 import { Periods } from '../src/limits/period.ts'
+import { Quotas } from '../src/limits/quotas.ts'
 import { RemoteLeases, RemoteStore } from '../src/limits/remote.ts'
 import {
   type Account,
@@ -30,6 +33,7 @@ import {
   severalReplicas,
   severalWorkers
 } from './limit-stores.ts'
+import { folder } from './process.ts'
 import { door, REDIS, uniqueName } from './servers.ts'
 
 /** One contract, and everything that holds limits: in memory, in another process, and in a real Redis. */
@@ -695,3 +699,158 @@ for (const [name, skip, open] of STORES) {
     assert.equal((await refused(store, call(accounts, tokens(30)))).limit, 'total_quota')
   })
 }
+
+const DAY = 24 * 60 * 60 * 1000
+const YEAR = 400 * DAY
+
+async function spend(store: LimitStore, accounts: Account[], amount: number): Promise<void> {
+  store.settle(await granted(store, call(accounts)), tokens(amount))
+  await settled(store)
+}
+
+for (const [name, skip, open] of STORES) {
+  test(`${name}: a clock that is ahead for a moment neither locks a quota nor gives it back`, {
+    skip
+  }, async t => {
+    const { store, later } = await open(t)
+    const daily = [account({ total_quota: 100, quota_reset_period: 'daily' })]
+    await spend(store, daily, 60)
+    await later(YEAR)
+    await spend(store, daily, 30)
+    await later(-YEAR)
+    // 90 of today's are spent, whatever the clock said meanwhile.
+    await refused(store, call(daily, tokens(11)))
+    await spend(store, daily, 5)
+    await refused(store, call(daily, tokens(6)))
+    await granted(store, call(daily, tokens(5)))
+    await later(DAY)
+    await granted(store, call(daily, tokens(90)))
+  })
+
+  test(`${name}: a clock that is a little behind does not begin a period anew`, {
+    skip
+  }, async t => {
+    const { store, later } = await open(t)
+    const daily = [account({ total_quota: 100, quota_reset_period: 'daily' })]
+    await later(DAY / 2 + 1_000)
+    await spend(store, daily, 60)
+    await later(-2_000)
+    await refused(store, call(daily, tokens(41)))
+    await spend(store, daily, 10)
+    await later(2_000)
+    await refused(store, call(daily, tokens(31)))
+  })
+}
+
+test('redis: rates and slots follow a clock that is set back', { skip: REDIS.skip }, async t => {
+  const { later, time } = clock()
+  const prefix = uniqueName('back')
+  const way = await door(t, REDIS)
+  const store = await joinRedis(t, REDIS, prefix, { time })
+  const doomed = await joinRedis(t, { host: '127.0.0.1', port: way.port }, prefix, { time })
+  const beat = async () => {
+    await store.beat()
+    await store.beat()
+  }
+  await later(YEAR)
+  await beat()
+  await doomed.beat()
+  const minute = call([account({ requests_per_minute: 1 }, 'minute')])
+  const second = call([account({ requests_per_second: 1, burst_size: 1 }, 'second')])
+  const slot = call([account({ max_concurrent: 1 }, 'slot')])
+  for (const each of [minute, second]) store.settle(await granted(store, each), NOTHING)
+  await granted(doomed, slot)
+  way.set('shut')
+  await settled(store)
+  await later(-YEAR)
+  await beat()
+  for (const each of [minute, second, slot]) await refused(store, each)
+  await later(2_000)
+  await granted(store, second)
+  for (let passed = 0; passed < 60_000; passed += 6_000) {
+    await later(6_000)
+    await beat()
+  }
+  await granted(store, minute)
+  await granted(store, slot)
+})
+
+test('redis: a gateway whose own clock is ahead counts in the period of Redis', {
+  skip: REDIS.skip
+}, async t => {
+  const { time } = clock()
+  const prefix = uniqueName('ahead')
+  const right = await joinRedis(t, REDIS, prefix, { time })
+  const daily = account({ total_quota: 100, quota_reset_period: 'daily' })
+  await spend(right, [daily], 60)
+  const { caches } = checkOptions(StorageOptions, {
+    caches: [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${REDIS.port}` }]
+  })
+  const redis = new Redis(caches[0]!)
+  t.after(() => redis.close())
+  const wrong = new Orders(redis, prefix, 'wrong', time)
+  await wrong.ask('join', [], { number: 1, fresh: 'x' })
+  const start = time() + YEAR
+  const accounts = [toOrder(daily, { start, end: start + DAY })]
+  const order = { number: 2, accounts, hold: NOTHING, least: 0, spent: tokens(30), less: NOTHING }
+  assert.ok('accounts' in (await wrong.ask('reserve', [daily], order)))
+  assert.ok('settled' in (await wrong.ask('settle', [daily], { ...order, number: 3 })))
+  await refused(right, call([daily], tokens(11)))
+  await granted(right, call([daily], tokens(10)))
+})
+
+test('redis: news of a key are heard after the clock was ahead', { skip: REDIS.skip }, async t => {
+  const { later, time } = clock()
+  const prefix = uniqueName('news-back')
+  const heard: string[] = []
+  const store = await joinRedis(t, REDIS, prefix, {
+    time,
+    onKeyNews: async news => void heard.push(...news.map(each => each.hash))
+  })
+  await later(YEAR)
+  await store.beat()
+  await store.beat()
+  await later(-YEAR)
+  await store.tell(['revoked'], 0)
+  await later(1_000)
+  await store.beat()
+  await store.beat()
+  assert.ok(heard.includes('revoked'))
+})
+
+test('file: what was spent survives a restart while the clock is ahead', async t => {
+  const file = `${folder(t)}/limits.db`
+  const { later, ...time } = clock()
+  const log = pino({ level: 'silent' })
+  const reopen = async () =>
+    new MemoryStore(new Periods('UTC'), await Quotas.open(file, log, time.time()), time)
+  const daily = [account({ total_quota: 100, quota_reset_period: 'daily' })]
+  const other = [account({ total_quota: 100, quota_reset_period: 'daily' }, 'bob')]
+  let store = await reopen()
+  await spend(store, daily, 60)
+  await spend(store, other, 60)
+  await store.close()
+  await later(YEAR)
+  store = await reopen()
+  await spend(store, daily, 30)
+  await store.close()
+  await later(-YEAR)
+  store = await reopen()
+  t.after(() => store.close())
+  await refused(store, call(daily, tokens(11)))
+  await granted(store, call(daily, tokens(10)))
+  await refused(store, call(other, tokens(41)))
+})
+
+test('file: quotas of a file of the first version are read', async t => {
+  const file = `${folder(t)}/limits.db`
+  const db = new DatabaseSync(file)
+  db.exec(`CREATE TABLE quotas (account TEXT NOT NULL PRIMARY KEY, period_start INTEGER NOT NULL,
+    period_end INTEGER, tokens REAL NOT NULL, cost REAL NOT NULL) WITHOUT ROWID;
+    INSERT INTO quotas VALUES ('per_key:alice', 0, NULL, 60, 0)`)
+  db.close()
+  const quotas = await Quotas.open(file, pino({ level: 'silent' }))
+  const store = new MemoryStore(new Periods('UTC'), quotas)
+  t.after(() => store.close())
+  await refused(store, call([account({ total_quota: 100 })], tokens(41)))
+})

@@ -198,8 +198,11 @@ test('a gateway whose event loop is late rejects new requests until it has caugh
     backends: [{ url: backend.url }],
     server: { overload: { event_loop_delay: '100ms' } }
   })
-  const until = performance.now() + 700
-  while (performance.now() < until);
+  for (let time = 1; time <= 2; time++) {
+    const until = performance.now() + 600
+    while (performance.now() < until);
+    await new Promise(setImmediate)
+  }
   await gateway.logged({ msg: 'overloaded: new requests are rejected' })
   await gateway.logged({ msg: 'new requests are accepted again' })
   assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 200)

@@ -569,3 +569,15 @@ test('an odd count of cache writes makes no call cheaper than nothing', async t 
   const { cached_tokens, cache_write_tokens } = await hook.event()
   assert.deepEqual([cached_tokens, cache_write_tokens], [8, 2])
 })
+
+test('reporters work without usage.enabled', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const hook = await receiver(t)
+  const { usage } = reporting(hook.url)
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    usage: { reporters: usage.reporters }
+  })
+  await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
+  assert.equal((await hook.event()).total_tokens, 15)
+})

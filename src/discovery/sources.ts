@@ -46,7 +46,7 @@ export const DiscoveryOptions = Section(
   {
     enabled: Type.Boolean({
       default: false,
-      description: 'Finds backends beside those of backends'
+      description: 'Adds discovered backends; if left out, true where sources are listed'
     }),
     mode: Type.Enum(['merge', 'first'], {
       default: 'merge',
@@ -64,7 +64,8 @@ export const DiscoveryOptions = Section(
       description: 'Where backends are found'
     })
   },
-  'Backends that are found while running'
+  'Backends that are found while running',
+  ['sources']
 )
 export type DiscoveryOptions = Static<typeof DiscoveryOptions>
 

@@ -12,11 +12,16 @@ import {
 /** When it is worth asking again (ms) for what comes back as soon as a running call ends. */
 const RETRY = 1_000
 
+/** Maximum time (ms) that a clock may be behind the clock by which a period began. */
+export const SKEW = 60_000
+
 /** What one subject has spent in the period of its quota. */
 export interface Spending extends Amount {
   /** Where the period begins and ends (Unix ms). */
   start: number
   end: number
+  /** Spending of the period before, for a clock that was ahead and returns. */
+  before?: Omit<Spending, 'before'> | undefined
 }
 
 export interface Period {
@@ -104,14 +109,31 @@ export class Counter {
     // A model that nobody has is asked for, and nothing is spent: that need not be remembered.
     if (tokens === 0 && cost === 0 && this.spending === undefined) return
     const spent = this.spent(account, at)
-    this.spending = { ...at.period, tokens: spent.tokens + tokens, cost: spent.cost + cost }
+    const amount = { tokens: spent.tokens + tokens, cost: spent.cost + cost }
+    this.spending = { ...this.#periodAfter(at), ...amount }
   }
 
   /** What was spent in this period. */
-  spent(account: Account, { period }: Moment): Amount {
-    // A clock may be behind the one by which the period began.
-    if (this.spending !== undefined && this.spending.start >= period.start) return this.spending
-    return this.spending === undefined ? spentBefore(account, period) : NOTHING
+  spent(account: Account, at: Moment): Amount {
+    const { spending } = this
+    const { period } = at
+    if (spending === undefined) return spentBefore(account, period)
+    if (!isAhead(spending, at)) return spending.start >= period.start ? spending : NOTHING
+    // The clock was ahead when this was spent, so it was spent in this period.
+    const { before } = spending
+    const isOfPeriod = before !== undefined && !isAhead(before, at) && before.start >= period.start
+    const { tokens, cost } = isOfPeriod ? before : NOTHING
+    return { tokens: tokens + spending.tokens, cost: cost + spending.cost }
+  }
+
+  /** The period that the next amount counts in, and what was spent in the period before. */
+  #periodAfter(at: Moment): Period & Pick<Spending, 'before'> {
+    const { spending } = this
+    const { start, end } = at.period
+    if (spending === undefined || isAhead(spending, at)) return { start, end }
+    const { before, ...last } = spending
+    if (last.start < start) return { start, end, before: last }
+    return { start: last.start, end: Math.max(last.end, end), before }
   }
 
   requestsLeft({ limits }: Account, now: number): Left | undefined {
@@ -174,6 +196,11 @@ export class Counter {
     this.#bucket.burst = burst
     return this.#bucket
   }
+}
+
+/** Whether a period began in the future: the clock was ahead then, and by more than clocks differ. */
+function isAhead({ start }: Period, { time }: Moment): boolean {
+  return start > time + SKEW
 }
 
 /** What an account had spent before it was first counted, if that was in this period. */

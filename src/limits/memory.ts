@@ -10,17 +10,19 @@ import {
   type Amount,
   type Call,
   idOf,
+  isAddress,
   type Lease,
   type Left,
   type LimitStore,
+  MAX_ADDRESSES,
   NOTHING,
   type Refusal
 } from './store.ts'
 
-const SWEEP_AT = 1024
-const MAX_SUBJECTS = 100_000
-/** Subjects that make room at a time, so that a sweep is rare. */
-const EVICTED = MAX_SUBJECTS / 10
+/** Below this number of subjects no idle ones are looked for. */
+const LOOK_FROM = 1024
+/** Subjects that a request looks at, more than it can add. */
+const LOOKS = 8
 
 /** The clocks: monotonic (ms) and of the wall (Unix ms). */
 export interface Clock {
@@ -46,7 +48,8 @@ export class MemoryStore implements LimitStore {
   readonly #quotas: Quotas | undefined
   readonly #clock: Clock
   readonly #counters = new Map<string, Counter>()
-  #sweepAt = SWEEP_AT
+  /** Where the search for idle subjects goes on. */
+  #looking: Iterator<[string, Counter]> = this.#counters.entries()
 
   constructor(periods: Periods, quotas?: Quotas, clock = CLOCK) {
     this.#periods = periods
@@ -74,7 +77,7 @@ export class MemoryStore implements LimitStore {
 
   reserveNow({ accounts, hold, least, force }: Call): Lease | Refusal {
     // Not while they are being taken from: what is idle now may be about to be taken.
-    if (this.#counters.size >= this.#sweepAt) this.#sweep(this.#clock.now())
+    if (this.#counters.size >= LOOK_FROM) this.#removeSome()
     const counters = accounts.map(account => this.#counter(account))
     if (!force) {
       for (const [index, account] of accounts.entries()) {
@@ -107,6 +110,11 @@ export class MemoryStore implements LimitStore {
       )
     if (hasRoom) this.#hold(lease, more)
     return hasRoom
+  }
+
+  async book(lease: Lease, spent: Amount): Promise<void> {
+    this.#book(lease, spent)
+    await this.#quotas?.written()
   }
 
   settle(lease: Lease, spent: Amount): void {
@@ -164,6 +172,7 @@ export class MemoryStore implements LimitStore {
   /** What has been spent since the last time is not held any more, but spent. */
   #book(lease: Lease, spent: Amount): void {
     const { delta, less } = toBook(lease, spent)
+    if (delta.tokens === 0 && delta.cost === 0) return
     for (const account of lease.accounts) {
       const counter = this.#counter(account)
       counter.spend(account, delta, this.#at(account))
@@ -196,23 +205,35 @@ export class MemoryStore implements LimitStore {
       return known
     }
     const counter = new Counter(account)
-    counter.spending = this.#quotas?.known.get(id)
+    counter.spending = this.#quotas?.take(id)
     this.#counters.set(id, counter)
     return counter
   }
 
-  /** Forgets subjects that have everything back; if there are too many even so, the oldest without a quota. */
-  #sweep(now: number): void {
+  /** Looks at a few subjects, and removes those that are idle or, above the maximum, can be spared. */
+  #removeSome(): void {
+    const now = this.#clock.now()
     const time = this.#clock.time()
-    for (const [id, counter] of this.#counters) {
-      if (counter.isIdle(now, time)) this.#counters.delete(id)
+    // API keys and users with a live quota may be more: as many exist as the operator has created.
+    const max = MAX_ADDRESSES - LOOKS
+    for (let looks = 0; looks < LOOKS; looks++) {
+      const { value, done } = this.#looking.next()
+      if (done) {
+        this.#looking = this.#counters.entries()
+        return
+      }
+      const [id, counter] = value
+      const isOver = this.#counters.size > max
+      const isSpare = isAddress(id) ? counter.slots === 0 : !counter.isNeeded(time)
+      if (counter.isIdle(now, time) || (isOver && isSpare)) this.#remove(id, counter)
     }
-    for (const [id, counter] of this.#counters) {
-      if (this.#counters.size <= MAX_SUBJECTS - EVICTED) break
-      if (!counter.isNeeded(time)) this.#counters.delete(id)
-    }
-    const { size } = this.#counters
-    this.#sweepAt = Math.max(SWEEP_AT, Math.min(MAX_SUBJECTS, size * 2), size + EVICTED / 10)
+  }
+
+  #remove(id: string, { spending }: Counter): void {
+    this.#counters.delete(id)
+    if (spending === undefined) return
+    if (isAddress(id)) this.#quotas?.forget(id)
+    else this.#quotas?.keep(id, spending)
   }
 }
 

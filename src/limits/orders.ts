@@ -4,7 +4,7 @@ import type { Redis } from '../store/redis.ts'
 import { type Period, spentBefore } from './counter.ts'
 import { bucketOf } from './limits.ts'
 import { SCRIPT } from './script.ts'
-import { type Account, idOf, type Left, type Refusal } from './store.ts'
+import { type Account, idOf, isAddress, type Left, type Refusal } from './store.ts'
 
 /** How {@link SCRIPT} is asked, and what it answers. */
 
@@ -91,7 +91,8 @@ export function toOrder(account: Account, period: Period): object {
     quota_unit,
     start: period.start,
     finish: Number.isFinite(period.end) ? period.end : 0,
-    before: spentBefore(account, period)
+    before: spentBefore(account, period),
+    is_address: isAddress(idOf(account))
   }
 }
 

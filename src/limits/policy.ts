@@ -22,7 +22,8 @@ export const LimitsOptions = Section(
   {
     enabled: Type.Boolean({
       default: false,
-      description: 'Switches these limits on; those that stand with a key always hold'
+      description:
+        'Enforces these limits; if left out, true where limits are listed. Limits set on a key always apply'
     }),
     mode: Type.Enum(['enforce', 'shadow'], {
       default: 'enforce',
@@ -67,7 +68,8 @@ export const LimitsOptions = Section(
       'Models, * as a wildcard, that have others than per_model; the first that fits counts'
     )
   },
-  'How much may be asked'
+  'How much may be asked',
+  ['global', 'per_key', 'per_user', 'per_model', 'users', 'models']
 )
 export type LimitsOptions = Static<typeof LimitsOptions>
 
@@ -125,12 +127,17 @@ export interface Asker {
   caller: Caller | undefined
   subject: string
   model: string | undefined
+  /** Whether a backend or the configuration has a model of this name. */
+  lists(model: string): boolean
 }
 
 const NONE = checkOptions(LimitSet, {})
 
 /** Whose limits a call is held to, and which. */
-export function accountsOf({ caller, subject, model }: Asker, options: LimitsOptions): Account[] {
+export function accountsOf(
+  { caller, subject, model, lists }: Asker,
+  options: LimitsOptions
+): Account[] {
   const accounts: Account[] = []
   const add = (scope: Scope, id: string, limits: Limits, spent?: Account['spent']) => {
     if (isAny(limits)) accounts.push({ scope, id, limits, spent })
@@ -150,7 +157,9 @@ export function accountsOf({ caller, subject, model }: Asker, options: LimitsOpt
     const named = options.enabled
       ? Object.entries(options.models).find(([pattern]) => matchesModel([pattern], model))
       : undefined
-    add('per_model', model, named?.[1] ?? of('per_model'))
+    const limits = named?.[1] ?? of('per_model')
+    // Names that callers invent share one count: there may be any number of them.
+    if (isAny(limits)) add('per_model', lists(model) ? model : (named?.[0] ?? '*'), limits)
   }
   return accounts
 }

@@ -58,7 +58,7 @@ interface RedisLease extends Lease {
   /** The same in the mirror. */
   readonly mirror: Lease
   /** While more is asked for. */
-  extending?: Promise<unknown> | undefined
+  extending?: Promise<boolean> | undefined
 }
 
 /** What Redis has not heard of. */
@@ -163,13 +163,18 @@ export class RedisStore implements LimitStore {
 
   extend(given: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
     const lease = given as RedisLease
-    const extending = this.#extend(lease, spent, more, force).finally(() => {
-      lease.extending = undefined
+    const extend = () => this.#extend(lease, spent, more, force)
+    const extending = (lease.extending?.then(extend) ?? extend()).finally(() => {
+      if (lease.extending === extending) lease.extending = undefined
       lease.held = lease.mirror.held
       lease.spent = lease.mirror.spent
     })
     lease.extending = extending
     return extending
+  }
+
+  async book(lease: Lease, spent: Amount): Promise<void> {
+    await this.extend(lease, spent, NOTHING, true)
   }
 
   settle(given: Lease, spent: Amount): void {

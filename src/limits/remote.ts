@@ -13,6 +13,7 @@ import {
 export type LimitQuestion =
   | { op: 'reserve'; id: number; call: Call }
   | { op: 'extend'; id: number; lease: number; spent: Amount; more: Amount; force: boolean }
+  | { op: 'book'; id: number; lease: number; spent: Amount }
   | { op: 'settle'; lease: number; spent: Amount }
 
 /** What it is answered; of a lease all but its accounts. */
@@ -57,6 +58,12 @@ export class RemoteStore implements LimitStore {
     const { held = false, lease: now } = await this.#answer(id, question)
     if (now !== undefined) Object.assign(lease, { held: now.held, spent: now.spent })
     return held
+  }
+
+  async book(given: Lease, spent: Amount): Promise<void> {
+    const lease = given as RemoteLease
+    const id = ++this.#lastId
+    await this.#answer(id, { op: 'book', id, lease: lease.id, spent }).catch(() => {})
   }
 
   settle(given: Lease, spent: Amount): void {
@@ -113,6 +120,10 @@ export class RemoteLeases {
       this.#open.delete(question.lease)
       if (lease !== undefined) this.#store.settle(lease, question.spent)
       return
+    }
+    if (question.op === 'book') {
+      if (lease !== undefined) await this.#store.book(lease, question.spent)
+      return this.#tell({ id: question.id })
     }
     const { id, spent, more, force } = question
     if (lease === undefined) return this.#tell({ id, held: false })

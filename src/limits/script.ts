@@ -1,3 +1,5 @@
+import { SKEW } from './counter.ts'
+
 /**
  * What Redis does for limits: one step over all accounts of a call, by Redis' own clock. It counts as
  * {@link Counter} does; a window of more than 512 in grains of half a second, by which a place comes back late.
@@ -11,6 +13,10 @@ export const SCRIPT = `
 local LEASE, WINDOW, RETRY = 8000, 60000, 1000
 local EXACT, GRAIN = 512, 500
 local MINUTES, DAY = 150000, 86400000
+-- What a client address has spent of a quota without a period is kept this long (ms) after its last request.
+local ADDRESS_KEPT = 62 * DAY
+-- Differences of clocks (ms): between gateways and Redis, and of a clock that is set back a little.
+local SKEW, STEP = ${SKEW}, 1000
 local order = cjson.decode(ARGV[1])
 local clock = redis.call('TIME')
 local now = order.time or tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
@@ -18,6 +24,10 @@ local me = order.replica
 local numbers = redis.call('HMGET', KEYS[4], me, me .. ':joined')
 local last, joined = tonumber(numbers[1] or 0), tonumber(numbers[2] or 0)
 
+-- The clock was ahead when these were last heard of: a dead one would live on until then.
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now + LEASE, '+inf')) do
+  redis.call('ZADD', KEYS[1], now, id)
+end
 local alive = {}
 local replicas = redis.call('ZRANGEBYSCORE', KEYS[1], now - LEASE, '+inf')
 for _, id in ipairs(replicas) do alive[id] = true end
@@ -28,13 +38,25 @@ local function sum(numbers)
   return total
 end
 
+-- Whether a clock that was ahead has left something behind that must be written down.
+local is_corrected = false
+
 local function read(index)
   local packed = redis.call('GET', KEYS[4 + index])
   local counter = packed and cmsgpack.unpack(packed)
     or { requests = {}, tokens = {}, slots = {}, held_tokens = {}, held_cost = {} }
   for _, window in ipairs({ counter.requests, counter.tokens }) do
-    for grain in pairs(window) do
-      if tonumber(grain) + WINDOW <= now then window[grain] = nil end
+    local early = 0
+    for grain, amount in pairs(window) do
+      local time = tonumber(grain)
+      if time > now + STEP then early = early + amount end
+      if time > now + STEP or time + WINDOW <= now then window[grain] = nil end
+    end
+    -- The clock was ahead when these were taken: they count as taken now.
+    if early > 0 then
+      local name = string.format('%d', now)
+      window[name] = (window[name] or 0) + early
+      is_corrected = true
     end
   end
   for _, share in ipairs({ counter.slots, counter.held_tokens, counter.held_cost }) do
@@ -53,8 +75,8 @@ local function write(index, counter, account)
   local is_spent = (counter.spent_tokens or 0) + (counter.spent_cost or 0) + before.tokens + before.cost > 0
   if is_spent and (account.total_quota > 0 or counter.start) then
     local finish = counter.finish or 0
-    if finish == 0 then return redis.call('SET', key, packed) end
-    keep = math.max(keep, finish - now + DAY)
+    if finish == 0 and not account.is_address then return redis.call('SET', key, packed) end
+    keep = math.max(keep, finish == 0 and ADDRESS_KEPT or finish - now + DAY)
   end
   redis.call('SET', key, packed, 'PX', math.floor(keep))
 end
@@ -105,6 +127,7 @@ local function bucket(counter, account)
   local rate, burst = account.rate, account.burst
   if rate == 0 then return 0, 0 end
   local level = counter.level or burst
+  if counter.at and counter.at > now + STEP then counter.at, is_corrected = now, true end
   level = math.min(burst, level + math.max(0, now - (counter.at or now)) / 1000 * rate)
   counter.level, counter.at = level, math.max(now, counter.at or now)
   return level, level >= 1 and 0 or (1 - level) / rate * 1000
@@ -118,12 +141,31 @@ local function token_wait(counter, account, amount)
   return window_wait(counter.tokens, limit, wanted)
 end
 
+-- A period that begins later than clocks differ comes from a clock that is ahead, or was when it was written.
+local function is_ahead(start) return start > now + SKEW end
+
+-- As {@link Counter.spent}. A gateway whose clock is ahead counts in the period that Redis knows.
 local function roll(counter, account)
   if account.total_quota == 0 then return end
-  if counter.start and counter.start >= account.start then return end
-  local before = not counter.start and account.before or { tokens = 0, cost = 0 }
-  counter.start, counter.finish = account.start, account.finish
-  counter.spent_tokens, counter.spent_cost = before.tokens, before.cost
+  local nothing = { tokens = 0, cost = 0 }
+  local was_ahead = counter.start and is_ahead(counter.start)
+  if counter.start and not was_ahead and (counter.start >= account.start or is_ahead(account.start)) then
+    return
+  end
+  local spent = not counter.start and account.before or nothing
+  local last = counter.start and {
+    start = counter.start, finish = counter.finish,
+    tokens = counter.spent_tokens, cost = counter.spent_cost
+  }
+  if was_ahead then
+    local earlier = counter.last
+    local is_of_period = earlier and not is_ahead(earlier.start) and earlier.start >= account.start
+    earlier = is_of_period and earlier or nothing
+    spent = { tokens = earlier.tokens + last.tokens, cost = earlier.cost + last.cost }
+    last = nil
+  end
+  counter.start, counter.finish, counter.last = account.start, account.finish, last
+  counter.spent_tokens, counter.spent_cost = spent.tokens, spent.cost
 end
 
 local function has_quota(counter, account, more, but_held)
@@ -217,7 +259,10 @@ function operations.reserve()
     if not order.force then
       for index, account in ipairs(order.accounts) do
         local refused = refusal(counters[index], account)
-        if refused then return { refused = refused } end
+        if refused then
+          if is_corrected then write_all(counters) end
+          return { refused = refused }
+        end
       end
     end
     local state = {}
@@ -276,7 +321,9 @@ end
 function operations.beat()
   redis.call('ZADD', KEYS[1], now, me)
   -- What came in the same millisecond may be told twice.
-  local news = redis.call('ZRANGEBYSCORE', KEYS[3], order.since, now, 'WITHSCORES')
+  -- Of a clock that is set back all are told again: some may have come while it was ahead.
+  local since = order.since > now and now - 30 * DAY or order.since
+  local news = redis.call('ZRANGEBYSCORE', KEYS[3], since, now, 'WITHSCORES')
   return { replicas = #replicas, now = now, news = news }
 end
 

@@ -94,6 +94,11 @@ export interface LimitStore {
    * @returns whether it was reserved
    */
   extend(lease: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean>
+  /**
+   * Books what was spent in all, and holds the rest until {@link settle}. Resolves when a crash of this process
+   * cannot lose it, or when that cannot be achieved now; never rejects.
+   */
+  book(lease: Lease, spent: Amount): Promise<void>
   /** Books what was spent in all and gives the rest back, with the slot; does nothing a second time. */
   settle(lease: Lease, spent: Amount): void
   /** What was counted stays counted. */
@@ -109,6 +114,17 @@ export class StoreError extends Error {
 
 export function isRefusal(result: Lease | Refusal): result is Refusal {
   return 'scope' in result
+}
+
+/** Begins the id of a client address, which stands in for a key where no key is known. No key's id begins like this. */
+export const ADDRESS = '\n'
+
+/** Client addresses whose limits are counted; of more, those that are looked at next are forgotten. */
+export const MAX_ADDRESSES = 100_000
+
+/** Whether this is the name ({@link idOf}) of a client address: there may be any number of them. */
+export function isAddress(name: string): boolean {
+  return name.startsWith(`per_key:${ADDRESS}`)
 }
 
 /** The name of a subject among all of them. */

@@ -34,7 +34,10 @@ import type {} from './usage.ts'
 
 export const AuthOptions = Section(
   {
-    enabled: Type.Boolean({ default: false, description: 'Asks for an API key' }),
+    enabled: Type.Boolean({
+      default: false,
+      description: 'Requires an API key; if left out, true where keys or pipeline are listed'
+    }),
     mode: Type.Enum(['first_match', 'all'], {
       default: 'first_match',
       description:
@@ -69,7 +72,8 @@ export const AuthOptions = Section(
       description: 'Sources of keys, in order'
     })
   },
-  'API keys'
+  'API keys',
+  ['keys', 'pipeline']
 )
 export type AuthOptions = Static<typeof AuthOptions>
 

@@ -22,6 +22,7 @@ import { RedisStore } from '../limits/redis.ts'
 import { tooMany, usedUp } from '../limits/refusal.ts'
 import {
   type Account,
+  ADDRESS,
   type Amount,
   isRefusal,
   type Lease,
@@ -212,6 +213,8 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   /** Books what a stream has spent so far, and reserves more for it before that is needed. */
   async function lookAt(exchange: Exchange): Promise<void> {
     const { store: from, lease } = exchange.reservation!
+    // What it has spent is booked already, and more exactly.
+    if (exchange.concluded) return
     const output = fastify.tokens?.output(exchange) ?? 0
     if (output === 0) return
     const input = fastify.tokens.input(exchange)
@@ -229,8 +232,17 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     }
     if (hasRoom || left > 0) return watch(exchange)
     for (const observer of observers) observer.stopped?.()
-    exchange.interrupt(usedUp(lease.accounts.some(each => each.limits.total_quota > 0)), 'rejected')
+    exchange.interrupt(usedUp(lease.accounts.some(hasQuota)), 'rejected')
   }
+
+  // Usage records must not say more than quotas do, whatever happens to this process.
+  exchanges.onEnd('budget', exchange => {
+    const { reservation, usage } = exchange
+    if (usage === undefined || !reservation?.lease.accounts.some(hasQuota)) return
+    const { store, lease } = reservation
+    exchange.booked = store.book(lease, { tokens: usage.totalTokens, cost: costOf(exchange) ?? 0 })
+    exchange.recorded = exchange.booked
+  })
 
   exchanges.onEnd('settle', exchange => {
     const { reservation, usage, request } = exchange
@@ -242,14 +254,20 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     }
     const { store, lease } = reservation
     if (usage === undefined) return store.settle(lease, NOTHING)
-    const cost = fastify.usage?.cost(exchange, partsOf(usage))
+    const cost = costOf(exchange)
     if (cost === undefined && lease.accounts.some(isOfMoney)) {
       unpriced.add(1, `no price of ${exchange.model ?? 'a call without a model'}`)
     }
     store.settle(lease, { tokens: usage.totalTokens, cost: cost ?? 0 })
-    if (exchange.outcome === 'ok')
+    if (exchange.outcome === 'ok') {
       typical.learn(subject(request), exchange.model ?? '', usage.completionTokens)
+    }
   })
+
+  function costOf(exchange: Exchange): number | undefined {
+    const { usage } = exchange
+    return usage && fastify.usage?.cost(exchange, partsOf(usage))
+  }
 
   fastify.addHook('onClose', async () => {
     clearInterval(looking)
@@ -291,8 +309,11 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
 
 /** Whose limits count: the caller's, or the address's (an IPv6 network's) where nobody is known. */
 function subject(request: FastifyRequest): string {
-  // No key's id begins like this.
-  return request.caller?.id ?? `\n${normalizeIP(request.ip)}`
+  return request.caller?.id ?? ADDRESS + normalizeIP(request.ip)
+}
+
+function hasQuota({ limits }: Account): boolean {
+  return limits.total_quota > 0
 }
 
 function isOfMoney({ limits }: Account): boolean {
@@ -300,7 +321,9 @@ function isOfMoney({ limits }: Account): boolean {
 }
 
 function askerOf(request: FastifyRequest): Asker {
-  return { caller: request.caller, subject: subject(request), model: request.exchange.model }
+  const { caller, exchange, server } = request
+  const lists = (model: string) => server.backends?.pool.lists(model) ?? true
+  return { caller, subject: subject(request), model: exchange.model, lists }
 }
 
 function toUnavailable(error: unknown): never {

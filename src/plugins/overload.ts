@@ -22,7 +22,7 @@ export const OverloadOptions = Section(
   {
     event_loop_delay: Duration(
       '1s',
-      'Delay of the event loop from which new requests are rejected; 0: never',
+      'Delay of the event loop, twice in a row, from which new requests are rejected; 0: never',
       0
     ),
     heap_used: Type.Number({
@@ -61,6 +61,8 @@ const overloadPlugin: FastifyPluginAsync<Given<OverloadOptions>> = async functio
 ) {
   let options: OverloadOptions
   let reason: string | undefined
+  /** How often in a row the event loop was late. */
+  let late = 0
   let expectedAt = performance.now() + INTERVAL
   const exchanges = withExchanges(fastify)
   update(given)
@@ -74,7 +76,11 @@ const overloadPlugin: FastifyPluginAsync<Given<OverloadOptions>> = async functio
   const timer = setInterval(() => {
     const now = performance.now()
     const before = reason
-    reason = overloadReason(options, now - expectedAt)
+    const delay = now - expectedAt
+    const isLate = options.event_loop_delay > 0 && delay > options.event_loop_delay
+    late = isLate ? late + 1 : 0
+    // One stall is over when it is seen: rejecting requests afterwards helps nobody.
+    reason = late > 1 ? `the event loop is ${Math.round(delay)} ms late` : heapReason(options)
     expectedAt = now + INTERVAL
     if (reason !== undefined && before === undefined) {
       fastify.log.warn({ reason }, 'overloaded: new requests are rejected')
@@ -98,10 +104,7 @@ const overloadPlugin: FastifyPluginAsync<Given<OverloadOptions>> = async functio
   fastify.addHook('onClose', async () => clearInterval(timer))
 }
 
-function overloadReason(options: OverloadOptions, delay: number): string | undefined {
-  if (options.event_loop_delay > 0 && delay > options.event_loop_delay) {
-    return `the event loop is ${Math.round(delay)} ms late`
-  }
+function heapReason(options: OverloadOptions): string | undefined {
   if (options.heap_used === 0) return undefined
   const { used_heap_size, heap_size_limit } = getHeapStatistics()
   const used = used_heap_size / heap_size_limit

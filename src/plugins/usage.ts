@@ -1,3 +1,4 @@
+import { once } from 'node:events'
 import { resolve } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import type { FastifyPluginAsync } from 'fastify'
@@ -50,7 +51,10 @@ const PriceOptions = Type.Object(
 
 export const UsageOptions = Section(
   {
-    enabled: Type.Boolean({ default: false, description: 'Reports usage' }),
+    enabled: Type.Boolean({
+      default: false,
+      description: 'Reports usage; if left out, true where reporters are listed'
+    }),
     durability: Type.Enum(['strict', 'relaxed'], {
       default: 'strict',
       description:
@@ -78,7 +82,8 @@ export const UsageOptions = Section(
       description: 'Who is told'
     })
   },
-  'Where the usage of every call goes'
+  'Where the usage of every call goes',
+  ['reporters']
 )
 export type UsageOptions = Static<typeof UsageOptions>
 
@@ -120,6 +125,8 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
   /** What a reporter of type builtin writes, for reading. */
   let store: Sqlite | undefined
   let storage = checkOptions(StorageOptions, givenStorage)
+  /** Records that wait until their quotas are written. */
+  const unwritten = new Set<Promise<void>>()
   const issues = reporterIssues(options, storage)
   if (issues.length > 0) throw new OptionsError(issues)
   await update(options, storage)
@@ -163,10 +170,17 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
       return readSums(store, query)
     },
     async flush(signal) {
+      const isAborted = signal.aborted || once(signal, 'abort')
+      await Promise.race([Promise.all(unwritten), isAborted])
       await outbox?.close(signal)
       outbox = undefined
     }
   } satisfies UsageReports)
+
+  function keepUntil(recorded: Promise<void>): void {
+    unwritten.add(recorded)
+    void recorded.then(() => unwritten.delete(recorded))
+  }
 
   const exchanges = withExchanges(fastify)
   fastify.addHook('onRequest', ({ exchange }, _reply, done) => {
@@ -187,8 +201,10 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     const json = JSON.stringify(toRecord(exchange, fastify.prefix, rules.tags, price))
     // One that began under another configuration may have let its body go.
     const body = rules.wantsBody && exchange.keepsBody ? exchange.request.payload?.bytes : undefined
-    const recorded = sink.append(toEntry(json, body))
-    if (options.durability === 'strict') exchange.recorded = recorded
+    const entry = toEntry(json, body)
+    const recorded = exchange.booked?.then(() => sink.append(entry)) ?? sink.append(entry)
+    if (exchange.booked !== undefined) keepUntil(recorded)
+    exchange.recorded = options.durability === 'strict' ? recorded : undefined
   })
   fastify.addHook('onClose', async () => {
     await fastify.usage.flush(AbortSignal.abort())

@@ -118,6 +118,11 @@ export class Lineup {
     )
   }
 
+  /** Whether other models may take the place of this one. */
+  hasFallbacks(model: string): boolean {
+    return this.#modelFallbacks.has(untagged(model))
+  }
+
   /** The model, and those that may take its place for this caller. */
   names(model: string, wanted: Wanted): string[] {
     const others = this.#modelFallbacks.get(untagged(model)) ?? []

@@ -74,6 +74,13 @@ export function hasClosedList({ config, live }: Backend): boolean {
   return live.models !== undefined || config.models?.some(({ name }) => isPattern(name)) === false
 }
 
+/** Whether this backend has a model of this very name: any name may fit a pattern, or a backend that lists none. */
+export function isListed({ config, live }: Backend, model: string): boolean {
+  if (live.models !== undefined && lists(live, model)) return true
+  const bare = untagged(model)
+  return config.models?.some(({ name }) => !isPattern(name) && untagged(name) === bare) ?? false
+}
+
 /** All models of these backends, each once and in their order; undefined when no backend's are known. */
 export function listModels(backends: readonly Backend[]): ModelCard[] | undefined {
   const cards = new Map<string, ModelCard>()

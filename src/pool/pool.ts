@@ -12,7 +12,7 @@ import {
   type Wanted
 } from './lineup.ts'
 import { Speeds } from './load.ts'
-import { hasClosedList, listModels, upstreamModel } from './models.ts'
+import { hasClosedList, isListed, listModels, upstreamModel } from './models.ts'
 import { Queue, type QueuePolicy } from './queue.ts'
 import type { StrategyName } from './strategies.ts'
 
@@ -153,6 +153,11 @@ export class Pool {
     if (!this.backends.every(hasClosedList)) return undefined
     const models = listModels(this.backends)
     return models?.length === 1 ? models[0]!.id : undefined
+  }
+
+  /** Whether a backend or a fallback has a model of this very name, so that callers cannot invent more of them. */
+  lists(model: string): boolean {
+    return this.backends.some(each => isListed(each, model)) || this.#current.hasFallbacks(model)
   }
 
   get available(): boolean {
