@@ -21,6 +21,9 @@ export interface Payload extends Body {
   maxTokens: number | undefined
   /** Number of sequences that are generated: for each prompt `n`, or `best_of` if that is more. */
   sequences: number
+  prompts: number
+  /** The response repeats the prompt (completions). */
+  echo: boolean
   previousResponseId: string | undefined
 }
 
@@ -45,7 +48,9 @@ const READ = new Set([
   'stream_options',
   'options',
   'n',
+  'n_cmpl',
   'best_of',
+  'echo',
   'messages',
   'prompt',
   'input',
@@ -78,7 +83,8 @@ export function toPayload(bytes: Buffer, members: readonly Member[], endpoint: E
   const streamOptions = fields.object('stream_options', READ_IN_STREAM_OPTIONS)
   const limits = MAX_TOKENS.map(name => fields.value(name))
   const most = largest([...limits, options?.value('num_predict')])
-  const sequences = sequencesOf(fields)
+  const prompts = fields.prompts()
+  const sequences = perPrompt(fields) * prompts
   const previous = fields.value('previous_response_id')
   return {
     bytes,
@@ -89,6 +95,8 @@ export function toPayload(bytes: Buffer, members: readonly Member[], endpoint: E
     includeUsage: streamOptions?.value('include_usage') === true,
     maxTokens: most && most * sequences,
     sequences,
+    prompts,
+    echo: fields.value('echo') === true,
     previousResponseId: typeof previous === 'string' ? previous : undefined
   }
 }
@@ -107,9 +115,10 @@ function largest(limits: unknown[]): number | undefined {
   return Math.max(...set)
 }
 
-function sequencesOf(fields: Fields): number {
-  const counts = [fields.value('n'), fields.value('best_of')].map(count => Number(count) || 1)
-  return Math.max(1, ...counts.map(Math.floor)) * fields.prompts()
+/** `n_cmpl` is llama.cpp's name of `n`. */
+function perPrompt(fields: Fields): number {
+  const counts = ['n', 'n_cmpl', 'best_of'].map(name => Number(fields.value(name)) || 1)
+  return Math.max(1, ...counts.map(Math.floor))
 }
 
 /** The fields of one object that are read. */

@@ -14,6 +14,7 @@ import { Quotas } from '../src/limits/quotas.ts'
 import { isRefusal, type Lease, NOTHING } from '../src/limits/store.ts'
 import { Typical } from '../src/limits/typical.ts'
 import { Complaint } from '../src/logs/complaint.ts'
+import { Choices } from '../src/metering/choices.ts'
 import { Estimates } from '../src/metering/estimate.ts'
 import { Attained } from '../src/pool/attained.ts'
 import type { Live } from '../src/pool/backend.ts'
@@ -99,6 +100,11 @@ const BOUNDS: Record<string, Record<string, string>> = {
   'limits/typical.ts': { '#kinds': 'Typical response lengths of callers and models' },
   'logs/requests.ts': { '#rows': 'Rows of the request log' },
   'logs/sink.ts': { '#whenEmpty': FLIGHT },
+  'metering/choices.ts': {
+    '#choices': 'Choices of a response whose usage is kept',
+    '#unnamed': 'Choices of a response whose usage is kept',
+    '#whole': 'Choices of a response whose usage is kept'
+  },
   'metering/estimate.ts': { '#known': 'Models whose token sizes are learned' },
   'metering/watcher.ts': { '#codes': FIXED, '#names': FIXED },
   'metrics/departed.ts': {
@@ -391,6 +397,17 @@ test('what is learned about callers and models is bounded', () => {
   assert.notEqual(estimates.output('first', passed), unknown)
   for (let at = 0; at < 1_000; at++) estimates.learnOutput(`model-${at}`, passed, 20)
   assert.equal(estimates.output('first', passed), unknown)
+
+  const choices = new Choices()
+  const usage = '{"prompt_tokens":1,"completion_tokens":1}'
+  for (let index = 0; index < 2_000; index++) {
+    choices.add({ choices: 1, index, usage } as never)
+    choices.add({ choices: 0, usage, hasTimings: true } as never)
+    choices.add({ choices: 0, usage, hasTimings: false } as never)
+  }
+  assert.equal(choices.count, 1_000)
+  const texts = { all: 1_000_000, first: undefined }
+  assert.equal(choices.total(1, texts)?.usage.completionTokens, 1_000)
 
   const speeds = new Speeds()
   for (let at = 0; at < 1_000; at++) speeds.learners(`model-${at}`)

@@ -1033,3 +1033,299 @@ test('as many tokens as a long text can have are believed', () => {
   assert.equal(isPlausible(meter.usage!, 1_000_000, 1_000_000), false)
   assert.equal(isPlausible(meter.usage!, 20_000_000, 2), false)
 })
+
+/** A choice of so many words (tokens), and its usage as llama.cpp reports it, with `timings`. */
+const LLAMA_PROMPT = 12
+const ofChoice = (tokens: number, prompt = LLAMA_PROMPT) => ({
+  usage: { prompt_tokens: prompt, completion_tokens: tokens, total_tokens: prompt + tokens },
+  timings: { cache_n: 0, prompt_n: prompt, predicted_n: tokens }
+})
+const words = (count: number) => Array.from({ length: count }, (_, at) => WORDS[at % WORDS.length]!)
+const streamed = (index: number, content: string, finish_reason: string | null = null) =>
+  data({ id: 'c', choices: [{ index, delta: { content }, finish_reason }] })
+const deltasOf = (index: number, count: number) =>
+  words(count).map(content => streamed(index, content))
+const chatOf = (choices: number[], ends: (tokens: number, index: number) => string) =>
+  choices.map((tokens, at) => deltasOf(at, tokens).join('') + ends(tokens, at)).join('') + DONE
+/** Events of the choices by turns. */
+const byTurns = (lists: string[][]) =>
+  words(Math.max(...lists.map(each => each.length)))
+    .flatMap((_, at) => lists.map(each => each[at] ?? ''))
+    .join('')
+const wholeOf = (choices: number[], more: object, piece = 'message') =>
+  json({
+    choices: choices.map((tokens, index) => {
+      const text = words(tokens).join('')
+      return {
+        index,
+        [piece]: piece === 'message' ? { content: text } : text,
+        finish_reason: 'stop'
+      }
+    }),
+    ...more
+  })
+const runningOf = (index: number, count: number) =>
+  words(count).map((content, at) =>
+    data({
+      choices: [{ index, delta: { content }, finish_reason: at === count - 1 ? 'stop' : null }],
+      usage: { prompt_tokens: LLAMA_PROMPT, completion_tokens: at + 1 }
+    })
+  )
+
+interface Several {
+  name: string
+  path?: string
+  request: object
+  body: string
+  prompt: number
+  output: number
+  exactness: 'exact' | 'estimated'
+}
+
+const SEVERAL: Several[] = [
+  {
+    name: 'llama.cpp, chat: a usage chunk for each choice',
+    request: { n: 2, stream: true },
+    body: chatOf(
+      [40, 35],
+      (tokens, at) => streamed(at, '', 'stop') + data({ choices: [], ...ofChoice(tokens) })
+    ),
+    prompt: LLAMA_PROMPT,
+    output: 75,
+    exactness: 'exact'
+  },
+  {
+    name: 'llama.cpp, chat, by its own name of n',
+    request: { n_cmpl: 3, stream: true },
+    body: chatOf(
+      [40, 3, 20],
+      (tokens, at) => streamed(at, '', 'stop') + data({ choices: [], ...ofChoice(tokens) })
+    ),
+    prompt: LLAMA_PROMPT,
+    output: 63,
+    exactness: 'exact'
+  },
+  {
+    name: 'llama.cpp, chat, the shorter choice ends in the middle of the other',
+    request: { n: 2, stream: true },
+    body:
+      byTurns([
+        [...deltasOf(0, 10), streamed(0, '', 'stop'), data({ choices: [], ...ofChoice(10) })],
+        [...deltasOf(1, 60), streamed(1, '', 'stop'), data({ choices: [], ...ofChoice(60) })]
+      ]) + DONE,
+    prompt: LLAMA_PROMPT,
+    output: 70,
+    exactness: 'exact'
+  },
+  {
+    name: 'several usage chunks without timings',
+    request: { n: 2, stream: true },
+    body: chatOf([40, 35], (tokens, at) => streamed(at, '', 'stop') + last(ofChoice(tokens).usage)),
+    prompt: LLAMA_PROMPT,
+    output: 75,
+    exactness: 'exact'
+  },
+  {
+    name: 'the sum of all choices, twice',
+    request: { n: 2, stream: true },
+    body: chatOf([40, 35], (_, at) => (at === 0 ? '' : last(ofChoice(75).usage).repeat(2))),
+    prompt: LLAMA_PROMPT,
+    output: 75,
+    exactness: 'exact'
+  },
+  {
+    name: 'llama.cpp, completions: usage in each choice’s last event, of two prompts',
+    path: '/v1/completions',
+    request: { prompt: [SAYS, SAYS], stream: true },
+    body:
+      [24, 24]
+        .map((tokens, index) => {
+          const pieces = words(tokens).map(text =>
+            data({ choices: [{ index, text, finish_reason: null }] })
+          )
+          const end = {
+            choices: [{ index, text: '', finish_reason: 'length' }],
+            ...ofChoice(tokens, 40 + index)
+          }
+          return pieces.join('') + data(end)
+        })
+        .join('') + DONE,
+    prompt: 81,
+    output: 48,
+    exactness: 'exact'
+  },
+  {
+    name: 'two choices for each of two prompts',
+    path: '/v1/completions',
+    request: { prompt: [SAYS, SAYS], n: 2, stream: true },
+    body:
+      [24, 20, 10, 30]
+        .map((tokens, index) => {
+          const pieces = words(tokens).map(text =>
+            data({ choices: [{ index, text, finish_reason: null }] })
+          )
+          const end = {
+            choices: [{ index, text: '', finish_reason: 'length' }],
+            ...ofChoice(tokens, index < 2 ? 40 : 41)
+          }
+          return pieces.join('') + data(end)
+        })
+        .join('') + DONE,
+    prompt: 81,
+    output: 84,
+    exactness: 'exact'
+  },
+  {
+    name: 'llama.cpp, whole: the first choice alone',
+    request: { n: 2 },
+    body: wholeOf([40, 30], ofChoice(40)),
+    prompt: LLAMA_PROMPT,
+    output: 70,
+    exactness: 'estimated'
+  },
+  {
+    name: 'llama.cpp, whole: two prompts, the first alone',
+    path: '/v1/completions',
+    request: { prompt: [SAYS, SAYS] },
+    body: wholeOf([24, 24], ofChoice(24, 40), 'text'),
+    prompt: 80,
+    output: 48,
+    exactness: 'estimated'
+  },
+  {
+    name: 'whole, the first choice alone, without timings',
+    request: { n: 3 },
+    body: wholeOf([40, 30, 30], { usage: ofChoice(40).usage }),
+    prompt: LLAMA_PROMPT,
+    output: 100,
+    exactness: 'estimated'
+  },
+  {
+    name: 'vLLM: the sum in one chunk',
+    request: { n: 2, stream: true },
+    body: chatOf([40, 35], (_, at) => (at === 0 ? '' : last(ofChoice(75).usage))),
+    prompt: LLAMA_PROMPT,
+    output: 75,
+    exactness: 'exact'
+  },
+  {
+    name: 'vLLM: running numbers of each choice, then the sum',
+    request: { n: 2, stream: true },
+    body: byTurns([runningOf(0, 40), runningOf(1, 35)]) + last(ofChoice(75).usage) + DONE,
+    prompt: LLAMA_PROMPT,
+    output: 75,
+    exactness: 'exact'
+  },
+  {
+    name: 'SGLang: running numbers of each choice, and no sum',
+    request: { n: 2, stream: true },
+    body: byTurns([runningOf(0, 40), runningOf(1, 35)]) + DONE,
+    prompt: LLAMA_PROMPT,
+    output: 75,
+    exactness: 'exact'
+  },
+  {
+    name: 'vLLM, whole: the sum',
+    request: { n: 2 },
+    body: wholeOf([40, 30], { usage: ofChoice(70).usage }),
+    prompt: LLAMA_PROMPT,
+    output: 70,
+    exactness: 'exact'
+  },
+  {
+    name: 'a server that ignores n',
+    request: { n: 4 },
+    body: wholeOf([40], ofChoice(40)),
+    prompt: LLAMA_PROMPT,
+    output: 40,
+    exactness: 'exact'
+  },
+  {
+    name: 'a response that repeats its prompts',
+    path: '/v1/completions',
+    request: { prompt: [SAYS, SAYS], echo: true, max_tokens: 1 },
+    body: wholeOf([42, 42], { usage: ofChoice(2, 80).usage }, 'text'),
+    prompt: 80,
+    output: 2,
+    exactness: 'exact'
+  }
+]
+
+test('the usage of several choices and prompts is their sum, however a server reports it', async t => {
+  let said: Several
+  const backend = await fakeBackend(t, (_request, response) => {
+    const isStream = said.body.startsWith('data:')
+    response.writeHead(200, { 'content-type': isStream ? SSE_TYPE : JSON_TYPE })
+    response.end(said.body)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  for (const each of SEVERAL) {
+    said = each
+    const { path = '/v1/chat/completions', request, prompt, output, exactness } = each
+    const asked = 'prompt' in request ? { model: 'm' } : CHAT
+    const response = await post(gateway.url + path, { ...asked, ...request })
+    await response.text()
+    const requestId = response.headers.get('x-llmproxy-request-id')
+    const line = await gateway.logged({ msg: 'exchange', requestId })
+    const most = exactness === 'exact' ? 0 : 0.25
+    const isNear = (found: unknown, right: number) => Math.abs(Number(found) / right - 1) <= most
+    const found = `${each.name}: ${line.promptTokens}, ${line.completionTokens}, ${line.exactness}`
+    assert.equal(line.exactness, exactness, found)
+    assert.ok(isNear(line.promptTokens, prompt) && isNear(line.completionTokens, output), found)
+  }
+})
+
+test('responses with several choices teach nothing about one', async t => {
+  const whole = chatOf([40], () => last(ofChoice(40).usage))
+  // A server that counts one of two choices, in a way of its own.
+  const odd = chatOf([40, 40], (_, at) => (at === 0 ? '' : last(ofChoice(60).usage)))
+  const backend = await fakeBackend(t, (request, response) => {
+    const { n, user } = JSON.parse(request.body)
+    response.writeHead(200, { 'content-type': SSE_TYPE })
+    if (user === 'cut') response.write(deltasOf(0, 30).join(''))
+    else response.end(n === 2 ? odd : whole)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const url = `${gateway.url}/v1/chat/completions`
+  for (let at = 0; at < 30; at++) {
+    await (await post(url, { ...CHAT, stream: true, ...(at % 4 === 0 ? { n: 2 } : {}) })).text()
+  }
+  const abort = new AbortController()
+  const cut = await post(url, { ...CHAT, user: 'cut', stream: true }, {}, abort.signal)
+  await untilSeen(cut, deltasOf(0, 30).length)
+  abort.abort()
+  const line = await gateway.logged({ msg: 'exchange', outcome: 'client_gone' })
+  assert.equal(line.completionTokens, 30)
+})
+
+test('a stream of several choices is only over when all of them have ended', async t => {
+  const beginning = byTurns([
+    [...deltasOf(0, 10), streamed(0, '', 'stop'), data({ choices: [], ...ofChoice(10) })],
+    deltasOf(1, 20)
+  ])
+  const backend = await fakeBackend(t, (request, response) => {
+    response.writeHead(200, { 'content-type': SSE_TYPE })
+    if (request.body.includes('cut')) response.end(beginning)
+    else response.write(beginning)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const url = `${gateway.url}/v1/chat/completions`
+  await (await post(url, { ...CHAT, n: 2, user: 'cut', stream: true })).text().catch(() => {})
+  const broken = await gateway.logged({ msg: 'exchange', outcome: 'backend_failed' })
+  assert.deepEqual([broken.completionTokens, broken.exactness], [30, 'counted'])
+  const abort = new AbortController()
+  const left = await post(url, { ...CHAT, n: 2, stream: true }, {}, abort.signal)
+  await untilSeen(left, 31)
+  abort.abort()
+  const line = await gateway.logged({ msg: 'exchange', outcome: 'client_gone' })
+  assert.deepEqual([line.completionTokens, line.exactness], [30, 'counted'])
+})
+
+/** Reads a stream until this many events have come. */
+async function untilSeen(response: Response, events: number): Promise<void> {
+  let seen = ''
+  for await (const chunk of response.body!.pipeThrough(new TextDecoderStream())) {
+    seen += chunk
+    if (seen.split('data: ').length > events) return
+  }
+}

@@ -2,6 +2,7 @@ import type { Dialect } from '../dialects/dialect.ts'
 import type { Failure } from '../dialects/failure.ts'
 import type { Usage } from '../exchange.ts'
 import type { Framing } from '../http.ts'
+import { Choices, type ChoiceTexts, type Told } from './choices.ts'
 import { Counts, isOutput } from './counts.ts'
 import type { Passed } from './estimate.ts'
 import { addText, characters, type TextCounts } from './text.ts'
@@ -45,8 +46,6 @@ export class Meter {
   deltas = 0
   firstDeltaAt = 0
   lastDeltaAt = 0
-  /** The stream said properly that it is over. */
-  finished = false
   /** The usage is the answer's last word, not a count on the way. */
   hasFinalUsage = false
   /** Another backend goes on with the answer, and has not said yet how many tokens that is. */
@@ -62,6 +61,10 @@ export class Meter {
   readonly #mustEnd: boolean
   readonly #watcher: JsonWatcher
   readonly #counts = new Counts()
+  readonly #choices = new Choices()
+  /** The stream said properly that it is over, or a choice did. */
+  #saidEnd = false
+  #endedChoice = false
   /** What had passed when the backend last said how many tokens that was: servers can say it on the way. */
   #toldTokens = 0
   #toldText: TextCounts | undefined
@@ -115,6 +118,16 @@ export class Meter {
     return last
   }
 
+  /** The stream said properly that it is over: itself, or by the ends of all its choices. */
+  get finished(): boolean {
+    return this.#saidEnd || (this.#endedChoice && this.#choices.isFinished)
+  }
+
+  /** Number of choices that have begun; 0 for an API without choices. */
+  get choices(): number {
+    return this.#choices.count
+  }
+
   /** Looks at a chunk and returns what of it goes on now. */
   pass(chunk: Buffer): Buffer | undefined {
     if (this.#isReleased) return chunk
@@ -164,6 +177,21 @@ export class Meter {
     // The last line may lack its end.
     if (this.framing === 'ndjson') this.#harvest()
     return this.#mustEnd && this.framing !== 'json' && !this.finished && this.failure === undefined
+  }
+
+  /**
+   * What the backend reported of a response with several choices; undefined: nothing.
+   *
+   * @param prompts number of prompts in the request
+   * @param estimate returns the tokens of a text
+   */
+  told(prompts: number, estimate: (passed: Passed) => number): Told | undefined {
+    const first = this.framing === 'json' ? this.#watcher.firstChoice : undefined
+    const texts: ChoiceTexts = {
+      all: estimate(this.passed(true)),
+      first: first && estimate({ text: first, deltas: 0, isWhole: true })
+    }
+    return this.#choices.total(prompts, texts)
   }
 
   /** What the backend said, or undefined. */
@@ -381,7 +409,7 @@ export class Meter {
   }
 
   #endEvent(): void {
-    if (this.#endMatched === THE_END.length) this.finished = true
+    if (this.#endMatched === THE_END.length) this.#saidEnd = true
     this.#endMatched = 0
     if (this.#hasData) this.#harvest()
     this.#hasData = false
@@ -391,6 +419,7 @@ export class Meter {
   #harvest(): void {
     const { seen } = this.#watcher
     if (seen.delta) this.deltas++
+    this.#choices.add(seen)
     if (seen.usage !== undefined) {
       this.#counts.add(seen.usage)
       this.isUsageOld = false
@@ -400,7 +429,8 @@ export class Meter {
     if (seen.promptEvalCount !== undefined) this.#counts.set('input_tokens', seen.promptEvalCount)
     if (seen.evalCount !== undefined) this.#counts.set('output_tokens', seen.evalCount)
     this.failure ??= this.#dialect.failure(seen)
-    if (this.#saysEnd()) this.finished = true
+    if (seen.finishReasons !== undefined) this.#endedChoice = true
+    else if (this.#saysEnd()) this.#saidEnd = true
     if (this.id === undefined && seen.id !== undefined) {
       this.id = seen.id
       this.onId?.(seen.id)
@@ -409,8 +439,8 @@ export class Meter {
   }
 
   #noteTold(): void {
-    const tokens = this.#counts.output
-    if (this.deltas === 0 || tokens === this.#toldTokens) return
+    const tokens = this.choices > 1 ? this.#choices.output : this.#counts.output
+    if (tokens === undefined || this.deltas === 0 || tokens === this.#toldTokens) return
     if (!isOutput(tokens, characters(this.#watcher.text))) return
     this.#toldTokens = tokens
     this.#toldText = [...this.#watcher.text]

@@ -1,14 +1,14 @@
 import type { Report } from '../dialects/failure.ts'
-import { addText, noText } from './text.ts'
+import { addText, noText, type TextCounts } from './text.ts'
 
 /**
  * Watches one JSON text go by, in pieces of any size, and notes the few members that metering needs:
  * without parsing the text, without keeping it, and without being fooled by text inside strings.
  *
  * Members are told apart by name and depth: `usage` and `error` at the top or inside a top-level `message`
- * or `response`; Ollama's counts, `id`, `type`, `done` and the fields of an error at the top; `choices` when
- * it is not empty, and the `finish_reason` of each; and whether one of the delta members, anywhere, has
- * text, and how much.
+ * or `response`; Ollama's counts, llama.cpp's `timings`, `id`, `type`, `done` and the fields of an error at the
+ * top; `choices` when it is not empty, and the `index` and `finish_reason` of each; and whether one of the delta
+ * members, anywhere, has text, and how much.
  */
 
 /** What was seen in one JSON text. */
@@ -24,6 +24,11 @@ export interface Seen extends Report {
   textEnd: number
   /** `done` was true. */
   done: boolean
+  /** Number of choices, and the index of the last one. */
+  choices: number
+  index: number | undefined
+  /** There are `timings` (llama.cpp): all numbers are of one choice. */
+  hasTimings: boolean
 }
 
 const NAMES = {
@@ -31,18 +36,20 @@ const NAMES = {
   message: 2,
   response: 3,
   choices: 4,
-  id: 5,
-  type: 6,
-  object: 7,
-  status: 8,
-  error_type: 9,
-  finish_reason: 10,
+  timings: 5,
+  index: 6,
+  id: 7,
+  type: 8,
+  object: 9,
+  status: 10,
+  error_type: 11,
+  finish_reason: 12,
   // Those from here on may be numbers or the like.
-  done: 11,
-  error: 12,
-  prompt_eval_count: 13,
-  eval_count: 14,
-  code: 15
+  done: 13,
+  error: 14,
+  prompt_eval_count: 15,
+  eval_count: 16,
+  code: 17
 } as const
 /** Flag on a name's number: its text is a piece of the answer. */
 const DELTA = 64
@@ -113,6 +120,8 @@ export class JsonWatcher {
   seen = nothing()
   /** The text of the delta members, of all JSON texts so far. */
   readonly text = noText()
+  /** The part of it in the first choice, where one JSON text has several. */
+  firstChoice: TextCounts | undefined
   readonly #names: MemberNames
   readonly #kinds = new Uint8Array(MAX_DEPTH)
   readonly #members = new Uint8Array(MAX_DEPTH)
@@ -230,6 +239,8 @@ export class JsonWatcher {
       case 0x7b:
         if (this.#isUsage() || this.#isError()) return this.#keepObject()
         this.#noteObject(at)
+        if (this.#depth === 2 && this.#members[1] === NAMES.choices) this.#noteChoice()
+        else if (this.#isTop(NAMES.timings)) this.seen.hasTimings = true
         this.#open(OBJECT, NAME)
         return false
       case 0x5b:
@@ -243,7 +254,8 @@ export class JsonWatcher {
         return false
       default:
         this.#state = SCALAR
-        this.#keeps = this.#depth === 1 && this.#members[1]! >= NAMES.done
+        this.#keeps =
+          this.#depth === 1 ? this.#members[1]! >= NAMES.done : this.#isOfChoice(NAMES.index)
         return false
     }
   }
@@ -285,6 +297,10 @@ export class JsonWatcher {
         : this.#names.codeOf(this.#take(bytes, begin, end))
     this.#keeps = false
     this.#state = COLON
+  }
+
+  #noteChoice(): void {
+    if (++this.seen.choices === 2) this.firstChoice ??= [...this.text]
   }
 
   #noteText(at: number): void {
@@ -358,6 +374,10 @@ export class JsonWatcher {
 
   #noteScalar(text: string): void {
     const { seen } = this
+    if (this.#depth > 1) {
+      seen.index = Number(text)
+      return
+    }
     switch (this.#members[1]) {
       case NAMES.done:
         seen.done = text === 'true'
@@ -401,12 +421,12 @@ export class JsonWatcher {
       return member === NAMES.message || (member >= NAMES.id && member <= NAMES.code)
     }
     if (this.#depth === 2) return this.#isId() || this.#isError()
-    return this.#depth === 3 && this.#isFinishReason()
+    return this.#isOfChoice(NAMES.finish_reason)
   }
 
-  /** Whether it is the member of a choice. */
-  #isFinishReason(): boolean {
-    return this.#members[3] === NAMES.finish_reason && this.#members[1] === NAMES.choices
+  /** Is this the named member of a choice? */
+  #isOfChoice(code: number): boolean {
+    return this.#depth === 3 && this.#members[3] === code && this.#members[1] === NAMES.choices
   }
 
   #isError(): boolean {
@@ -492,6 +512,9 @@ function nothing(): Seen {
     textEnd: 0,
     hasChoices: false,
     finishReasons: undefined,
-    done: false
+    done: false,
+    choices: 0,
+    index: undefined,
+    hasTimings: false
   }
 }

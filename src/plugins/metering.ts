@@ -4,7 +4,7 @@ import type { Dialect } from '../dialects/dialect.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
 import type { Framing } from '../http.ts'
 import { isPlausible } from '../metering/counts.ts'
-import { Estimates } from '../metering/estimate.ts'
+import { Estimates, type Passed } from '../metering/estimate.ts'
 import { Meter, memberNames } from '../metering/meter.ts'
 import { characters, promptText } from '../metering/text.ts'
 import type { MemberNames } from '../metering/watcher.ts'
@@ -106,7 +106,7 @@ function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
     exchange.outcome = 'backend_failed'
     exchange.errorCode = 'backend_failed'
   }
-  const said = plausible(exchange, meter)
+  const { usage: said, isAll } = reported(exchange, meter, estimates)
   // A failure alone costs as little as one that comes with a status of its own.
   if (meter.failure !== undefined && said === undefined && meter.deltas === 0) return
   if (meter.framing !== 'json') {
@@ -114,7 +114,7 @@ function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
     exchange.lastTokenAt = meter.lastDeltaAt
   }
   const isOver = isTold(exchange, meter, said) && !meter.isUsageOld
-  const isRight = isOver && said !== undefined && !meter.isUsageWrong
+  const isRight = isOver && isAll && said !== undefined && !meter.isUsageWrong
   if (isRight) teach(exchange, meter, estimates, said)
   if (isRight && saysAll(exchange, meter, said)) {
     // Of what several backends have written none has counted the whole.
@@ -125,19 +125,29 @@ function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
   }
 }
 
-/** What the backend said, if it can be true. */
-function plausible({ prompt }: Exchange, meter: Meter): Usage | undefined {
-  const { usage } = meter
-  if (usage === undefined) return undefined
+/** What the backend reported, if it can be true, and whether that is of all choices. */
+function reported(exchange: Exchange, meter: Meter, estimates: Estimates) {
+  const { prompt, request } = exchange
+  const { model = '', prompts = 1, echo = false } = request.payload ?? {}
+  // Text that repeats the prompt says nothing about the output.
+  const tokensOf = (passed: Passed) => (echo ? 0 : estimates.output(model, passed))
+  const told = meter.choices > 1 ? meter.told(prompts, tokensOf) : undefined
+  const { usage, isAll } = told ?? { usage: meter.usage, isAll: true }
+  if (usage === undefined) return { usage, isAll }
   const asked = prompt === undefined ? 0 : characters(prompt.counts)
-  return isPlausible(usage, asked, characters(meter.passed(true).text)) ? usage : undefined
+  const isTrue = isPlausible(usage, asked, characters(meter.passed(true).text))
+  return { usage: isTrue ? usage : undefined, isAll }
 }
 
 /** Whether nothing has passed that the backend has not counted, or all has that there is to count. */
 function isTold(exchange: Exchange, meter: Meter, said: Usage | undefined): boolean {
   if (meter.framing === 'json') return said !== undefined || exchange.outcome === 'ok'
   if (meter.failure !== undefined) return meter.isAllTold
-  return exchange.outcome === 'ok' || meter.finished || meter.hasFinalUsage
+  if (exchange.outcome === 'ok') return true
+  const { sequences = 1 } = exchange.request.payload ?? {}
+  // A backend may report one choice while it still writes others.
+  if (sequences > 1 || meter.choices > 1) return meter.finished && meter.choices >= sequences
+  return meter.finished || meter.hasFinalUsage
 }
 
 /** Whether there is a count of all that must have some tokens: of the prompt, and of the text that has passed. */
@@ -154,12 +164,15 @@ function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Us
   // A response that failed may lack text that its tokens were spent on.
   if (exchange.isDivided || meter.failure !== undefined) return
   const { payload } = exchange.request
-  const model = payload?.model ?? ''
+  // Servers count several sequences in different ways, and a repeated prompt is no output.
+  if (payload === undefined || payload.echo || Math.max(payload.sequences, meter.choices) > 1)
+    return
+  const model = payload.model ?? ''
   const { promptTokens, completionTokens } = usage
   if (completionTokens > 0) estimates.learnOutput(model, meter.passed(true), completionTokens)
   const { prompt } = exchange
   // Pictures, and what a stored response brings along, are part of the prompt and not of its text.
-  const isText = prompt?.hasData === false && payload?.previousResponseId === undefined
+  const isText = prompt?.hasData === false && payload.previousResponseId === undefined
   if (isText && promptTokens > 0) estimates.learnInput(model, prompt.counts, promptTokens)
 }
 
@@ -175,13 +188,17 @@ function estimate(
 ): void {
   const spends = exchange.endpoint?.spends
   if (spends === undefined) return
-  const model = exchange.request.payload?.model ?? ''
+  const { model = '', prompts = 1 } = exchange.request.payload ?? {}
   const { tokens, since } = isWhole ? { tokens: 0, since: meter.passed(true) } : meter.counted
   const output = spends === 'input' ? 0 : tokens + estimates.output(model, since)
   const saidOutput = said?.completionTokens ?? 0
   const completionTokens = isRight && saidOutput > 0 ? saidOutput : Math.max(output, saidOutput)
   const prompt = exchange.prompt === undefined ? 0 : estimates.input(model, exchange.prompt.counts)
-  const promptTokens = said?.promptTokens || prompt
+  // What was reported of several prompts may be about one of them.
+  const promptTokens =
+    prompts > 1 && !isRight
+      ? Math.max(prompt, said?.promptTokens ?? 0)
+      : said?.promptTokens || prompt
   exchange.usage = {
     ...said,
     promptTokens,
