@@ -1321,6 +1321,87 @@ test('a stream of several choices is only over when all of them have ended', asy
   assert.deepEqual([line.completionTokens, line.exactness], [30, 'counted'])
 })
 
+/** An API with reasoning: its stream of words, reasoning and the counts of both. */
+const REASONERS: [
+  string,
+  (words: string[], reasoning: string[], counted?: [number, number]) => string
+][] = [
+  [
+    '/v1/chat/completions',
+    (words, reasoning, counted) =>
+      reasoning.map(reasoning_content => chat({ reasoning_content })).join('') +
+      words.map(content => chat({ content })).join('') +
+      (counted === undefined
+        ? ''
+        : last({
+            prompt_tokens: LLAMA_PROMPT,
+            completion_tokens: counted[0],
+            completion_tokens_details: { reasoning_tokens: counted[1] }
+          }) + DONE)
+  ],
+  [
+    '/v1/responses',
+    (words, reasoning, counted) =>
+      reasoning
+        .map(delta => typed({ type: 'response.reasoning_text.delta', delta } as never))
+        .join('') +
+      words.map(delta => typed({ type: 'response.output_text.delta', delta } as never)).join('') +
+      (counted === undefined
+        ? ''
+        : typed({
+            type: 'response.completed',
+            response: {
+              usage: {
+                input_tokens: LLAMA_PROMPT,
+                output_tokens: counted[0],
+                output_tokens_details: { reasoning_tokens: counted[1] }
+              }
+            }
+          } as never))
+  ]
+]
+
+for (const [path, body] of REASONERS) {
+  test(`${path}: reasoning that is not shown teaches nothing about text`, async t => {
+    /** Words and reasoning of the lessons, and their counts; the stream that is cut has 60 words. */
+    let lesson: [string[], string[], [number, number]]
+    const backend = await fakeBackend(t, (request, response) => {
+      response.writeHead(200, { 'content-type': SSE_TYPE })
+      if (request.body.includes('cut')) response.write(body(words(60), []))
+      else response.end(body(...lesson))
+    })
+    const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+    const ask = (model: string, user: string, signal?: AbortSignal) =>
+      post(gateway.url + path, { ...CHAT, input: 'Hi', model, user, stream: true }, {}, signal)
+    const lessons = {
+      hidden: [words(100), [], [500, 400]],
+      'not even counted': [words(100), [], [2000, 0]],
+      summarized: [words(100), words(20), [500, 400]],
+      shown: [words(100), words(200), [300, 200]]
+    } satisfies Record<string, typeof lesson>
+    for (const [model, each] of Object.entries(lessons)) {
+      lesson = each as typeof lesson
+      for (let at = 0; at < 30; at++) await (await ask(model, 'whole')).text()
+      const abort = new AbortController()
+      await untilSeen(await ask(model, 'cut', abort.signal), 60)
+      abort.abort()
+      const line = await gateway.logged({ msg: 'exchange', outcome: 'client_gone', model })
+      assert.ok(
+        Math.abs(Number(line.completionTokens) - 60) <= 2,
+        `${model}: ${line.completionTokens}`
+      )
+    }
+    // What is shown does teach: 1.3 tokens for each delta.
+    lesson = [words(100), words(200), [390, 260]]
+    for (let at = 0; at < 30; at++) await (await ask('other', 'whole')).text()
+    const abort = new AbortController()
+    await untilSeen(await ask('other', 'cut', abort.signal), 60)
+    abort.abort()
+    const line = await gateway.logged({ msg: 'exchange', outcome: 'client_gone', model: 'other' })
+    assert.ok(Math.abs(Number(line.completionTokens) - 78) <= 4, String(line.completionTokens))
+  })
+}
+
 /** Reads a stream until this many events have come. */
 async function untilSeen(response: Response, events: number): Promise<void> {
   let seen = ''

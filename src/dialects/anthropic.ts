@@ -28,6 +28,7 @@ export const anthropic: Dialect = {
     `event: error\ndata: ${JSON.stringify(anthropicError(error, requestId))}\n\n`,
   deltaMembers: ['text', 'partial_json', 'thinking'],
   answerMembers: ['text', 'input', 'thinking'],
+  reasoningMembers: ['thinking'],
   endTypes: ['message_stop', 'error'],
   failure: report => failureIn(report, ['error'])
 }

@@ -19,6 +19,8 @@ export interface Dialect {
   deltaMembers: readonly string[]
   /** The same in an answer that comes whole, as one JSON object. */
   answerMembers: readonly string[]
+  /** Those of both that have reasoning. The Responses API has it in events whose `type` names it. */
+  reasoningMembers: readonly string[]
   /** Values of an event's `type` that end a stream properly (beside `[DONE]` and `"done": true`). */
   endTypes: readonly string[]
   /** How the backend failed according to one event or one whole JSON body; undefined: it did not. */

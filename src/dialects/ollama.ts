@@ -12,6 +12,7 @@ export const ollama: Dialect = {
   errorEvent: error => `${JSON.stringify({ error: error.message })}\n`,
   deltaMembers: PIECES,
   answerMembers: PIECES,
+  reasoningMembers: ['thinking'],
   endTypes: [],
   failure: report => failureIn(report)
 }

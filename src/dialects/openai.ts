@@ -28,6 +28,7 @@ export const openai: Dialect = {
   errorEvent: error => `data: ${JSON.stringify(openaiError(error))}\n\n`,
   deltaMembers: PIECES,
   answerMembers: PIECES,
+  reasoningMembers: ['reasoning_content', 'reasoning'],
   endTypes: [],
   failure: report => failureIn(report)
 }

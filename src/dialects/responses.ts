@@ -14,6 +14,7 @@ export const responses: Dialect = {
   },
   deltaMembers: ['delta'],
   answerMembers: ['text', 'arguments'],
+  reasoningMembers: [],
   endTypes: ['response.completed', 'response.failed', 'response.incomplete', 'error'],
   failure: report => failureIn(report, ['error', 'response.failed'], ['failed'])
 }

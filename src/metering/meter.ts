@@ -60,6 +60,7 @@ export class Meter {
   readonly #takeOut: boolean
   readonly #mustEnd: boolean
   readonly #watcher: JsonWatcher
+  #hasReasoning = false
   readonly #counts = new Counts()
   readonly #choices = new Choices()
   /** The stream said properly that it is over, or a choice did. */
@@ -121,6 +122,12 @@ export class Meter {
   /** The stream said properly that it is over: itself, or by the ends of all its choices. */
   get finished(): boolean {
     return this.#saidEnd || (this.#endedChoice && this.#choices.isFinished)
+  }
+
+  /** No reasoning has passed. A whole response of the Responses API does not show it by the names of its fields. */
+  get hidesReasoning(): boolean {
+    const isUnknown = this.framing === 'json' && this.#dialect.reasoningMembers.length === 0
+    return !this.#hasReasoning && !isUnknown
   }
 
   /** Number of choices that have begun; 0 for an API without choices. */
@@ -420,6 +427,9 @@ export class Meter {
     const { seen } = this.#watcher
     if (seen.delta) this.deltas++
     this.#choices.add(seen)
+    if (seen.hasReasoning || (seen.delta && seen.type?.includes('reasoning'))) {
+      this.#hasReasoning = true
+    }
     if (seen.usage !== undefined) {
       this.#counts.add(seen.usage)
       this.isUsageOld = false
@@ -469,7 +479,8 @@ export class Meter {
 
 /** The members whose text is a piece of an answer that comes like this. */
 export function memberNames(dialect: Dialect, framing: Framing): MemberNames {
-  return new MemberNames(framing === 'json' ? dialect.answerMembers : dialect.deltaMembers)
+  const { answerMembers, deltaMembers, reasoningMembers } = dialect
+  return new MemberNames(framing === 'json' ? answerMembers : deltaMembers, reasoningMembers)
 }
 
 function lineEnd(chunk: Buffer, from: number, hasCr: boolean): number {

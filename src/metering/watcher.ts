@@ -29,6 +29,8 @@ export interface Seen extends Report {
   index: number | undefined
   /** There are `timings` (llama.cpp): all numbers are of one choice. */
   hasTimings: boolean
+  /** There is reasoning. */
+  hasReasoning: boolean
 }
 
 const NAMES = {
@@ -51,8 +53,10 @@ const NAMES = {
   eval_count: 16,
   code: 17
 } as const
-/** Flag on a name's number: its text is a piece of the answer. */
+/** Flags on a name's number: its text is a piece of the answer; it is reasoning. */
 const DELTA = 64
+const REASONING = 128
+const FLAGS = DELTA | REASONING
 
 /** What the next byte belongs to. */
 const VALUE = 0
@@ -82,9 +86,15 @@ export class MemberNames {
   /** By their length. */
   readonly #names: { bytes: Buffer; code: number }[][] = []
 
-  /** @param deltaMembers names of the members whose text is a piece of the answer */
-  constructor(deltaMembers: readonly string[]) {
-    for (const name of deltaMembers) this.#codes.set(name, (this.#codes.get(name) ?? 0) | DELTA)
+  /**
+   * @param deltaMembers names of the members whose text is a piece of the answer
+   * @param reasoningMembers those of them that are reasoning
+   */
+  constructor(deltaMembers: readonly string[], reasoningMembers: readonly string[] = []) {
+    for (const name of deltaMembers) {
+      const flags = reasoningMembers.includes(name) ? FLAGS : DELTA
+      this.#codes.set(name, (this.#codes.get(name) ?? 0) | flags)
+    }
     for (const [name, code] of this.#codes) {
       const ofLength = this.#names[name.length] ?? []
       ofLength.push({ bytes: Buffer.from(name), code })
@@ -306,6 +316,7 @@ export class JsonWatcher {
   #noteText(at: number): void {
     if (!this.#isDelta()) return
     this.seen.delta = true
+    if ((this.#members[this.#depth]! & REASONING) !== 0) this.seen.hasReasoning = true
     if (this.seen.texts++ === 0) this.seen.textBegin = at
   }
 
@@ -411,7 +422,7 @@ export class JsonWatcher {
   }
 
   #isTop(code: number): boolean {
-    return this.#depth === 1 && (this.#members[1]! & ~DELTA) === code
+    return this.#depth === 1 && (this.#members[1]! & ~FLAGS) === code
   }
 
   /** Whether this string is one of those that are noted. */
@@ -444,7 +455,7 @@ export class JsonWatcher {
   /** Is this the named member of a top-level `message` or `response`? */
   #isInside(code: number): boolean {
     if (this.#depth !== 2 || this.#members[2] !== code) return false
-    const outer = this.#members[1]! & ~DELTA
+    const outer = this.#members[1]! & ~FLAGS
     return outer === NAMES.message || outer === NAMES.response
   }
 
@@ -515,6 +526,7 @@ function nothing(): Seen {
     done: false,
     choices: 0,
     index: undefined,
-    hasTimings: false
+    hasTimings: false,
+    hasReasoning: false
   }
 }

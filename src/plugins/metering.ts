@@ -168,12 +168,27 @@ function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Us
   if (payload === undefined || payload.echo || Math.max(payload.sequences, meter.choices) > 1)
     return
   const model = payload.model ?? ''
-  const { promptTokens, completionTokens } = usage
-  if (completionTokens > 0) estimates.learnOutput(model, meter.passed(true), completionTokens)
+  const { promptTokens } = usage
+  const passed = meter.passed(true)
+  const shown = shownTokens(usage, meter, estimates.output(model, passed))
+  if (shown > 0) estimates.learnOutput(model, passed, shown)
   const { prompt } = exchange
   // Pictures, and what a stored response brings along, are part of the prompt and not of its text.
   const isText = prompt?.hasData === false && payload.previousResponseId === undefined
   if (isText && promptTokens > 0) estimates.learnInput(model, prompt.counts, promptTokens)
+}
+
+/**
+ * Returns the tokens of the text that has passed; 0: they are not known, because reasoning was counted of which a
+ * part may have passed, such as a summary.
+ *
+ * @param estimate tokens of that text, estimated
+ */
+function shownTokens(usage: Usage, meter: Meter, estimate: number): number {
+  const { completionTokens, reasoningTokens = 0 } = usage
+  if (reasoningTokens === 0) return completionTokens
+  if (meter.hidesReasoning) return completionTokens - reasoningTokens
+  return estimate < completionTokens - reasoningTokens / 2 ? 0 : completionTokens
 }
 
 /**
