@@ -3,13 +3,14 @@ import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest }
 import { BodyBudget } from './body-budget.ts'
 import type { Dialect } from './dialects/dialect.ts'
 import { openai } from './dialects/openai.ts'
+import type { PromptForm } from './dialects/prompt.ts'
 import { type GatewayError, toGatewayError } from './errors.ts'
 import type { Framing } from './http.ts'
 import { matchesModel } from './keys/key.ts'
 import type { OwnLimits } from './limits/limits.ts'
 import type { Lease, LimitStore } from './limits/store.ts'
 import type { Meter } from './metering/meter.ts'
-import type { PromptText } from './metering/text.ts'
+import type { PromptText } from './metering/prompt.ts'
 import type { Wanted } from './pool/lineup.ts'
 import { type Prefixes, prefixesOf } from './pool/prefixes.ts'
 import type { Priority } from './pool/queue.ts'
@@ -85,6 +86,8 @@ export interface Endpoint {
   asksForUsage?: boolean
   /** What tokens are for, where the backend does not say how many: `input` is only read. Absent: none are spent. */
   spends?: 'input' | 'input and output'
+  /** How the model gets the request, where that differs from the dialect. */
+  prompt?: PromptForm
   /** Ollama's native routes stream unless told not to. */
   streamsByDefault?: boolean
   /** Where the ids of stored responses stand, which bind later calls to the same backend. */

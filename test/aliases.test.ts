@@ -171,7 +171,7 @@ test('a quota in money counts what the backend’s model costs, whatever it is c
     backends: [{ url: backend.url, models: ['m', { fast: 'm' }] }],
     auth: {
       enabled: true,
-      keys: [{ key: 'sk-1', total_quota: 0.00004, quota_unit: 'cost' }]
+      keys: [{ key: 'sk-1', total_quota: 0.00005, quota_unit: 'cost' }]
     },
     rate_limit: { enabled: true },
     routing: { model_fallbacks: { old: ['m'] } },

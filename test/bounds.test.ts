@@ -105,7 +105,12 @@ const BOUNDS: Record<string, Record<string, string>> = {
     '#unnamed': 'Choices of a response whose usage is kept',
     '#whole': 'Choices of a response whose usage is kept'
   },
-  'metering/estimate.ts': { '#known': 'Models whose token sizes are learned' },
+  'metering/estimate.ts': {
+    '#common': 'Models whose token sizes are learned',
+    '#own': 'Models whose token sizes are learned',
+    outputs: FIXED,
+    inputs: FIXED
+  },
   'metering/watcher.ts': { '#codes': FIXED, '#names': FIXED },
   'metrics/departed.ts': {
     before: 'Metrics of backends',
@@ -392,11 +397,27 @@ test('what is learned about callers and models is bounded', () => {
   const text = [7, ...new Array(19).fill(0)] as never
   const estimates = new Estimates(1_000)
   const passed = { text, deltas: 0, isWhole: true }
-  const unknown = estimates.output('first', passed)
-  for (let at = 0; at < 20; at++) estimates.learnOutput('first', passed, 20)
-  assert.notEqual(estimates.output('first', passed), unknown)
-  for (let at = 0; at < 1_000; at++) estimates.learnOutput(`model-${at}`, passed, 20)
-  assert.equal(estimates.output('first', passed), unknown)
+  const first = (caller: string) => estimates.output({ model: 'first', caller }, passed)
+  const unknown = first('alice')
+  const learn = () => {
+    for (let at = 0; at < 20; at++) {
+      for (const caller of ['alice', 'b', 'c', 'd']) {
+        estimates.learnOutput({ model: 'first', caller }, passed, 20)
+      }
+    }
+    assert.deepEqual([first('alice') > 15, first('eve') > unknown], [true, true])
+  }
+  learn()
+  for (let at = 0; at < 1_000; at++) {
+    estimates.learnOutput({ model: `model-${at}`, caller: 'bob' }, passed, 20)
+  }
+  assert.deepEqual([first('alice'), first('eve')], [unknown, unknown])
+  learn()
+  const common = first('eve')
+  for (let at = 0; at < 1_000; at++) {
+    estimates.learnOutput({ model: 'second', caller: `caller-${at}` }, passed, 20)
+  }
+  assert.deepEqual([first('alice'), first('eve')], [common, common])
 
   const choices = new Choices()
   const usage = '{"prompt_tokens":1,"completion_tokens":1}'

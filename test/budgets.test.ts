@@ -114,14 +114,36 @@ test('a call that fits is not refused because its max_tokens is large', async t 
   }
 })
 
-test('a prompt that is larger than a minute is refused, and trying again is no use', async t => {
+test('a prompt that is larger than a minute, whatever its tokenizer, is refused for good', async t => {
   const { call } = await start(t, { per_key: { tokens_per_minute: 100 } })
-  const messages = [{ role: 'user', content: 'many words '.repeat(200) }]
+  const messages = [{ role: 'user', content: 'many words '.repeat(2000) }]
   const refused = await call('a', { messages })
   assert.equal(refused.status, 429)
   assert.equal(refused.headers.get('x-should-retry'), 'false')
   assert.match((await refused.json()).error.message, /This request alone is larger/)
 })
+
+for (const storage of ['memory', 'redis'] as const) {
+  test(`an estimate alone refuses nothing for good: it waits until nothing else counts, ${storage}`, async t => {
+    const caches = [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${REDIS.port}` }]
+    const { call } = await start(
+      t,
+      {
+        per_key: { tokens_per_minute: 100 },
+        ...(storage === 'redis' ? { storage, redis_prefix: uniqueName('budgets') } : {})
+      },
+      storage === 'redis' ? { storage: { caches } } : {}
+    )
+    // About 400 tokens, says the estimate.
+    const messages = [{ role: 'user', content: 'many words '.repeat(200) }]
+    assert.equal((await call('b', { messages })).status, 200)
+    assert.equal((await call('a', { max_tokens: 10 })).status, 200)
+    const refused = await call('a', { messages })
+    assert.equal(refused.status, 429)
+    assert.ok(Number(refused.headers.get('retry-after')) <= 60)
+    assert.equal(refused.headers.get('x-should-retry'), null)
+  })
+}
 
 test('a quota of a key holds without rate_limit, and tells that waiting does not help', async t => {
   const backend = await answering(t)

@@ -4,9 +4,21 @@ import { join } from 'node:path'
 import { test } from 'node:test'
 import { decode, encode } from 'gpt-tokenizer/encoding/o200k_base'
 import { openai } from '../src/dialects/openai.ts'
+import {
+  CHAT as CHAT_FORM,
+  COMPLETION,
+  EMBEDDING,
+  GENERATION,
+  MESSAGES,
+  type PromptForm,
+  RANKING,
+  RESPONSE
+} from '../src/dialects/prompt.ts'
 import { Estimates } from '../src/metering/estimate.ts'
 import { Meter } from '../src/metering/meter.ts'
-import { addText, characters, noText, promptText } from '../src/metering/text.ts'
+import { type PromptText, promptText } from '../src/metering/prompt.ts'
+import { addText, characters, noText, type TextCounts } from '../src/metering/text.ts'
+import { membersOf } from '../src/wire/json-scanner.ts'
 import { CORPUS } from './corpus.ts'
 
 /**
@@ -15,6 +27,19 @@ import { CORPUS } from './corpus.ts'
  * of the texts; then streams of the other half are cut at random points, and what the gateway would bill is
  * compared with the tokens that have passed.
  */
+
+const of = (model: string, caller = 'alice') => ({ model, caller })
+const prompted = (json: string, form: PromptForm = CHAT_FORM) => {
+  const bytes = Buffer.from(json)
+  return promptText({ bytes, members: membersOf(bytes) }, form)
+}
+const textPrompt = (counts: TextCounts): PromptText => ({
+  counts,
+  tokens: 0,
+  frame: 'chat',
+  hasTools: false,
+  hasData: false
+})
 
 const ROOT = new URL('..', import.meta.url).pathname
 const CUTS = process.env.LONG === '1' ? 10_000 : 1_000
@@ -196,7 +221,7 @@ function cutStreams(lessons: number): Cut[] {
       const kind = KINDS[lesson % KINDS.length]!
       const stream = deltas(kind, answer(kind, 0, teacher), packing, teacher)
       // The token that ends an answer is counted, and has no text.
-      estimates.learnOutput(server, metered(stream, teacher).passed(true), tokensOf(stream) + 1)
+      estimates.learnOutput(of(server), metered(stream, teacher).passed(true), tokensOf(stream) + 1)
     }
   }
   return Array.from({ length: CUTS }, (_, index) => {
@@ -206,7 +231,7 @@ function cutStreams(lessons: number): Cut[] {
     const passed = whole.slice(0, 1 + Math.floor(random() * whole.length))
     const { tokens, since } = metered(passed, random).counted
     const truth = tokensOf(passed)
-    return { server, kind, truth, error: tokens + estimates.output(server, since) - truth }
+    return { server, kind, truth, error: tokens + estimates.output(of(server), since) - truth }
   })
 }
 
@@ -288,16 +313,16 @@ test('the tokens of prompts', t => {
     }))
     const body = JSON.stringify({ model: 'm', messages, stream: true, temperature: 0.7 })
     const tokens = asked.map(each => 4 + sum(each.map(unit => unit.tokens)))
-    return { counts: promptText(Buffer.from(body)).counts, truth: 20 + sum(tokens) }
+    return { prompt: prompted(body), truth: 20 + sum(tokens) }
   }
   const error = () => {
-    const { counts, truth } = prompt(1)
-    return Math.abs(estimates.input('m', counts) / truth - 1)
+    const { prompt: asked, truth } = prompt(1)
+    return Math.abs(estimates.input(of('m'), asked) / truth - 1)
   }
   const cold = sum(Array.from({ length: 1000 }, error)) / 1000
   for (let lesson = 0; lesson < LESSONS; lesson++) {
-    const { counts, truth } = prompt(0)
-    estimates.learnInput('m', counts, truth)
+    const { prompt: asked, truth } = prompt(0)
+    estimates.learnInput(of('m'), asked, truth)
   }
   const learned = Array.from({ length: 1000 }, error).sort((a, b) => a - b)
   const mean = sum(learned) / 1000
@@ -314,11 +339,11 @@ test('a server that changes its ways is soon known again', t => {
   const lessons = [...new Array(500).fill(8), ...new Array(20).fill(4)]
   for (const size of lessons) {
     const stream = send(size)
-    estimates.learnOutput('m', metered(stream, random).passed(true), tokensOf(stream) + 1)
+    estimates.learnOutput(of('m'), metered(stream, random).passed(true), tokensOf(stream) + 1)
   }
   const streams = Array.from({ length: 20 }, () => send(4))
   const estimate = sum(
-    streams.map(each => estimates.output('m', metered(each, random).passed(false)))
+    streams.map(each => estimates.output(of('m'), metered(each, random).passed(false)))
   )
   const truth = sum(streams.map(tokensOf))
   t.diagnostic(`${estimate} for ${truth} tokens`)
@@ -331,14 +356,14 @@ test('what cannot be the tokens of a text teaches nothing', () => {
   const bytes = Buffer.from('The answer is short, and much was thought before it.')
   addText(text, bytes, 0, bytes.length)
   const passed = { text, deltas: 0, isWhole: true }
-  const before = estimates.output('m', passed)
+  const before = estimates.output(of('m'), passed)
   for (let call = 0; call < 50; call++) {
-    estimates.learnOutput('m', passed, 5000)
-    estimates.learnInput('m', text, 100_000)
+    estimates.learnOutput(of('m'), passed, 5000)
+    estimates.learnInput(of('m'), textPrompt(text), 100_000)
   }
-  assert.equal(estimates.output('m', passed), before)
-  for (let call = 0; call < 50; call++) estimates.learnOutput('m', passed, 20)
-  assert.equal(estimates.output('m', passed), 20)
+  assert.equal(estimates.output(of('m'), passed), before)
+  for (let call = 0; call < 50; call++) estimates.learnOutput(of('m'), passed, 20)
+  assert.equal(estimates.output(of('m'), passed), 20)
 })
 
 function counts(json: string): number[] {
@@ -365,14 +390,15 @@ test('long text is counted in samples', () => {
   const sampled = counts(pieces.join(''))
   assert.ok(Math.abs(characters(sampled) / characters(sum) - 1) < 0.05)
   const cold = new Estimates(1)
-  assert.ok(Math.abs(cold.input('m', sampled) / cold.input('m', sum) - 1) < 0.1)
+  assert.ok(
+    Math.abs(cold.input(of('m'), textPrompt(sampled)) / cold.input(of('m'), textPrompt(sum)) - 1) <
+      0.1
+  )
 })
 
 test('pictures in a prompt are no text', () => {
   const prompt = (url: string) =>
-    promptText(
-      Buffer.from(JSON.stringify({ messages: [{ content: [{ text: 'What is it?' }, url] }] }))
-    )
+    prompted(JSON.stringify({ messages: [{ content: [{ text: 'What is it?' }, url] }] }))
   const bare = prompt('')
   const picture = prompt(`data:image/png;base64,${'iVBORw0KGgo/+A'.repeat(50_000)}`)
   assert.deepEqual([bare.hasData, picture.hasData], [false, true])
@@ -384,12 +410,112 @@ test('the models that were heard of last are remembered', () => {
   const text = noText()
   addText(text, Buffer.from('word '.repeat(20)), 0, 100)
   const learn = (model: string) => {
-    for (let call = 0; call < 20; call++) estimates.learnInput(model, text, 40)
+    for (let call = 0; call < 20; call++) estimates.learnInput(of(model), textPrompt(text), 40)
   }
-  const cold = estimates.input('?', text)
+  const cold = estimates.input(of('?'), textPrompt(text))
   for (const model of ['a', 'b', 'a', 'c', 'x'.repeat(1000)]) learn(model)
   assert.deepEqual(
-    ['a', 'b', 'c', 'x'.repeat(1000)].map(model => estimates.input(model, text)),
+    ['a', 'b', 'c', 'x'.repeat(1000)].map(model => estimates.input(of(model), textPrompt(text))),
     [40, cold, 40, cold]
   )
+})
+
+/** A prompt of common words, whose tokens are those of the text, times `factor`, and a template's. */
+function lesson(random: Random, factor: number, template: number) {
+  const asked = answer('prose', 0, random).slice(0, 200)
+  const messages = [{ role: 'user', content: asked.map(({ text }) => text).join('') }]
+  const truth = Math.round(factor * sum(asked.map(each => each.tokens))) + template
+  return { prompt: prompted(JSON.stringify({ model: 'm', messages })), truth }
+}
+
+test('a caller teaches what is estimated for itself, and others only together', t => {
+  const random = randomFrom(5)
+  const estimates = new Estimates(100)
+  const passed = (tokens: number) => {
+    const text = noText()
+    const bytes = Buffer.from('word '.repeat(tokens))
+    addText(text, bytes, 0, bytes.length)
+    return { text, deltas: tokens, isWhole: true }
+  }
+  const { prompt } = lesson(random, 1, 20)
+  const bob = of('m', 'bob')
+  const before = [estimates.input(bob, prompt), estimates.output(bob, passed(100))]
+  for (let at = 0; at < 100; at++) {
+    estimates.learnInput(of('m', 'odd'), lesson(random, 3, 1500).prompt, 1900)
+    estimates.learnOutput(of('m', 'odd'), passed(100), 160)
+  }
+  assert.ok(Math.abs(estimates.output(of('m', 'odd'), passed(100)) - 160) < 5)
+  const after = [estimates.input(bob, prompt), estimates.output(bob, passed(100))]
+  const moved = after.map((each, at) => Math.abs(each / before[at]! - 1))
+  assert.ok(
+    moved.every(each => each < 0.1),
+    String(moved)
+  )
+
+  // Eight callers with a model of 1.5 tokens for a common one, and one of them is odd.
+  const callers = ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'odd']
+  for (let at = 0; at < 60; at++) {
+    for (const caller of callers) {
+      const { prompt, truth } = lesson(random, 1.5, 100)
+      estimates.learnInput(of('m', caller), prompt, caller === 'odd' ? 2 * truth : truth)
+      estimates.learnOutput(of('m', caller), passed(100), caller === 'odd' ? 290 : 150)
+    }
+  }
+  const errors = Array.from({ length: 50 }, () => {
+    const { prompt, truth } = lesson(random, 1.5, 100)
+    return estimates.input(bob, prompt) / truth - 1
+  })
+  const mean = sum(errors) / errors.length
+  const output = estimates.output(bob, passed(100))
+  t.diagnostic(`a caller that has taught nothing: prompts ${mean} off, ${output} for 150 tokens`)
+  assert.ok(Math.abs(mean) < 0.1 && Math.abs(output / 150 - 1) < 0.1)
+})
+
+const PROMPTS: [string, PromptForm, object][] = [
+  ['chat', CHAT_FORM, { messages: [{ role: 'user', content: 'Words to the model' }] }],
+  ['completions', COMPLETION, { prompt: 'Words to the model' }],
+  ['embeddings', EMBEDDING, { input: ['Words to the model', 'and more'] }],
+  ['rerank', RANKING, { query: 'Words to the model', documents: ['one', 'two'] }],
+  ['Messages', MESSAGES, { system: 'Short', messages: [{ role: 'user', content: 'Words' }] }],
+  ['Responses', RESPONSE, { instructions: 'Short', input: 'Words to the model' }],
+  ['Ollama', GENERATION, { system: 'Short', prompt: 'Words to the model' }]
+]
+
+test('text that no model reads is no part of a prompt', () => {
+  const junk = { metadata: { note: 'x'.repeat(9_000) }, user: 'nobody '.repeat(500), extra: [1, 2] }
+  for (const [name, form, request] of PROMPTS) {
+    const bare = prompted(JSON.stringify(request), form)
+    const padded = prompted(JSON.stringify({ ...junk, model: 'm', ...request, zzz: junk }), form)
+    assert.deepEqual(padded, bare, name)
+    assert.ok(characters(bare.counts) > 10, name)
+  }
+  // Fields of another API are not read either.
+  const other = { messages: [{ role: 'user', content: 'Hi' }] }
+  const mixed = { ...other, prompt: 'x '.repeat(500), input: 'x '.repeat(500) }
+  assert.deepEqual(prompted(JSON.stringify(mixed)), prompted(JSON.stringify(other)))
+})
+
+test('tokens that a client sends as numbers are counted, and teach nothing', () => {
+  const estimates = new Estimates(1)
+  const tokens = Array.from({ length: 700 }, (_, at) => at * 37)
+  const one = prompted(JSON.stringify({ prompt: tokens }), COMPLETION)
+  assert.equal(estimates.input(of('m'), one), 700)
+  const several = prompted(JSON.stringify({ prompt: [tokens, tokens] }), COMPLETION)
+  assert.ok(Math.abs(estimates.input(of('m'), several) / 1400 - 1) < 0.1)
+  assert.deepEqual([one.hasData, several.hasData], [true, true])
+})
+
+test('the text of a large body is counted in about a millisecond', t => {
+  const content = 'Some words, and then some more. '.repeat(250_000)
+  const image = `data:image/png;base64,${'iVBORw0KGgo/+A'.repeat(500_000)}`
+  const json = JSON.stringify({ model: 'm', messages: [{ content: [content, image] }], tools: [] })
+  const bytes = Buffer.from(json)
+  const body = { bytes, members: membersOf(bytes) }
+  const times = Array.from({ length: 9 }, () => {
+    const start = performance.now()
+    promptText(body, CHAT_FORM)
+    return performance.now() - start
+  }).sort((a, b) => a - b)
+  t.diagnostic(`${bytes.length} bytes: ${times[4]} ms`)
+  assert.ok(times[0]! < 10)
 })

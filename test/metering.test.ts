@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict'
-import { test } from 'node:test'
+import { type TestContext, test } from 'node:test'
 import fc from 'fast-check'
 import { anthropic } from '../src/dialects/anthropic.ts'
 import type { Dialect } from '../src/dialects/dialect.ts'
@@ -632,6 +632,16 @@ const SAYS = 'The harbour was quiet in the morning, and the boats lay still. '.r
 const WORDS = SAYS.match(/\S+ /g)!
 const ARGUMENTS = { city: 'Vienna', days: [1, 2, 3], units: { temperature: 'celsius' } }
 
+/** The same text as each API has it. */
+const ASKED = {
+  model: 'm',
+  messages: [{ role: 'user', content: SAYS }],
+  prompt: SAYS,
+  input: SAYS,
+  query: SAYS,
+  documents: []
+}
+
 interface Unsaid {
   name: string
   path: string
@@ -763,16 +773,14 @@ for (const { name, path, type, body, tokens } of UNSAID) {
       response.end(body)
     })
     const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
-    await (
-      await post(gateway.url + path, { ...CHAT, input: SAYS, stream: type !== JSON_TYPE })
-    ).text()
+    await (await post(gateway.url + path, { ...ASKED, stream: type !== JSON_TYPE })).text()
     const line = await gateway.logged({ msg: 'exchange' })
     const [least, most] = tokens
     const completionTokens = Number(line.completionTokens)
     assert.equal(line.exactness, 'estimated')
     assert.ok(completionTokens >= least && completionTokens <= most, String(completionTokens))
     const promptTokens = Number(line.promptTokens)
-    assert.ok(promptTokens > 50 && promptTokens < 110, String(promptTokens))
+    assert.ok(promptTokens > 40 && promptTokens < 110, String(promptTokens))
   })
 }
 
@@ -964,7 +972,7 @@ for (const [path, type, body] of COUNTED) {
     })
     const ask = async (prompt: string, output: string) => {
       text = body(prompt, output)
-      const request = { ...CHAT, input: SAYS, stream: type !== JSON_TYPE }
+      const request = { ...ASKED, stream: type !== JSON_TYPE }
       const response = await post(gateway.url + path, request)
       assert.equal(response.status, 200)
       await response.text()
@@ -1311,14 +1319,115 @@ test('a stream of several choices is only over when all of them have ended', asy
   const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
   const url = `${gateway.url}/v1/chat/completions`
   await (await post(url, { ...CHAT, n: 2, user: 'cut', stream: true })).text().catch(() => {})
-  const broken = await gateway.logged({ msg: 'exchange', outcome: 'backend_failed' })
-  assert.deepEqual([broken.completionTokens, broken.exactness], [30, 'counted'])
+  const broken = await gateway.logged({ msg: 'exchange' })
+  assert.deepEqual(
+    [broken.outcome, broken.completionTokens, broken.exactness],
+    ['backend_failed', 30, 'counted']
+  )
   const abort = new AbortController()
   const left = await post(url, { ...CHAT, n: 2, stream: true }, {}, abort.signal)
   await untilSeen(left, 31)
   abort.abort()
   const line = await gateway.logged({ msg: 'exchange', outcome: 'client_gone' })
   assert.deepEqual([line.completionTokens, line.exactness], [30, 'counted'])
+})
+
+/** A backend that says how many tokens a prompt has, unless `cut` stands in it: then it says nothing at all. */
+async function promptCounter(
+  t: TestContext,
+  tokensOf: (body: Record<string, unknown>, url: string) => number
+) {
+  const backend = await fakeBackend(t, (request, response) => {
+    if (request.body.includes('cut')) return
+    const usage = {
+      prompt_tokens: tokensOf(JSON.parse(request.body), request.url),
+      completion_tokens: 1
+    }
+    response.writeHead(200, { 'content-type': JSON_TYPE })
+    response.end(json({ choices: [{ index: 0, message: { content: 'Hi' } }], usage }))
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    auth: {
+      enabled: true,
+      keys: [
+        { key: 'alice', name: 'alice' },
+        { key: 'bob', name: 'bob', limits: { tokens_per_minute: 1_000 } }
+      ],
+      skip_paths: ['/metrics']
+    }
+  })
+  const ask = (path: string, body: object, key: string, signal?: AbortSignal) =>
+    post(gateway.url + path, { model: 'm', ...body }, { authorization: `Bearer ${key}` }, signal)
+  let cuts = 0
+  const whole = async (path: string, body: object, key = 'alice') => {
+    const response = await ask(path, body, key)
+    await response.text()
+    return response.status
+  }
+  /** Leaves before there is a response, and returns the tokens that are recorded of the prompt. */
+  const cut = async (path: string, body: object, key = 'alice') => {
+    const asked = backend.requests.length
+    const abort = new AbortController()
+    const response = ask(path, { ...body, user: 'cut' }, key, abort.signal).catch(() => {})
+    await backend.request(asked)
+    abort.abort()
+    await response
+    const lines = () => gateway.lines.filter(line => line.outcome === 'client_gone')
+    const before = cuts++
+    while (lines().length <= before) await new Promise(resolve => setImmediate(resolve))
+    const line = lines()[before]!
+    assert.equal(line.exactness, 'counted')
+    return Number(line.promptTokens)
+  }
+  return { whole, cut }
+}
+
+test('odd prompts of one caller change nothing for another', async t => {
+  const isOdd = (body: object) => json(body).includes('odd')
+  const { whole } = await promptCounter(t, body => (isOdd(body) ? 1900 : 20))
+  const messages = (content: string) => ({ messages: [{ role: 'user', content }] })
+  for (let at = 0; at < 100; at++) {
+    await whole('/v1/chat/completions', messages(`Something odd, ${at}`), 'alice')
+  }
+  for (let at = 0; at < 3; at++) {
+    const status = await whole('/v1/chat/completions', messages('A few plain words'), 'bob')
+    assert.equal(status, 200)
+  }
+})
+
+test('a field that no model reads teaches nothing about prompts', async t => {
+  const { whole, cut } = await promptCounter(t, () => 40)
+  const messages = [{ role: 'user', content: WORDS.join('') }]
+  for (let at = 0; at < 60; at++) {
+    const padding = 'many words that no model ever reads '.repeat(20)
+    await whole('/v1/chat/completions', { messages, metadata: { padding }, padding: [padding] })
+  }
+  const content = WORDS.join('').repeat(100)
+  const tokens = await cut('/v1/chat/completions', { messages: [{ role: 'user', content }] })
+  assert.ok(tokens > 3000 && tokens < 6000, String(tokens))
+})
+
+test('a chat template is no part of a completion, and instructions for tools only of a chat with tools', async t => {
+  const parameters = { type: 'object', properties: { city: { type: 'string' } } }
+  const tools = [{ type: 'function', function: { name: 'weather', parameters } }]
+  const { whole, cut } = await promptCounter(t, (body, url) => {
+    if (url.endsWith('/v1/completions')) return Math.ceil(String(body.prompt).split(' ').length)
+    const text = json(body.messages).split(' ').length
+    return text + 26 + (body.tools === undefined ? 0 : 140)
+  })
+  const chat = '/v1/chat/completions'
+  const messages = (count: number) => [{ role: 'user', content: WORDS.slice(0, count).join('') }]
+  for (let at = 1; at <= 16; at++) {
+    await whole(chat, { messages: messages(at) })
+    if (at % 2 === 0) await whole(chat, { messages: messages(at), tools })
+  }
+  const completion = await cut('/v1/completions', { prompt: 'Two words' })
+  assert.ok(completion <= 6, `${completion} for a completion of 2 tokens`)
+  const plain = await cut(chat, { messages: messages(10) })
+  assert.ok(Math.abs(plain / 36 - 1) < 0.15, `${plain} for a chat of 36 tokens`)
+  const withTools = await cut(chat, { messages: messages(10), tools })
+  assert.ok(Math.abs(withTools / 176 - 1) < 0.15, `${withTools} for one with tools, of 176`)
 })
 
 /** An API with reasoning: its stream of words, reasoning and the counts of both. */

@@ -1,6 +1,7 @@
 import type { GatewayError } from '../errors.ts'
 import type { Dialect } from './dialect.ts'
 import { failureIn } from './failure.ts'
+import { MESSAGES } from './prompt.ts'
 
 const TYPES: Record<number, string> = {
   401: 'authentication_error',
@@ -28,6 +29,7 @@ export const anthropic: Dialect = {
     `event: error\ndata: ${JSON.stringify(anthropicError(error, requestId))}\n\n`,
   deltaMembers: ['text', 'partial_json', 'thinking'],
   answerMembers: ['text', 'input', 'thinking'],
+  prompt: MESSAGES,
   reasoningMembers: ['thinking'],
   endTypes: ['message_stop', 'error'],
   failure: report => failureIn(report, ['error'])

@@ -1,5 +1,6 @@
 import type { GatewayError } from '../errors.ts'
 import type { Failure, Report } from './failure.ts'
+import type { PromptForm } from './prompt.ts'
 
 /**
  * What the gateway must know about one API: how an error looks, in a body and in a stream, and
@@ -15,6 +16,8 @@ export interface Dialect {
   error(error: GatewayError, requestId: string): object
   /** The error as the last event of a stream that has begun. */
   errorEvent(error: GatewayError, requestId: string): string
+  /** How it passes requests to the model, on routes that do not say otherwise. */
+  prompt: PromptForm
   /** Members whose text, when it isn't empty, or whose object is a piece of the answer. */
   deltaMembers: readonly string[]
   /** The same in an answer that comes whole, as one JSON object. */

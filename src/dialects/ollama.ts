@@ -1,5 +1,6 @@
 import type { Dialect } from './dialect.ts'
 import { failureIn } from './failure.ts'
+import { CHAT } from './prompt.ts'
 
 const PIECES = ['content', 'response', 'thinking', 'arguments']
 
@@ -12,6 +13,7 @@ export const ollama: Dialect = {
   errorEvent: error => `${JSON.stringify({ error: error.message })}\n`,
   deltaMembers: PIECES,
   answerMembers: PIECES,
+  prompt: CHAT,
   reasoningMembers: ['thinking'],
   endTypes: [],
   failure: report => failureIn(report)

@@ -1,6 +1,7 @@
 import type { GatewayError } from '../errors.ts'
 import type { Dialect } from './dialect.ts'
 import { failureIn } from './failure.ts'
+import { CHAT } from './prompt.ts'
 
 /** OpenAI's error object, https://platform.openai.com/docs/guides/error-codes */
 export function openaiError(error: GatewayError) {
@@ -28,6 +29,7 @@ export const openai: Dialect = {
   errorEvent: error => `data: ${JSON.stringify(openaiError(error))}\n\n`,
   deltaMembers: PIECES,
   answerMembers: PIECES,
+  prompt: CHAT,
   reasoningMembers: ['reasoning_content', 'reasoning'],
   endTypes: [],
   failure: report => failureIn(report)

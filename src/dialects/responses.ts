@@ -1,6 +1,7 @@
 import type { Dialect } from './dialect.ts'
 import { failureIn } from './failure.ts'
 import { openaiError } from './openai.ts'
+import { RESPONSE } from './prompt.ts'
 
 /** The Responses API: typed events, usage inside `response.completed`, no `[DONE]`. */
 export const responses: Dialect = {
@@ -14,6 +15,7 @@ export const responses: Dialect = {
   },
   deltaMembers: ['delta'],
   answerMembers: ['text', 'arguments'],
+  prompt: RESPONSE,
   reasoningMembers: [],
   endTypes: ['response.completed', 'response.failed', 'response.incomplete', 'error'],
   failure: report => failureIn(report, ['error', 'response.failed'], ['failed'])

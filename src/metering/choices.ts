@@ -32,8 +32,10 @@ export interface Told {
  *
  * @example
  * const choices = new Choices()
- * choices.add(seen) // Of each event
- * choices.total(1, { all: 200, first: undefined }) // { usage: { completionTokens: 200, ... }, isAll: true }
+ * const ofOne = { choices: 1, usage: '{"prompt_tokens":9,"completion_tokens":20}' }
+ * choices.add({ ...ofOne, index: 0 })
+ * choices.add({ ...ofOne, index: 1 })
+ * choices.total(1, { all: 42, first: undefined }).usage // { promptTokens: 9, completionTokens: 40, ... }
  */
 export class Choices {
   readonly #choices = new Map<number, Choice>()

@@ -1,5 +1,13 @@
+import { FRAMES } from '../dialects/prompt.ts'
 import { Fit } from './fit.ts'
-import { characters, TEXT_COUNTS, type TextCounts, wideCharacters } from './text.ts'
+import { hasText, type PromptText, promptFeatures } from './prompt.ts'
+import {
+  characters,
+  MOST_CHARACTERS,
+  TEXT_COUNTS,
+  type TextCounts,
+  wideCharacters
+} from './text.ts'
 
 /** What has passed of an answer. */
 export interface Passed {
@@ -18,7 +26,11 @@ const CHARACTERS = [0.04, 0.35, 0.15, 0.05, -0.15, 0.05, 0.3, 0.65, 0.7, 0.7]
 const RUNS = [0.75, -0.2, 1.2, 0.1, 0.85, 0.85, 0.8, 0.1, 0.1, 0.15]
 const TEXT_WEIGHTS = [...CHARACTERS, ...RUNS, 0]
 const TEXT_VARIANCES = [...new Array(TEXT_COUNTS).fill(0.05), 4]
-const PROMPT_VARIANCES = [...new Array(TEXT_COUNTS).fill(0.05), 100 ** 2]
+/** What servers add: marks of the beginning and the end, a chat template, and instructions for the use of tools. */
+const ADDED = [...FRAMES.map(frame => (frame === 'plain' ? 1 : 20)), 100]
+const ADDED_VARIANCES = [...FRAMES.map(frame => (frame === 'plain' ? 2 : 100) ** 2), 200 ** 2]
+const PROMPT_WEIGHTS = [...CHARACTERS, ...RUNS, ...ADDED]
+const PROMPT_VARIANCES = [...new Array(TEXT_COUNTS).fill(0.05), ...ADDED_VARIANCES]
 
 /** Below so many tokens of text in a delta a stream counts as one of single tokens. */
 const SINGLE = 1.4
@@ -37,73 +49,154 @@ const MOST = [0.4, 1, 1, 1, 1, 1, 3, 3, 3, 3, 1]
 /** A model's name that is longer is not remembered. */
 const MAX_NAME = 200
 
-/** What was learned about one model. */
+/** Number of other callers between two lessons that one caller gives all of them. */
+const OTHERS = 3
+/** How far such a lesson counts as off at most: a share, and tokens. */
+const MOST_OFF = 0.25
+const MOST_OFF_TOKENS = 4
+/** A caller's prompts are never estimated below this share of what they would be for a new caller. */
+const LEAST = 0.5
+
+/** Whose tokens they are. */
+export interface Source {
+  model: string
+  /** Caller, or another name that stands for one tenant. */
+  caller: string
+}
+
+/** What was learned about one model, from all callers or from one of them. */
 class Known {
-  readonly text = new Fit(TEXT_WEIGHTS, TEXT_VARIANCES)
-  readonly prompt = new Fit(TEXT_WEIGHTS, PROMPT_VARIANCES)
+  readonly text: Fit
+  readonly prompt: Fit
   /** How far to trust the text and the deltas, in streams of single tokens and in others. */
-  readonly single = new Fit(SINGLE_WEIGHTS, STREAM_VARIANCES)
-  readonly several = new Fit(SEVERAL_WEIGHTS, STREAM_VARIANCES)
+  readonly single: Fit
+  readonly several: Fit
+
+  constructor(prior?: Known) {
+    this.text = prior?.text.heir() ?? new Fit(TEXT_WEIGHTS, TEXT_VARIANCES)
+    this.prompt = prior?.prompt.heir() ?? new Fit(PROMPT_WEIGHTS, PROMPT_VARIANCES)
+    this.single = prior?.single.heir() ?? new Fit(SINGLE_WEIGHTS, STREAM_VARIANCES)
+    this.several = prior?.several.heir() ?? new Fit(SEVERAL_WEIGHTS, STREAM_VARIANCES)
+  }
+}
+
+/** What is known to all callers of a model, and who has taught it last: outputs and prompts. */
+class Common extends Known {
+  readonly outputs: string[] = []
+  readonly inputs: string[] = []
 }
 
 /**
- * Tokens from text, without a tokenizer: each model's answers with usage teach how many tokens its text
- * and its deltas come to.
+ * Tokens from text, without a tokenizer: each response with usage teaches how many tokens the text and the deltas of
+ * its model amount to. A caller teaches what is estimated for itself. What is estimated for callers that have taught
+ * nothing yet is learned from several of them by turns and in small steps, so that no caller can spoil it.
  *
  * @example
  * const estimates = new Estimates(1000)
  * const text = [7, 1, 0, 1, 0, 0, 0, 0, 0, 0, 2, 1, 0, 1, 0, 0, 0, 0, 0, 0] // Two words
- * estimates.output('some-model', { text, deltas: 0, isWhole: false }) // 2
+ * estimates.output({ model: 'm', caller: 'alice' }, { text, deltas: 0, isWhole: false }) // 2
  */
 export class Estimates {
   /** The one that was learned about last stands last. */
-  readonly #known = new Map<string, Known>()
+  readonly #common = new Map<string, Common>()
+  readonly #own = new Map<string, Known>()
   readonly #unknown = new Known()
   readonly #max: number
 
-  /** @param max how many models are remembered, about 8 KB each */
+  /** @param max how many models, and how many pairs of a model and a caller, are remembered: about 10 KB each */
   constructor(max: number) {
     this.#max = max
   }
 
-  output(model: string, passed: Passed): number {
+  output(source: Source, passed: Passed): number {
     if (characters(passed.text) === 0) return passed.deltas
-    const tokens = outputOf(this.#known.get(model) ?? this.#unknown, passed)
-    return Math.max(1, Math.round(tokens))
+    const known = this.#own.get(nameOf(source)) ?? this.#prior(source)
+    return Math.max(1, Math.round(outputOf(known, passed)))
   }
 
-  input(model: string, text: TextCounts): number {
-    if (characters(text) === 0) return 0
-    const { prompt } = this.#known.get(model) ?? this.#unknown
-    return Math.max(1, Math.round(prompt.of([...text, 1])))
+  input(source: Source, prompt: PromptText): number {
+    if (!hasText(prompt)) return 0
+    if (characters(prompt.counts) === 0) return prompt.tokens
+    const features = promptFeatures(prompt)
+    const prior = this.#prior(source).prompt.of(features)
+    const own = this.#own.get(nameOf(source))?.prompt.of(features) ?? prior
+    return Math.max(1, Math.round(prompt.tokens + Math.max(own, LEAST * prior)))
   }
 
-  /** A whole answer has taken so many tokens, says its backend. */
-  learnOutput(model: string, passed: Passed, tokens: number): void {
+  /** The backend has counted this many tokens for a whole response. */
+  learnOutput(source: Source, passed: Passed, tokens: number): void {
     if (!isPlausible(passed.text, tokens, MAX_BESIDE)) return
-    const known = this.#remember(model)
-    if (known === undefined) return
-    if (passed.deltas > 0) {
-      const text = known.text.of([...passed.text, 0])
-      const stream = text < SINGLE * passed.deltas ? known.single : known.several
-      stream.learn([text, passed.deltas, wideCharacters(passed.text), 1], tokens)
+    const { own, common } = this.#remember(source)
+    if (own === undefined) return
+    learnOutput(own, passed, tokens)
+    if (takesTurn(common.outputs, source.caller)) {
+      learnOutput(common, passed, limited(tokens, outputOf(common, passed)))
     }
-    known.text.learn([...passed.text, 1], tokens)
   }
 
-  learnInput(model: string, text: TextCounts, tokens: number): void {
-    if (isPlausible(text, tokens, MAX_TEMPLATE))
-      this.#remember(model)?.prompt.learn([...text, 1], tokens)
+  learnInput(source: Source, prompt: PromptText, tokens: number): void {
+    if (prompt.hasData || !isPlausible(prompt.counts, tokens, MAX_TEMPLATE)) return
+    const features = promptFeatures(prompt)
+    // Servers may cut a prompt that is too long for them.
+    if (tokens < LEAST * this.#prior(source).prompt.of(features)) return
+    const { own, common } = this.#remember(source)
+    if (own === undefined) return
+    own.prompt.learn(features, tokens)
+    if (takesTurn(common.inputs, source.caller)) {
+      common.prompt.learn(features, limited(tokens, common.prompt.of(features)))
+    }
   }
 
-  #remember(model: string): Known | undefined {
-    if (model.length > MAX_NAME) return undefined
-    const known = this.#known.get(model) ?? new Known()
-    this.#known.delete(model)
-    this.#known.set(model, known)
-    if (this.#known.size > this.#max) this.#known.delete(this.#known.keys().next().value!)
-    return known
+  #prior({ model }: Source): Known {
+    return this.#common.get(model) ?? this.#unknown
   }
+
+  #remember(
+    source: Source
+  ): { own: Known; common: Common } | { own: undefined; common: undefined } {
+    const { model } = source
+    if (model.length > MAX_NAME) return { own: undefined, common: undefined }
+    const common = this.#common.get(model) ?? new Common()
+    const name = nameOf(source)
+    const own = this.#own.get(name) ?? new Known(common)
+    this.#keep(this.#common, model, common)
+    this.#keep(this.#own, name, own)
+    return { own, common }
+  }
+
+  #keep<Kept>(map: Map<string, Kept>, name: string, kept: Kept): void {
+    map.delete(name)
+    map.set(name, kept)
+    if (map.size > this.#max) map.delete(map.keys().next().value!)
+  }
+}
+
+function nameOf({ model, caller }: Source): string {
+  return `${model}\n${caller}`
+}
+
+/** Whether a caller may teach all of them now: after others have used the model. */
+function takesTurn(last: string[], caller: string): boolean {
+  if (last.includes(caller)) return false
+  last.push(caller)
+  if (last.length <= OTHERS) return false
+  last.shift()
+  return true
+}
+
+/** A count that is not too far off an estimate. */
+function limited(tokens: number, estimate: number): number {
+  const most = MOST_OFF * Math.abs(estimate) + MOST_OFF_TOKENS
+  return Math.max(1, Math.min(Math.max(tokens, estimate - most), estimate + most))
+}
+
+function learnOutput(known: Known, passed: Passed, tokens: number): void {
+  if (passed.deltas > 0) {
+    const text = known.text.of([...passed.text, 0])
+    const stream = text < SINGLE * passed.deltas ? known.single : known.several
+    stream.learn([text, passed.deltas, wideCharacters(passed.text), 1], tokens)
+  }
+  known.text.learn([...passed.text, 1], tokens)
 }
 
 function outputOf(known: Known, { text, deltas, isWhole }: Passed): number {
@@ -120,7 +213,7 @@ function outputOf(known: Known, { text, deltas, isWhole }: Passed): number {
  */
 function isPlausible(text: TextCounts, tokens: number, beside: number): boolean {
   const size = characters(text)
-  return size > 0 && tokens > size / 64 && tokens < mostTokens(text) + beside
+  return size > 0 && tokens > size / MOST_CHARACTERS && tokens < mostTokens(text) + beside
 }
 
 /** No tokenizer makes more tokens of a text: one of each byte, but for words and names in Latin letters. */

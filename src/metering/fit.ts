@@ -42,6 +42,11 @@ export class Fit {
     this.#doubt()
   }
 
+  /** Returns another fit that begins with these weights, and is as unsure of them as this one was at the beginning. */
+  heir(): Fit {
+    return new Fit([...this.#weights], this.#variances)
+  }
+
   /** The tokens of something with these features. */
   of(features: readonly number[]): number {
     let sum = 0

@@ -21,17 +21,18 @@ const KINDS = 10
 /** The second half of the counts: runs. */
 export const TEXT_COUNTS = 2 * KINDS
 
+/** No tokenizer puts more characters of a text into one token, on average. */
+export const MOST_CHARACTERS = 64
+
 /** A byte that goes on with the character before. */
 const INNER = 10
 const ESCAPE = 11
 
 const BACKSLASH = 0x5c
 const LETTER_U = 0x75
-const QUOTE = 0x22
 
-/** Longer text is counted in samples, so that no delta takes longer than about 20 us, and no prompt than 5. */
+/** Longer text is counted in samples, so that no delta takes longer than about 20 us. */
 const MAX_READ = 4 * 1024
-const MAX_PROMPT_READ = 1024
 const SAMPLE = 128
 
 /** The kind of each first byte of a character in UTF-8, inside a JSON text. */
@@ -49,6 +50,17 @@ const KIND_OF = Uint8Array.from({ length: 256 }, (_, byte) => {
 /** The counts of no text. */
 export function noText(): TextCounts {
   return new Array(TEXT_COUNTS).fill(0)
+}
+
+/** Returns whether a byte can be part of Base64. */
+export function isBase64(byte: number): boolean {
+  const isSign = byte === 0x2b || byte === 0x2f || byte === 0x3d || byte === 0x2d || byte === 0x5f
+  return isSign || KIND_OF[byte]! <= DIGIT
+}
+
+/** Runs of digits: numbers. */
+export function numbers(counts: TextCounts): number {
+  return counts[KINDS + DIGIT]!
 }
 
 /** How many characters were counted. */
@@ -122,53 +134,6 @@ function addSamples(
   for (let index = 0; index < TEXT_COUNTS; index++) {
     counts[index]! += (sampled[index]! * step) / SAMPLE
   }
-}
-
-/** The text of a request, without what is no text but data: pictures and sounds in Base64. */
-export interface PromptText {
-  counts: TextCounts
-  hasData: boolean
-}
-
-/** Where data is looked for, and for how long: what is shorter counts as text. */
-const STEP = 4 * 1024
-const DATA = 256
-/** Pictures behind so many others count as text: what is done for one request has its bounds. */
-const MAX_DATA = 64
-
-/** @param bytes a JSON object */
-export function promptText(bytes: Buffer): PromptText {
-  const counts = noText()
-  let from = 0
-  let found = 0
-  for (let at = STEP; at < bytes.length && found < MAX_DATA; at += STEP) {
-    if (!isData(bytes, at)) continue
-    found++
-    addText(counts, bytes, from, bytes.lastIndexOf(QUOTE, at) + 1, MAX_PROMPT_READ)
-    from = bytes.indexOf(QUOTE, at)
-    if (from === -1) from = bytes.length
-    at = from
-  }
-  addText(counts, bytes, from, bytes.length, MAX_PROMPT_READ)
-  return { counts, hasData: found > 0 }
-}
-
-/** No word is as long as that. */
-function isData(bytes: Buffer, from: number): boolean {
-  const end = Math.min(bytes.length, from + DATA)
-  for (let at = from; at < end; at++) {
-    const byte = bytes[at]!
-    const kind = KIND_OF[byte]!
-    const isBase64 =
-      kind <= DIGIT ||
-      byte === 0x2b ||
-      byte === 0x2f ||
-      byte === 0x3d ||
-      byte === 0x2d ||
-      byte === 0x5f
-    if (!isBase64) return false
-  }
-  return end - from === DATA
 }
 
 /** What stands behind a backslash. */

@@ -190,7 +190,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       exchange.endpoint.spends === 'input'
         ? 0
         : typical.expect(subject(exchange.request), model, payload?.maxTokens)
-    return { hold: amount(exchange, input, output), least: input }
+    return { hold: amount(exchange, input, output), least: fastify.tokens?.least(exchange) ?? 0 }
   }
 
   function amount(exchange: Exchange, input: number, output: number): Amount {

@@ -4,9 +4,10 @@ import type { Dialect } from '../dialects/dialect.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
 import type { Framing } from '../http.ts'
 import { isPlausible } from '../metering/counts.ts'
-import { Estimates, type Passed } from '../metering/estimate.ts'
+import { Estimates, type Passed, type Source } from '../metering/estimate.ts'
 import { Meter, memberNames } from '../metering/meter.ts'
-import { characters, promptText } from '../metering/text.ts'
+import { hasText, leastTokens, type PromptText, promptText } from '../metering/prompt.ts'
+import { characters } from '../metering/text.ts'
 import type { MemberNames } from '../metering/watcher.ts'
 
 /**
@@ -23,8 +24,9 @@ declare module 'fastify' {
   interface FastifyInstance {
     /** What an exchange likely spends, before the backend has said it. */
     tokens: {
-      /** Tokens of the prompt. */
+      /** Tokens of the prompt, and what they are at least: no tokenizer needs fewer. */
       input(exchange: Exchange): number
+      least(exchange: Exchange): number
       /** Tokens that have passed of an answer. */
       output(exchange: Exchange): number
     }
@@ -33,7 +35,7 @@ declare module 'fastify' {
 
 const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
   const exchanges = withExchanges(fastify)
-  const estimates = new Estimates(MAX_MODELS)
+  const estimates = new Estimates(MAX_LEARNED)
   const streamNames = new Map<Dialect, MemberNames>()
   const wholeNames = new Map<Dialect, MemberNames>()
   const namesOf = (dialect: Dialect, framing: Framing): MemberNames => {
@@ -45,24 +47,24 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
 
   fastify.decorate('tokens', {
     input(exchange) {
-      const { payload } = exchange.request
-      if (exchange.endpoint?.spends === undefined || payload === undefined) return 0
-      exchange.prompt ??= promptText(payload.bytes)
-      return estimates.input(payload.model ?? '', exchange.prompt.counts)
+      const prompt = promptOf(exchange)
+      return prompt === undefined ? 0 : estimates.input(sourceOf(exchange), prompt)
     },
-    output({ meter, endpoint, request }) {
+    least(exchange) {
+      const prompt = promptOf(exchange)
+      return prompt === undefined ? 0 : leastTokens(prompt)
+    },
+    output(exchange) {
+      const { meter, endpoint } = exchange
       if (meter === undefined || endpoint?.spends !== 'input and output') return 0
       const { tokens, since } = meter.counted
-      return tokens + estimates.output(request.payload?.model ?? '', since)
+      return tokens + estimates.output(sourceOf(exchange), since)
     }
   })
 
   fastify.addHook('preHandler', ({ exchange, payload }, _reply, done) => {
     const { endpoint } = exchange
-    if (endpoint?.spends && payload) {
-      exchange.prompt ??= promptText(payload.bytes)
-      exchange.promptEstimate = estimates.input(payload.model ?? '', exchange.prompt.counts)
-    }
+    exchange.promptEstimate = fastify.tokens.input(exchange)
     if (endpoint?.asksForUsage && payload?.stream && !payload.includeUsage) {
       exchange.question = { asked: false }
     }
@@ -97,8 +99,22 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
   })
 }
 
-/** Of how many models it is remembered what their tokens are like. */
-const MAX_MODELS = 1000
+/** Maximum number of models, and of pairs of a model and a caller, whose tokens are learned. */
+const MAX_LEARNED = 1000
+
+/** Whose tokens an exchange spends. Keys of one user are one caller. */
+function sourceOf({ request, clientIp }: Exchange): Source {
+  const { caller, payload } = request
+  return { model: payload?.model ?? '', caller: caller?.userId ?? caller?.id ?? clientIp ?? '' }
+}
+
+/** The text of a request that spends tokens. */
+function promptOf(exchange: Exchange): PromptText | undefined {
+  const { endpoint, dialect, request } = exchange
+  if (endpoint?.spends === undefined || request.payload === undefined) return undefined
+  exchange.prompt ??= promptText(request.payload, endpoint.prompt ?? dialect.prompt)
+  return exchange.prompt
+}
 
 /** What the meter has seen becomes what the exchange has spent. */
 function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
@@ -128,9 +144,10 @@ function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
 /** What the backend reported, if it can be true, and whether that is of all choices. */
 function reported(exchange: Exchange, meter: Meter, estimates: Estimates) {
   const { prompt, request } = exchange
-  const { model = '', prompts = 1, echo = false } = request.payload ?? {}
+  const { prompts = 1, echo = false } = request.payload ?? {}
+  const source = sourceOf(exchange)
   // Text that repeats the prompt says nothing about the output.
-  const tokensOf = (passed: Passed) => (echo ? 0 : estimates.output(model, passed))
+  const tokensOf = (passed: Passed) => (echo ? 0 : estimates.output(source, passed))
   const told = meter.choices > 1 ? meter.told(prompts, tokensOf) : undefined
   const { usage, isAll } = told ?? { usage: meter.usage, isAll: true }
   if (usage === undefined) return { usage, isAll }
@@ -153,7 +170,7 @@ function isTold(exchange: Exchange, meter: Meter, said: Usage | undefined): bool
 /** Whether there is a count of all that must have some tokens: of the prompt, and of the text that has passed. */
 function saysAll({ endpoint, prompt }: Exchange, meter: Meter, said: Usage): boolean {
   if (endpoint?.spends === undefined) return true
-  const hasPrompt = prompt !== undefined && characters(prompt.counts) > 0
+  const hasPrompt = prompt !== undefined && hasText(prompt)
   if (hasPrompt && said.promptTokens === 0) return false
   const hasOutput = endpoint.spends !== 'input' && meter.deltas > 0
   return !hasOutput || said.completionTokens > 0
@@ -167,15 +184,15 @@ function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Us
   // Servers count several sequences in different ways, and a repeated prompt is no output.
   if (payload === undefined || payload.echo || Math.max(payload.sequences, meter.choices) > 1)
     return
-  const model = payload.model ?? ''
+  const source = sourceOf(exchange)
   const { promptTokens } = usage
   const passed = meter.passed(true)
-  const shown = shownTokens(usage, meter, estimates.output(model, passed))
-  if (shown > 0) estimates.learnOutput(model, passed, shown)
+  const shown = shownTokens(usage, meter, estimates.output(source, passed))
+  if (shown > 0) estimates.learnOutput(source, passed, shown)
   const { prompt } = exchange
-  // Pictures, and what a stored response brings along, are part of the prompt and not of its text.
-  const isText = prompt?.hasData === false && payload.previousResponseId === undefined
-  if (isText && promptTokens > 0) estimates.learnInput(model, prompt.counts, promptTokens)
+  // What a stored response brings along is part of the prompt and not of its text.
+  const isText = prompt !== undefined && payload.previousResponseId === undefined
+  if (isText && promptTokens > 0) estimates.learnInput(source, prompt, promptTokens)
 }
 
 /**
@@ -203,12 +220,13 @@ function estimate(
 ): void {
   const spends = exchange.endpoint?.spends
   if (spends === undefined) return
-  const { model = '', prompts = 1 } = exchange.request.payload ?? {}
+  const source = sourceOf(exchange)
+  const { prompts = 1 } = exchange.request.payload ?? {}
   const { tokens, since } = isWhole ? { tokens: 0, since: meter.passed(true) } : meter.counted
-  const output = spends === 'input' ? 0 : tokens + estimates.output(model, since)
+  const output = spends === 'input' ? 0 : tokens + estimates.output(source, since)
   const saidOutput = said?.completionTokens ?? 0
   const completionTokens = isRight && saidOutput > 0 ? saidOutput : Math.max(output, saidOutput)
-  const prompt = exchange.prompt === undefined ? 0 : estimates.input(model, exchange.prompt.counts)
+  const prompt = exchange.prompt === undefined ? 0 : estimates.input(source, exchange.prompt)
   // What was reported of several prompts may be about one of them.
   const promptTokens =
     prompts > 1 && !isRight
@@ -225,9 +243,9 @@ function estimate(
 
 /** The client did not wait for the answer, of which nothing was heard: a backend has had the prompt. */
 function estimatePrompt(exchange: Exchange, estimates: Estimates): void {
-  const { endpoint, prompt, request } = exchange
+  const { endpoint, prompt } = exchange
   if (endpoint?.spends === undefined || prompt === undefined) return
-  const promptTokens = estimates.input(request.payload?.model ?? '', prompt.counts)
+  const promptTokens = estimates.input(sourceOf(exchange), prompt)
   const usage = { promptTokens, completionTokens: 0, totalTokens: promptTokens }
   exchange.usage = { ...usage, exactness: 'counted' }
 }

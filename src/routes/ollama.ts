@@ -1,5 +1,6 @@
 import type { FastifyInstance, FastifyPluginAsync } from 'fastify'
 import { ollama } from '../dialects/ollama.ts'
+import { COMPLETION, EMBEDDING, GENERATION } from '../dialects/prompt.ts'
 import type { Endpoint, Exchange } from '../exchange.ts'
 import { publicNames } from '../pool/models.ts'
 import { forwarded } from './forwarded.ts'
@@ -13,7 +14,7 @@ const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
   ...more
 })
 const GENERATES = { spends: 'input and output', streamsByDefault: true } as const
-const EMBEDS = { spends: 'input' } as const
+const EMBEDS = { spends: 'input', prompt: EMBEDDING } as const
 const get = (url: string): Endpoint => ({ method: 'GET', url, dialect: ollama, body: 'none' })
 
 /** The fields of a model that Ollama lists, on disk or loaded. */
@@ -45,9 +46,9 @@ const ollamaRoutes: FastifyPluginAsync = fastify => {
   )
   return forwarded(fastify, [
     post('/api/chat', GENERATES),
-    post('/api/generate', GENERATES),
+    post('/api/generate', { ...GENERATES, prompt: GENERATION }),
     post('/api/embed', EMBEDS),
-    post('/api/embeddings', EMBEDS),
+    post('/api/embeddings', { ...EMBEDS, prompt: COMPLETION }),
     post('/api/show'),
     get('/api/tags'),
     get('/api/ps'),

@@ -1,6 +1,7 @@
 import { resolve } from 'node:path'
 import type { FastifyPluginAsync } from 'fastify'
 import { openai } from '../dialects/openai.ts'
+import { COMPLETION, EMBEDDING, RANKING } from '../dialects/prompt.ts'
 import { responses } from '../dialects/responses.ts'
 import { GatewayError } from '../errors.ts'
 import type { Endpoint, Exchange } from '../exchange.ts'
@@ -18,18 +19,20 @@ const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
 
 const ANSWERS = { spends: 'input and output' } as const
 const STREAMS = { ...ANSWERS, asksForUsage: true } as const
-const EMBEDS = { spends: 'input' } as const
+const COMPLETES = { ...STREAMS, prompt: COMPLETION } as const
+const EMBEDS = { spends: 'input', prompt: EMBEDDING } as const
+const RANKS = { spends: 'input', prompt: RANKING } as const
 
 /** What OpenAI's API and its relatives (vLLM, SGLang, llama.cpp, TGI) offer. */
 const ENDPOINTS: Endpoint[] = [
   post('/v1/chat/completions', STREAMS),
-  post('/v1/completions', STREAMS),
+  post('/v1/completions', COMPLETES),
   post('/v1/embeddings', EMBEDS),
   post('/chat/completions', { ...STREAMS, upstreamPrefix: '/v1' }),
-  post('/completions', { ...STREAMS, upstreamPrefix: '/v1' }),
+  post('/completions', { ...COMPLETES, upstreamPrefix: '/v1' }),
   post('/embeddings', { ...EMBEDS, upstreamPrefix: '/v1' }),
-  post('/v1/rerank', EMBEDS),
-  post('/v1/score', EMBEDS),
+  post('/v1/rerank', RANKS),
+  post('/v1/score', RANKS),
   post('/v1/images/generations'),
   post('/v1/audio/transcriptions', { body: 'stream' }),
   post('/v1/audio/translations', { body: 'stream' }),
