@@ -11,6 +11,7 @@ import type { OwnLimits } from './limits/limits.ts'
 import type { Lease, LimitStore } from './limits/store.ts'
 import type { Meter } from './metering/meter.ts'
 import type { PromptText } from './metering/prompt.ts'
+import type { UsageField } from './payload-edits.ts'
 import type { Wanted } from './pool/lineup.ts'
 import { type Prefixes, prefixesOf } from './pool/prefixes.ts'
 import type { Priority } from './pool/queue.ts'
@@ -38,7 +39,8 @@ export type Outcome = 'ok' | 'client_gone' | 'backend_failed' | 'timed_out' | 'r
 
 /**
  * The tokens of one exchange. `exact`: the backend said so; `counted`: what passed of an answer that was cut;
- * `estimated`: from a whole answer without usage.
+ * `at_least`: the same, where the backend may have spent tokens that do not pass; `estimated`: from a whole answer
+ * without usage.
  */
 export interface Usage {
   promptTokens: number
@@ -49,7 +51,7 @@ export interface Usage {
   /** Tokens of the prompt that were written to a cache. */
   cacheWriteTokens?: number
   reasoningTokens?: number
-  exactness: 'exact' | 'counted' | 'estimated'
+  exactness: 'exact' | 'counted' | 'at_least' | 'estimated'
 }
 
 /** The owner of an API key. */
@@ -136,8 +138,8 @@ export class Exchange {
   /** Code of the error the gateway answered with, or ended the stream with. */
   errorCode: string | undefined
   usage: Usage | undefined
-  /** Whether a streaming response must be asked for usage, and whether the backend that responds was. */
-  question: { asked: boolean } | undefined
+  /** How a streaming response must be asked for usage, and how the backend that responds was. */
+  question: { wanted: readonly UsageField[]; asked: readonly UsageField[] } | undefined
   /** The backend this exchange must go to (name), because it holds the state the call is about. */
   pinned: string | undefined
   /** The model of that state, where the call does not name one. */

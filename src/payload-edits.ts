@@ -20,17 +20,25 @@ export function changed({ bytes, members }: Body, changes: readonly Change[]): B
   return edited(bytes, edits)
 }
 
-/** Sets `stream_options.include_usage`. */
-export function askForUsage({ bytes, members }: Body): Change {
-  const asks = '"include_usage":true'
+/** Fields of `stream_options` that ask for usage: at the end, and in every event. */
+export type UsageField = 'include_usage' | 'continuous_usage_stats'
+
+/** Sets these fields of `stream_options`. */
+export function askForUsage({ bytes, members }: Body, fields: readonly UsageField[]): Change[] {
+  const asks = fields.map(field => `"${field}":true`)
   const options = members.findLast(({ name }) => name === 'stream_options')
-  if (options === undefined) return `"stream_options":{${asks}}`
+  if (options === undefined) return [`"stream_options":{${asks}}`]
   const { start, end } = options
-  if (bytes[start] !== 0x7b) return { start, end, bytes: Buffer.from(`{${asks}}`) }
+  if (bytes[start] !== 0x7b) return [{ start, end, bytes: Buffer.from(`{${asks}}`) }]
   const inside = membersOf(bytes.subarray(start, end))
-  const asked = inside.findLast(({ name }) => name === 'include_usage')
-  if (asked === undefined) return addFirst(bytes, start, [asks], inside.length)
-  return { start: start + asked.start, end: start + asked.end, bytes: Buffer.from('true') }
+  const missing = asks.filter((_, at) => !inside.some(({ name }) => name === fields[at]))
+  const set = inside.filter(({ name }) => fields.includes(name as UsageField))
+  const edits = set.map(each => ({
+    start: start + each.start,
+    end: start + each.end,
+    bytes: Buffer.from('true')
+  }))
+  return missing.length === 0 ? edits : [addFirst(bytes, start, missing, inside.length), ...edits]
 }
 
 /** Makes a request one for this model. */

@@ -17,6 +17,10 @@ export interface Payload extends Body {
   stream: boolean
   /** The client itself asked for a usage chunk. */
   includeUsage: boolean
+  /** The client itself asked for the usage so far in every chunk. */
+  runningUsage: boolean
+  /** The response leaves reasoning out (vLLM). */
+  hidesReasoning: boolean
   /** Maximum of generated tokens, of all sequences together; undefined: the request sets none. */
   maxTokens: number | undefined
   /** Number of sequences that are generated: for each prompt `n`, or `best_of` if that is more. */
@@ -46,6 +50,7 @@ const READ = new Set([
   'name',
   'stream',
   'stream_options',
+  'include_reasoning',
   'options',
   'n',
   'n_cmpl',
@@ -60,7 +65,7 @@ const READ = new Set([
   'background',
   'previous_response_id'
 ])
-const READ_IN_STREAM_OPTIONS = new Set(['include_usage'])
+const READ_IN_STREAM_OPTIONS = new Set(['include_usage', 'continuous_usage_stats'])
 const READ_IN_OPTIONS = new Set(['num_predict'])
 
 /** Maximum length of a model name (characters). State about models is kept by their names. */
@@ -93,6 +98,8 @@ export function toPayload(bytes: Buffer, members: readonly Member[], endpoint: E
     isModelImplied: false,
     stream: fields.boolean('stream') ?? endpoint.streamsByDefault ?? false,
     includeUsage: streamOptions?.value('include_usage') === true,
+    runningUsage: streamOptions?.value('continuous_usage_stats') === true,
+    hidesReasoning: fields.value('include_reasoning') === false,
     maxTokens: most && most * sequences,
     sequences,
     prompts,

@@ -146,7 +146,8 @@ const BOUNDS: Record<string, Record<string, string>> = {
     '#callers': 'Recent usage of callers, for fair queueing',
     '#active': FLIGHT
   },
-  'pool/backend.ts': { '#openingLater': FLIGHT },
+  'pool/attempt.ts': { asked: FIXED, withdrawn: FIXED },
+  'pool/backend.ts': { RUNNING_USAGE: FIXED, '#openingLater': FLIGHT },
   'pool/connector.ts': { left: FLIGHT },
   'pool/continuation.ts': { PLAIN: FIXED, NEUTRAL: FIXED, '#taken': FLIGHT },
   'pool/decisions.ts': {
@@ -161,7 +162,7 @@ const BOUNDS: Record<string, Record<string, string>> = {
     cards: 'Models of a backend',
     chunks: LOCAL
   },
-  'pool/dispatcher.ts': { headers: LOCAL },
+  'pool/dispatcher.ts': { '#withdrawn': FIXED, headers: LOCAL },
   'pool/first-event.ts': { chunks: FLIGHT },
   'pool/found.ts': { sources: LOCAL, urls: LOCAL, names: LOCAL },
   'pool/health.ts': { '#watched': 'Discovered backends' },

@@ -10,7 +10,7 @@ import type { Framing } from '../src/http.ts'
 import { isPlausible } from '../src/metering/counts.ts'
 import { Meter } from '../src/metering/meter.ts'
 import { characters } from '../src/metering/text.ts'
-import { askForUsage, changed } from '../src/payload-edits.ts'
+import { askForUsage, changed, type UsageField } from '../src/payload-edits.ts'
 import { membersOf } from '../src/wire/json-scanner.ts'
 import { CHAT, chunk, DONE, fakeBackend, post, startGateway, USAGE_CHUNK } from './helper.ts'
 
@@ -394,6 +394,89 @@ for (const [name, end] of Object.entries(ENDS)) {
   })
 }
 
+test('running usage is taken out of events, over any split of the bytes', () => {
+  const usage = (at: number) => ({
+    prompt_tokens: 5,
+    completion_tokens: 70 + at,
+    total_tokens: 75 + at
+  })
+  const events = (shows: boolean) =>
+    ['many', ' "words"', ' \u4f60', ' in', ' {"usage":{}}', ' here', '\\', '', ' end', '.'].map(
+      (content, at) => chat({ content }, shows ? { usage: usage(at) } : {})
+    )
+  const first = `data: {"usage": {"completion_tokens": 3} , "choices":[{"delta":{"content":"a"}}]}\n\n`
+  const bare = `data: { "choices":[{"delta":{"content":"a"}}]}\n\n`
+  const comment = ': keep-alive\n\n'
+  const join = (shows: boolean) =>
+    [
+      shows ? first : bare,
+      comment,
+      ...events(shows),
+      chat({ content: 'x' }),
+      last(usage(9)),
+      DONE
+    ].join('')
+  fc.assert(
+    fc.property(
+      fc.constantFrom(...Object.values(ENDS)),
+      fc.array(fc.nat(5_000), { maxLength: 30 }),
+      (end, cuts) => {
+        const given = Buffer.from(join(true).replaceAll('\n', end))
+        const places = [...new Set([0, ...cuts.map(cut => cut % given.length), given.length])]
+        places.sort((a, b) => a - b)
+        const meter = new Meter({ framing: 'sse', dialect: openai, takeOut: false, strips: true })
+        const out: Buffer[] = []
+        for (const [at, place] of places.slice(0, -1).entries()) {
+          out.push(meter.pass(given.subarray(place, places[at + 1])) ?? Buffer.alloc(0))
+        }
+        out.push(meter.end() ?? Buffer.alloc(0))
+        assert.equal(Buffer.concat(out).toString(), join(false).replaceAll('\n', end))
+        assert.deepEqual([meter.deltas, meter.usage?.completionTokens], [11, 79])
+      }
+    ),
+    { numRuns: 300 }
+  )
+})
+
+test('running usage is the same whether events are compared or read', () => {
+  const fragment = fc.constantFrom('a', '\\"', ' ', '"', '}', '{"usage":', '\n', 'é')
+  const usages = fc.constantFrom(
+    '{"completion_tokens":7}',
+    '{"a":{"b":1}}',
+    '{}',
+    'null',
+    '{"x":"}"}',
+    '{},"error":{"message":"no"}'
+  )
+  const event = (text: string, usage: string) =>
+    `data: {"id":"c","choices":[{"index":0,"delta":{"content":"${text}"},"finish_reason":null}],"usage":${usage}}\n\n`
+  fc.assert(
+    fc.property(
+      fc.array(fc.tuple(fc.array(fragment, { maxLength: 4 }), usages, fc.boolean()), {
+        maxLength: 12
+      }),
+      list => {
+        const one = new Meter({ framing: 'sse', dialect: openai, takeOut: false, strips: true })
+        const other = new Meter({ framing: 'sse', dialect: openai, takeOut: false, strips: true })
+        const outs: [string, string] = ['', '']
+        for (const [texts, usage, looks] of list) {
+          const bytes = Buffer.from(event(texts.join(''), usage))
+          outs[0] += one.pass(bytes) ?? ''
+          for (const byte of bytes)
+            outs[1] += (other.pass(Buffer.from([byte])) ?? '').toString('latin1')
+          if (looks) assert.equal(one.counted.tokens, other.counted.tokens)
+        }
+        assert.deepEqual(
+          [one.deltas, one.usage, one.failure],
+          [other.deltas, other.usage, other.failure]
+        )
+        assert.equal(Buffer.from(outs[0]).toString('latin1'), outs[1])
+      }
+    ),
+    { numRuns: 500 }
+  )
+})
+
 test('every single byte alone', () => {
   for (const each of CASES.filter(({ text }) => text.length < 5000)) {
     const cuts = Array.from({ length: Buffer.byteLength(each.text) }, (_, index) => index)
@@ -464,6 +547,22 @@ test('an event too long to be held back goes on, and usage after it is read', ()
   assert.equal(meter.usage?.totalTokens, 2)
 })
 
+/** The same for both fields. */
+const RUNNING_QUESTIONS: [string, string][] = [
+  [
+    '{"stream":true}',
+    '{"stream_options":{"include_usage":true,"continuous_usage_stats":true},"stream":true}'
+  ],
+  [
+    '{"stream_options":{"include_usage": false , "y":2}}',
+    '{"stream_options":{"continuous_usage_stats":true,"include_usage": true , "y":2}}'
+  ],
+  [
+    '{"stream_options":{"continuous_usage_stats":0,"include_usage":true}}',
+    '{"stream_options":{"continuous_usage_stats":true,"include_usage":true}}'
+  ]
+]
+
 const QUESTIONS: [string, string][] = [
   ['{"stream":true}', '{"stream_options":{"include_usage":true},"stream":true}'],
   ['  { "stream" : true }', '  {"stream_options":{"include_usage":true}, "stream" : true }'],
@@ -483,15 +582,18 @@ const QUESTIONS: [string, string][] = [
   ]
 ]
 
-function asked(text: string): string {
+function asked(text: string, fields: UsageField[] = ['include_usage']): string {
   const bytes = Buffer.from(text)
   const body = { bytes, members: membersOf(bytes) }
-  return String(changed(body, [askForUsage(body)]))
+  return String(changed(body, askForUsage(body, fields)))
 }
 
 test('the question for usage changes that part of the body and no other', () => {
   for (const [before, after] of QUESTIONS) {
     assert.equal(asked(before), after)
+  }
+  for (const [before, after] of RUNNING_QUESTIONS) {
+    assert.equal(asked(before, ['include_usage', 'continuous_usage_stats']), after)
   }
 })
 
@@ -1510,6 +1612,126 @@ for (const [path, body] of REASONERS) {
     assert.ok(Math.abs(Number(line.completionTokens) - 78) <= 4, String(line.completionTokens))
   })
 }
+
+/** An engine that hides 5,000 tokens of reasoning, and reports the tokens so far if it is asked and can. */
+const HIDDEN = 5_000
+const usageAfter = (deltas: number) => ({
+  prompt_tokens: LLAMA_PROMPT,
+  completion_tokens: HIDDEN + deltas,
+  total_tokens: LLAMA_PROMPT + HIDDEN + deltas
+})
+
+function hidingEngine(t: TestContext, owned_by: string, refuses: string[] = []) {
+  return fakeBackend(
+    t,
+    (request, response) => {
+      if (request.url === '/v1/models') {
+        response.writeHead(200, { 'content-type': JSON_TYPE })
+        return void response.end(json({ data: [{ id: 'm', owned_by }] }))
+      }
+      const { stream_options: options = {}, user } = JSON.parse(request.body)
+      const refused = refuses.find(field => field in options)
+      if (refused !== undefined) {
+        response.writeHead(400, { 'content-type': JSON_TYPE })
+        return void response.end(json({ error: { message: `stream_options.${refused}: unknown` } }))
+      }
+      const isRunning = options.include_usage && options.continuous_usage_stats
+      response.writeHead(200, { 'content-type': SSE_TYPE })
+      response.write(hidingStream(isRunning, false))
+      if (user === 'cut') return
+      response.end((options.include_usage ? last(lastUsage) : '') + DONE)
+    },
+    { listsModels: true }
+  )
+}
+const lastUsage = {
+  ...usageAfter(100),
+  completion_tokens_details: { reasoning_tokens: HIDDEN }
+}
+const hidingStream = (isRunning: boolean, hasUsage: boolean) =>
+  words(100)
+    .map((content, at) => chat({ content }, isRunning ? { usage: usageAfter(at + 1) } : {}))
+    .join('') + (hasUsage ? last(lastUsage) : '')
+
+const OPTIONS = {
+  'no options': {},
+  'usage at the end': { stream_options: { include_usage: true } },
+  'usage so far': { stream_options: { include_usage: true, continuous_usage_stats: true } }
+}
+
+test('hidden tokens are counted when the client closes early, where the backend reports them', async t => {
+  for (const owner of ['vllm', 'sglang']) {
+    const backend = await hidingEngine(t, owner)
+    const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+    await gateway.logged({ msg: 'backend lists models' })
+    const url = `${gateway.url}/v1/chat/completions`
+    for (const [name, options] of Object.entries(OPTIONS)) {
+      const whole = await post(url, { ...CHAT, ...options, stream: true })
+      const shows = { running: name === 'usage so far', usage: name !== 'no options' }
+      // The client gets what it has asked for, byte for byte.
+      assert.equal(await whole.text(), hidingStream(shows.running, shows.usage) + DONE, name)
+      const abort = new AbortController()
+      const cut = await post(
+        url,
+        { ...CHAT, ...options, user: 'cut', stream: true },
+        {},
+        abort.signal
+      )
+      const requestId = cut.headers.get('x-llmproxy-request-id')
+      await untilSeen(cut, 100)
+      abort.abort()
+      const line = await gateway.logged({ msg: 'exchange', requestId })
+      assert.deepEqual(
+        [line.promptTokens, line.completionTokens, line.exactness],
+        [LLAMA_PROMPT, HIDDEN + 100, 'counted'],
+        name
+      )
+    }
+  }
+})
+
+test('a count that may lack hidden tokens says so', async t => {
+  const backend = await hidingEngine(t, 'llamacpp')
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const url = `${gateway.url}/v1/chat/completions`
+  const cut = async (more: object) => {
+    const abort = new AbortController()
+    const body = { ...CHAT, ...more, user: 'cut', stream: true }
+    const response = await post(url, body, {}, abort.signal)
+    const requestId = response.headers.get('x-llmproxy-request-id')
+    await untilSeen(response, 100)
+    abort.abort()
+    const line = await gateway.logged({ msg: 'exchange', requestId })
+    return [line.completionTokens, line.exactness]
+  }
+  assert.deepEqual(await cut({}), [100, 'counted'])
+  assert.deepEqual(await cut({ include_reasoning: false }), [100, 'at_least'])
+  await (await post(url, { ...CHAT, stream: true })).text()
+  assert.deepEqual(await cut({}), [100, 'at_least'])
+  assert.ok(backend.requests.every(({ body }) => !body.includes('continuous_usage_stats')))
+})
+
+test('a backend that does not know running usage is asked without it, and remembered', async t => {
+  const backend = await hidingEngine(t, 'vllm', ['continuous_usage_stats'])
+  const url = { url: backend.url, continuous_usage: true }
+  const gateway = await startGateway(t, { backends: [url] })
+  for (let at = 0; at < 2; at++) {
+    const response = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, stream: true })
+    assert.equal(await response.text(), hidingStream(false, false) + DONE)
+    const requestId = response.headers.get('x-llmproxy-request-id')
+    const line = await gateway.logged({ msg: 'exchange', requestId })
+    assert.deepEqual([line.completionTokens, line.exactness], [HIDDEN + 100, 'exact'])
+  }
+  const asked = backend.requests.filter(({ url }) => url.endsWith('completions'))
+  assert.deepEqual(
+    asked.map(({ body }) => JSON.parse(body).stream_options),
+    [
+      { include_usage: true, continuous_usage_stats: true },
+      { include_usage: true },
+      { include_usage: true }
+    ]
+  )
+})
 
 /** Reads a stream until this many events have come. */
 async function untilSeen(response: Response, events: number): Promise<void> {

@@ -79,6 +79,12 @@ export class Choices {
     if (reported !== undefined && list.length < MAX_KEPT) list.push(reported)
   }
 
+  /** Replaces the usage of one choice (JSON). */
+  setUsage(index: number, usage: string): void {
+    const choice = this.#choice(index)
+    if (choice !== undefined) choice.usage = usage
+  }
+
   /**
    * What the backend has reported; undefined: nothing.
    *

@@ -84,6 +84,8 @@ class Known {
 class Common extends Known {
   readonly outputs: string[] = []
   readonly inputs: string[] = []
+  /** Its latest reasoning was not shown. */
+  hidesReasoning = false
 }
 
 /**
@@ -145,6 +147,16 @@ export class Estimates {
     if (takesTurn(common.inputs, source.caller)) {
       common.prompt.learn(features, limited(tokens, common.prompt.of(features)))
     }
+  }
+
+  /** Whether a model's reasoning is not shown, as far as is known. */
+  hidesReasoning({ model }: Source): boolean {
+    return this.#common.get(model)?.hidesReasoning ?? false
+  }
+
+  noteReasoning({ model }: Source, isHidden: boolean): void {
+    const common = this.#common.get(model)
+    if (common !== undefined) common.hidesReasoning = isHidden
   }
 
   #prior({ model }: Source): Known {

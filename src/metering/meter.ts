@@ -5,22 +5,18 @@ import type { Framing } from '../http.ts'
 import { Choices, type ChoiceTexts, type Told } from './choices.ts'
 import { Counts, isOutput } from './counts.ts'
 import type { Passed } from './estimate.ts'
+import { Sample, withoutUsage } from './sample.ts'
 import { addText, characters, type TextCounts } from './text.ts'
 import { JsonWatcher, MemberNames } from './watcher.ts'
 
 const DATA = Buffer.from('data:')
 const THE_END = Buffer.from('[DONE]')
+const EMPTY = Buffer.alloc(0)
 const LF = 0x0a
 const CR = 0x0d
-const QUOTE = 0x22
 const MAX_HELD = 64 * 1024
-const MAX_SAMPLE = 4 * 1024
-
-/** An event with one piece of the answer in it: what stands before the piece, and what behind. */
-interface Sample {
-  before: Buffer
-  behind: Buffer
-}
+/** Maximum size (bytes) of running usage that is kept unread. */
+const MAX_RUNNING = 512
 
 /** Where in a line of an event stream the next byte stands. */
 const LINE_START = 0
@@ -31,7 +27,7 @@ const OTHER_LINE = 3
 /**
  * Reads the usage out of an answer that passes by. Bytes go on as they came and when they came; only
  * where the usage chunk was asked for by the gateway and not by the client, that one event is taken
- * out, and for that an event's beginning waits for its end.
+ * out, and for that an event's beginning waits for its end. The same holds for running usage in the other events.
  *
  * Event streams are read as https://html.spec.whatwg.org/multipage/server-sent-events.html says:
  * LF, CRLF or CR, one optional space after the colon, over any split of the bytes.
@@ -58,6 +54,7 @@ export class Meter {
   readonly framing: Framing
   readonly #dialect: Dialect
   readonly #takeOut: boolean
+  readonly #strips: boolean
   readonly #mustEnd: boolean
   readonly #watcher: JsonWatcher
   #hasReasoning = false
@@ -86,9 +83,14 @@ export class Meter {
   #isMidEvent = false
   #tookOut = false
   #sample: Sample | undefined
+  /** Running usage of the latest event, as JSON, and its length while it has not been read. */
+  #running: Buffer | undefined
+  #runningLength = 0
+  #sampledChoice = 0
 
   /**
    * @param options.takeOut takes the usage chunk out
+   * @param options.strips takes running usage out of the other events
    * @param options.mustEnd a stream that does not say that it is over is broken
    * @param options.names of the dialect, where many answers share them
    */
@@ -96,6 +98,7 @@ export class Meter {
     framing: Framing
     dialect: Dialect
     takeOut: boolean
+    strips?: boolean
     mustEnd?: boolean
     names?: MemberNames
   }) {
@@ -103,6 +106,7 @@ export class Meter {
     this.framing = options.framing
     this.#dialect = options.dialect
     this.#takeOut = options.takeOut && options.framing === 'sse'
+    this.#strips = options.strips === true && options.framing === 'sse'
     this.#watcher = new JsonWatcher(options.names ?? memberNames(options.dialect, options.framing))
   }
 
@@ -145,7 +149,7 @@ export class Meter {
     const before = this.deltas
     let out: Buffer | undefined = chunk
     if (this.framing === 'sse') {
-      if (this.#isLikeSample(chunk)) this.#addDelta(chunk)
+      if (this.#isLikeSample(chunk)) out = this.#addDelta(chunk, this.#sample!)
       else out = this.#events(chunk)
     } else if (this.framing === 'ndjson') out = this.#lines(chunk)
     else this.#watcher.feed(chunk, 0, chunk.length)
@@ -158,10 +162,13 @@ export class Meter {
 
   /** The answer is over; returns what is still kept back: the last event, or one that never ended. */
   end(): Buffer | undefined {
+    this.#readRunning()
     if (this.framing !== 'sse') this.#harvest()
     // The last event may lack its blank line.
     else if (this.#hasData) {
       if (this.#isOurs()) this.#held = undefined
+      else if (this.#held && this.#strips && this.#isRunning())
+        this.#held = withoutUsage(this.#held)
       this.#endEvent()
     }
     const kept = this.#lastEvent ?? this.#held
@@ -175,7 +182,7 @@ export class Meter {
     this.#lastEvent = undefined
     if (this.framing === 'json') return ''
     if (this.framing === 'ndjson') return this.#isMidLine ? '\n' : ''
-    if (this.#takeOut && !this.#tooLong) return ''
+    if (this.#changes && !this.#tooLong) return ''
     if (this.#line !== LINE_START || this.#matched > 0) return '\n\n'
     return this.#isMidEvent ? '\n' : ''
   }
@@ -193,6 +200,7 @@ export class Meter {
    * @param estimate returns the tokens of a text
    */
   told(prompts: number, estimate: (passed: Passed) => number): Told | undefined {
+    this.#readRunning()
     const first = this.framing === 'json' ? this.#watcher.firstChoice : undefined
     const texts: ChoiceTexts = {
       all: estimate(this.passed(true)),
@@ -203,6 +211,7 @@ export class Meter {
 
   /** What the backend said, or undefined. */
   get usage(): Usage | undefined {
+    this.#readRunning()
     return this.#counts.toUsage()
   }
 
@@ -219,6 +228,7 @@ export class Meter {
 
   /** Tokens that the backend has counted on the way, and what has passed since. */
   get counted(): { tokens: number; since: Passed } {
+    this.#readRunning()
     const passed = this.passed(false)
     const told = this.#toldText
     if (told === undefined) return { tokens: 0, since: passed }
@@ -229,6 +239,7 @@ export class Meter {
 
   /** The backend has counted all that has passed. */
   get isAllTold(): boolean {
+    this.#readRunning()
     return this.deltas === 0 || (this.#toldTokens > 0 && this.#toldDeltas === this.deltas)
   }
 
@@ -250,29 +261,37 @@ export class Meter {
     return chunk
   }
 
-  /**
-   * Nearly every event of a stream is like the one before but for its piece of the answer. Comparing
-   * them is a few native calls; reading each anew would be half of what the gateway itself does for a chunk.
-   */
   #isLikeSample(chunk: Buffer): boolean {
-    if (this.#sample === undefined || !this.#isBetweenEvents()) return false
-    const { before, behind } = this.#sample
-    const begin = before.length
-    const end = chunk.length - behind.length
-    return (
-      end > begin &&
-      chunk.indexOf(QUOTE, begin) === end &&
-      chunk.indexOf(LF, begin) === chunk.length - 2 &&
-      chunk.indexOf(CR, begin) === -1 &&
-      before.compare(chunk, 0, begin) === 0 &&
-      behind.compare(chunk, end) === 0
-    )
+    const isKnown = this.#sample !== undefined && this.#isBetweenEvents()
+    return isKnown && this.#sample!.fits(chunk) && this.#canKeepUsage(this.#sample!)
   }
 
-  #addDelta(chunk: Buffer): void {
-    const { before, behind } = this.#sample!
+  #canKeepUsage({ hasUsage, usageBegin, usageEnd }: Sample): boolean {
+    return !hasUsage || usageEnd - usageBegin <= MAX_RUNNING
+  }
+
+  #addDelta(chunk: Buffer, sample: Sample): Buffer {
     this.deltas++
-    addText(this.#watcher.text, chunk, before.length, chunk.length - behind.length)
+    addText(this.#watcher.text, chunk, sample.textBegin, sample.textEnd)
+    if (!sample.hasUsage) return chunk
+    this.#running ??= Buffer.allocUnsafeSlow(MAX_RUNNING)
+    this.#runningLength = chunk.copy(this.#running, 0, sample.usageBegin, sample.usageEnd)
+    return this.#strips ? sample.withoutUsage(chunk) : chunk
+  }
+
+  /** Reads the latest running usage, which is only of interest where the stream ends or is looked at. */
+  #readRunning(): void {
+    if (this.#runningLength === 0) return
+    const usage = this.#running!.toString('latin1', 0, this.#runningLength)
+    this.#runningLength = 0
+    this.#choices.setUsage(this.#sampledChoice, usage)
+    this.#addUsage(usage)
+  }
+
+  #addUsage(usage: string): void {
+    this.#counts.add(usage)
+    this.isUsageOld = false
+    this.#noteTold()
   }
 
   #isBetweenEvents(): boolean {
@@ -283,15 +302,13 @@ export class Meter {
   #takeSample(chunk: Buffer): void {
     const { seen } = this.#watcher
     const { textBegin, textEnd } = seen
-    const isPlain = seen.texts === 1 && seen.usage === undefined && !this.#saysEnd()
-    if (!isPlain || this.#saysFailure() || chunk.length > MAX_SAMPLE) return
-    // Not from Node's pool, of which it would keep 8 KB for as long as the answer takes.
-    const kept = Buffer.allocUnsafeSlow(chunk.length)
-    chunk.copy(kept)
-    this.#sample = { before: kept.subarray(0, textBegin), behind: kept.subarray(textEnd) }
+    if (seen.texts !== 1 || this.#saysEnd() || this.#saysFailure()) return
+    this.#sample = Sample.of(chunk, textBegin, textEnd, seen.usage !== undefined) ?? this.#sample
+    this.#sampledChoice = seen.index ?? 0
   }
 
   #events(chunk: Buffer): Buffer | undefined {
+    this.#readRunning()
     const hasCr = chunk.includes(CR)
     const isAlone = !hasCr && this.#isBetweenEvents()
     const kept: Buffer[] = []
@@ -345,6 +362,10 @@ export class Meter {
           if (this.#held === undefined) kept.push(chunk.subarray(keepFrom, eventStart))
           keepFrom = at
           this.#tookOut = true
+        } else if (this.#strips && this.#isRunning()) {
+          if (this.#held === undefined) kept.push(chunk.subarray(keepFrom, eventStart))
+          kept.push(withoutUsage(join([this.#held ?? EMPTY, chunk.subarray(eventStart, at)])!))
+          keepFrom = at
         } else if (this.#held !== undefined) kept.push(this.#held)
         this.#held = undefined
         this.#tooLong = false
@@ -353,7 +374,7 @@ export class Meter {
         eventStart = at
       }
     }
-    if (!this.#takeOut) return chunk
+    if (!this.#changes) return chunk
     return this.#hold(chunk, kept, keepFrom, eventStart)
   }
 
@@ -415,6 +436,17 @@ export class Meter {
     return this.#takeOut && !this.#tooLong && this.#isUsageChunk()
   }
 
+  /** Has the event that just ended both a choice and usage? */
+  #isRunning(): boolean {
+    const { hasChoices, usage } = this.#watcher.seen
+    return hasChoices && usage !== undefined && !this.#tooLong
+  }
+
+  /** Does what passes differ from what the backend sends? */
+  get #changes(): boolean {
+    return this.#takeOut || this.#strips
+  }
+
   #endEvent(): void {
     if (this.#endMatched === THE_END.length) this.#saidEnd = true
     this.#endMatched = 0
@@ -431,9 +463,7 @@ export class Meter {
       this.#hasReasoning = true
     }
     if (seen.usage !== undefined) {
-      this.#counts.add(seen.usage)
-      this.isUsageOld = false
-      this.#noteTold()
+      this.#addUsage(seen.usage)
       if (this.#isUsageChunk()) this.hasFinalUsage = true
     }
     if (seen.promptEvalCount !== undefined) this.#counts.set('input_tokens', seen.promptEvalCount)

@@ -9,6 +9,7 @@ import { Meter, memberNames } from '../metering/meter.ts'
 import { hasText, leastTokens, type PromptText, promptText } from '../metering/prompt.ts'
 import { characters } from '../metering/text.ts'
 import type { MemberNames } from '../metering/watcher.ts'
+import type { UsageField } from '../payload-edits.ts'
 
 /**
  * Reads from every answer how many tokens it took: `request.exchange.usage`, complete when the
@@ -65,8 +66,11 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
   fastify.addHook('preHandler', ({ exchange, payload }, _reply, done) => {
     const { endpoint } = exchange
     exchange.promptEstimate = fastify.tokens.input(exchange)
-    if (endpoint?.asksForUsage && payload?.stream && !payload.includeUsage) {
-      exchange.question = { asked: false }
+    if (endpoint?.asksForUsage && payload?.stream) {
+      const wanted: UsageField[] = []
+      if (!payload.includeUsage) wanted.push('include_usage')
+      if (!payload.runningUsage) wanted.push('continuous_usage_stats')
+      exchange.question = { wanted, asked: [] }
     }
     done()
   })
@@ -82,7 +86,8 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
       framing,
       dialect,
       names: namesOf(dialect, framing),
-      takeOut: exchange.question?.asked === true,
+      takeOut: exchange.question?.asked.includes('include_usage') === true,
+      strips: exchange.question?.asked.includes('continuous_usage_stats') === true,
       mustEnd: saysItsEnd(exchange.endpoint)
     })
     exchange.meter = meter
@@ -189,6 +194,7 @@ function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Us
   const passed = meter.passed(true)
   const shown = shownTokens(usage, meter, estimates.output(source, passed))
   if (shown > 0) estimates.learnOutput(source, passed, shown)
+  if (usage.reasoningTokens) estimates.noteReasoning(source, meter.hidesReasoning)
   const { prompt } = exchange
   // What a stored response brings along is part of the prompt and not of its text.
   const isText = prompt !== undefined && payload.previousResponseId === undefined
@@ -237,8 +243,19 @@ function estimate(
     promptTokens,
     completionTokens,
     totalTokens: promptTokens + completionTokens,
-    exactness: isWhole ? 'estimated' : 'counted'
+    exactness: mayBeMore(exchange, estimates, isWhole ? saidOutput : tokens)
+      ? 'at_least'
+      : isWhole
+        ? 'estimated'
+        : 'counted'
   }
+}
+
+/** Whether there may be output that did not pass, of which the backend has `told` no tokens. */
+function mayBeMore(exchange: Exchange, estimates: Estimates, told: number): boolean {
+  const { endpoint, request } = exchange
+  if (told > 0 || endpoint?.spends !== 'input and output') return false
+  return request.payload?.hidesReasoning || estimates.hidesReasoning(sourceOf(exchange))
 }
 
 /** The client did not wait for the answer, of which nothing was heard: a backend has had the prompt. */
@@ -247,7 +264,10 @@ function estimatePrompt(exchange: Exchange, estimates: Estimates): void {
   if (endpoint?.spends === undefined || prompt === undefined) return
   const promptTokens = estimates.input(sourceOf(exchange), prompt)
   const usage = { promptTokens, completionTokens: 0, totalTokens: promptTokens }
-  exchange.usage = { ...usage, exactness: 'counted' }
+  exchange.usage = {
+    ...usage,
+    exactness: mayBeMore(exchange, estimates, 0) ? 'at_least' : 'counted'
+  }
 }
 
 /**

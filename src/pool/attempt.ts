@@ -6,6 +6,7 @@ import type { Failure } from '../dialects/failure.ts'
 import { openai } from '../dialects/openai.ts'
 import { GatewayError } from '../errors.ts'
 import { type Framing, framingOf, isStream, parseRetryAfter } from '../http.ts'
+import type { UsageField } from '../payload-edits.ts'
 import { Pieces } from '../wire/edits.ts'
 import { free } from '../wire/gathered.ts'
 import { Answer } from './answer.ts'
@@ -112,8 +113,9 @@ export class Attempt implements BackendHandler {
   readonly choice: Choice
   readonly candidate: Candidate
   readonly backend: Backend
-  /** The request is sent with a question for usage, or is repeated without it. */
-  question: 'asked' | 'withdrawn' | undefined
+  /** Fields by which the gateway asks for usage in the request, and those that it is repeated without. */
+  asked: readonly UsageField[] = []
+  withdrawn: readonly UsageField[] = []
   /** What it sends, if that is a copy of its own. */
   body: Buffer | undefined
   #pieces: Pieces | undefined
@@ -242,14 +244,13 @@ export class Attempt implements BackendHandler {
     source.rawHeaders = []
     const controller = this.#decode(source)
     this.isAllSent = isAllSent() && this.#pieces?.isTaken !== false
-    const { question } = this
     if (statusCode === 400 || statusCode === 422) {
-      if (question === 'asked') {
+      if (this.asked.length > 0) {
         this.#isInDoubt = true
         this.#refusal = new Refusal(this.#head, controller)
         return
       }
-    } else if (question === 'withdrawn' && statusCode < 400) this.backend.live.refuseUsageQuestion()
+    } else if (statusCode < 400) this.backend.live.refuseUsage(this.withdrawn)
     const kind = statusFailure(statusCode)
     if (kind !== undefined) {
       this.#penalise()
@@ -468,7 +469,8 @@ export class Attempt implements BackendHandler {
   }
 
   #settleDoubt(refusal: Refusal): void {
-    if (/stream_options|include_usage/.test(refusal.text)) return this.#owner.again(this)
+    if (/stream_options|include_usage|continuous_usage/.test(refusal.text))
+      return this.#owner.again(this)
     this.#answer = refusal.toAnswer()
     this.#deliver()
   }

@@ -1,6 +1,7 @@
 import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { Client, type Dispatcher, Pool as Sockets } from 'undici'
+import type { UsageField } from '../payload-edits.ts'
 import { Breaker } from './breaker.ts'
 import { type Connector, directConnector } from './connector.ts'
 import type { ContinuationWay } from './continuation.ts'
@@ -39,6 +40,8 @@ export interface BackendConfig extends TimeLimits {
   continuation: ContinuationWay | undefined
   /** Whether each API key has its own part of the prefix cache. */
   saltsCache: boolean
+  /** Whether it can report the usage so far in every event of a stream; undefined: its list of models shows that. */
+  continuousUsage: boolean | undefined
   /** Sent with every request, over the client's own. */
   headers: Record<string, string>
   /** Time to a connection for those who wait longest. */
@@ -55,6 +58,9 @@ const RAMP_MS = 30_000
 const RAMP_FROM = 0.1
 /** A server that refused a field is asked again after a while: it may have been upgraded. */
 const REMEMBER_REFUSAL_MS = 10 * 60_000
+
+/** Owners of models, by which engines can be told that report the usage so far. */
+const RUNNING_USAGE = new Set(['vllm', 'sglang'])
 
 /** Largest head of an answer, in bytes. */
 const MAX_HEAD = 64 * 1024
@@ -86,6 +92,14 @@ export class Backend {
   get hasRoom(): boolean {
     const { maxConcurrent } = this.config
     return maxConcurrent === 0 || this.live.inFlight < maxConcurrent
+  }
+
+  /** Can it report the usage so far in every event of a stream? */
+  get reportsRunningUsage(): boolean {
+    const { continuousUsage } = this.config
+    if (continuousUsage !== undefined) return continuousUsage
+    const [card] = this.live.models?.values() ?? []
+    return card !== undefined && RUNNING_USAGE.has(String(card.owned_by))
   }
 
   /** Sends a request, over a connection of its own if it must be `fresh`. */
@@ -141,7 +155,10 @@ export class Live {
   #opening: BackendHandler | undefined
   /** Handlers of streamed bodies: undici opens their connections in a microtask. */
   readonly #openingLater: BackendHandler[] = []
-  #questionRefusedAt = Number.NEGATIVE_INFINITY
+  readonly #usageRefusedAt: Record<UsageField, number> = {
+    include_usage: Number.NEGATIVE_INFINITY,
+    continuous_usage_stats: Number.NEGATIVE_INFINITY
+  }
   #isDrained = false
   #backAt = Number.NEGATIVE_INFINITY
 
@@ -206,13 +223,13 @@ export class Live {
     void used.close()
   }
 
-  /** It takes `stream_options.include_usage`, as far as is known. */
-  get takesUsageQuestion(): boolean {
-    return performance.now() - this.#questionRefusedAt > REMEMBER_REFUSAL_MS
+  /** Whether it takes this field of `stream_options`, as far as is known. */
+  takesUsage(field: UsageField): boolean {
+    return performance.now() - this.#usageRefusedAt[field] > REMEMBER_REFUSAL_MS
   }
 
-  refuseUsageQuestion(): void {
-    this.#questionRefusedAt = performance.now()
+  refuseUsage(fields: readonly UsageField[]): void {
+    for (const field of fields) this.#usageRefusedAt[field] = performance.now()
   }
 
   fail(reason: string): void {

@@ -7,7 +7,14 @@ import { BYTES_PER_TOKEN, type Exchange, type Work } from '../exchange.ts'
 import { type Framing, parseRetryAfter } from '../http.ts'
 import { LONGEST } from '../options.ts'
 import type { Payload } from '../payload.ts'
-import { askForUsage, type Change, changed, nameModel, saltCache } from '../payload-edits.ts'
+import {
+  askForUsage,
+  type Change,
+  changed,
+  nameModel,
+  saltCache,
+  type UsageField
+} from '../payload-edits.ts'
 import { Pieces } from '../wire/edits.ts'
 import type { Answer } from './answer.ts'
 import { AsEvent } from './as-event.ts'
@@ -20,6 +27,7 @@ import {
   type Headers,
   type Progress
 } from './attempt.ts'
+import type { Backend } from './backend.ts'
 import { Continuation, type Continuer, changesForRest, openEnd, type Sink } from './continuation.ts'
 import { Choice, type Decision } from './decisions.ts'
 import { isLocal, isOurs, withoutAnswer } from './failures.ts'
@@ -96,7 +104,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   #delivered: Attempt | undefined
   #timer: NodeJS.Timeout | undefined
   #hasRepeated = false
-  #isWithdrawn = false
+  /** Fields for usage that a backend did not accept. */
+  #withdrawn: readonly UsageField[] = []
   /** The latest error answer of a backend; it is the client's when nothing better comes. */
   #refusal: Refusal | undefined
   #answer: Answer | undefined
@@ -270,7 +279,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   again(attempt: Attempt): void {
-    this.#isWithdrawn = true
+    // It may accept the older of the two.
+    const running = attempt.asked.filter(field => field === 'continuous_usage_stats')
+    this.#withdrawn = [...this.#withdrawn, ...(running.length > 0 ? running : attempt.asked)]
     attempt.choice.outcome = '4xx'
     this.#repeat(attempt)
   }
@@ -403,12 +414,12 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   /** What is told of the exchange is about this attempt. */
-  #attribute({ backend, candidate: { model, upstream }, question }: Attempt): void {
+  #attribute({ backend, candidate: { model, upstream }, asked }: Attempt): void {
     const exchange = this.#exchange
     exchange.served = { model, upstream }
     exchange.backend = backend.name
     exchange.backendUrl = backend.live.origin + backend.live.basePath
-    if (exchange.question !== undefined) exchange.question.asked = question === 'asked'
+    if (exchange.question !== undefined) exchange.question.asked = asked
   }
 
   #request(attempt: Attempt): Dispatcher.DispatchOptions {
@@ -425,14 +436,11 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   /** What this backend must read in the request's body in place of what the client has sent. */
   #changes(attempt: Attempt, payload: Payload): Change[] {
     const { backend, upstream } = attempt.candidate
-    const { endpoint, question, model } = this.#exchange
+    const { endpoint, model } = this.#exchange
     const changes: Change[] = []
-    // A response that began without the question must not get the chunk that answers one.
-    if (question !== undefined && (this.#gap === undefined || question.asked)) {
-      if (this.#isWithdrawn) attempt.question = 'withdrawn'
-      else if (backend.live.takesUsageQuestion) attempt.question = 'asked'
-      if (attempt.question === 'asked') changes.push(askForUsage(payload))
-    }
+    attempt.withdrawn = this.#withdrawn
+    attempt.asked = this.#usageFields(backend, payload)
+    if (attempt.asked.length > 0) changes.push(...askForUsage(payload, attempt.asked))
     if (this.#gap !== undefined) {
       const way = backend.config.continuation!
       changes.push(...changesForRest(payload, this.#continuation!.text, this.#passed, way))
@@ -443,6 +451,20 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
       changes.push(saltCache(payload, this.caller))
     }
     return changes
+  }
+
+  /** How this backend is asked for usage. */
+  #usageFields(backend: Backend, { includeUsage }: Payload): readonly UsageField[] {
+    const { question } = this.#exchange
+    if (question === undefined) return []
+    // A response that began without a question must not get what answers one.
+    const wanted = this.#gap === undefined ? question.wanted : question.asked
+    const fields = wanted.filter(
+      field => !this.#withdrawn.includes(field) && backend.live.takesUsage(field)
+    )
+    const isAsked = includeUsage || fields.includes('include_usage')
+    if (isAsked && backend.reportsRunningUsage) return fields
+    return fields.filter(field => field === 'include_usage')
   }
 
   /** Tells the client that it waits, if that is wanted, from now on. */

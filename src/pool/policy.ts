@@ -87,6 +87,12 @@ export const BackendOptions = Type.Object(
           'per_key: sends a cache_salt for each API key (vLLM, SGLang), so that a caller cannot measure which prompts of others are in the prefix cache; left out: the cache is shared'
       })
     ),
+    continuous_usage: Type.Optional(
+      Type.Boolean({
+        description:
+          'Asks for the tokens so far in every event of a stream, and takes them out again: hidden reasoning is counted also if the client leaves early; left out: where the models are owned by vllm or sglang'
+      })
+    ),
     api_key: Type.Optional(
       Type.String({
         pattern: '^[\\x21-\\x7e]+$',
@@ -291,6 +297,7 @@ export function toPool(
       maxConcurrent: share(backend.max_concurrent, workers),
       continuation: routing.enabled ? backend.continuation : undefined,
       saltsCache: backend.cache_salt === 'per_key',
+      continuousUsage: backend.continuous_usage,
       listsModels: modelsOf(backend)?.some(isOpen) ?? true,
       headers: {
         ...(backend.api_key === undefined ? {} : { authorization: `Bearer ${backend.api_key}` }),

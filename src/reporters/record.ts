@@ -32,7 +32,7 @@ export interface UsageRecord {
   is_stream: boolean
   stream: boolean
   /** `exact`: the backend said so; `counted`: what passed of an answer that was cut; `estimated`: no usage in it; null: no tokens known. */
-  exactness: 'exact' | 'counted' | 'estimated' | null
+  exactness: 'exact' | 'counted' | 'at_least' | 'estimated' | null
   /** What it costs, where a price is configured. */
   cost?: number | undefined
   currency?: string | undefined
