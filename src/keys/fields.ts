@@ -33,7 +33,12 @@ const OwnLimitFields = Type.Object(
     requests_per_minute: own(limitFields.requests_per_minute),
     burst_size: own(limitFields.burst_size),
     tokens_per_minute: own(limitFields.tokens_per_minute),
-    max_concurrent: own(limitFields.max_concurrent)
+    max_concurrent: own(limitFields.max_concurrent),
+    reserve: Type.Optional(
+      Type.Enum(['max', 'typical'], {
+        description: 'What a request reserves of total_quota; else as for every key'
+      })
+    )
   },
   {
     additionalProperties: false,

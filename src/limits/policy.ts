@@ -52,6 +52,13 @@ export const LimitsOptions = Section(
       description:
         'A stream that would go beyond a budget of tokens or money: is finished, or ended with an error'
     }),
+    assumed_max_tokens: Type.Optional(
+      Type.Integer({
+        minimum: 1,
+        description:
+          'Output tokens that a request without max_tokens reserves of a quota; if left out, what the context of its model leaves, or 4096 where that is not known'
+      })
+    ),
     time_zone: Type.String({
       default: 'UTC',
       check: isTimeZone,

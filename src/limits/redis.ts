@@ -8,12 +8,13 @@ import type { KeyNews } from '../keys/key.ts'
 import { Redis } from '../store/redis.ts'
 import type { CacheOptions } from '../store/storage.ts'
 import { bucketOf } from './limits.ts'
-import { CLOCK, MemoryStore, tightest, toBook } from './memory.ts'
+import { CLOCK, MemoryStore, none, tightest, toBook } from './memory.ts'
 import { type Answers, Orders, toLeft, toNews, toOrder, toTold } from './orders.ts'
 import {
   type Account,
   type Amount,
   type Call,
+  type Hold,
   idOf,
   isRefusal,
   type Lease,
@@ -54,7 +55,7 @@ export interface RedisStoreOptions extends StoreSettings {
 }
 
 interface RedisLease extends Lease {
-  held: Amount
+  held: Hold
   /** The same in the mirror. */
   readonly mirror: Lease
   /** While more is asked for. */
@@ -161,7 +162,7 @@ export class RedisStore implements LimitStore {
     this.#mirror.update(settings)
   }
 
-  extend(given: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+  extend(given: Lease, spent: Amount, more: Hold, force: boolean): Promise<boolean> {
     const lease = given as RedisLease
     const extend = () => this.#extend(lease, spent, more, force)
     const extending = (lease.extending?.then(extend) ?? extend()).finally(() => {
@@ -218,7 +219,7 @@ export class RedisStore implements LimitStore {
     await this.#redis.close()
   }
 
-  async #extend(lease: RedisLease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+  async #extend(lease: RedisLease, spent: Amount, more: Hold, force: boolean): Promise<boolean> {
     const { accounts, mirror } = lease
     const { delta, less } = toBook(mirror, spent)
     const debt = { ...delta, requests: 0 }
@@ -239,7 +240,7 @@ export class RedisStore implements LimitStore {
 
   async #settle({ accounts, mirror }: RedisLease, spent: Amount): Promise<void> {
     const { delta } = toBook(mirror, spent)
-    const less = { tokens: -mirror.held.tokens, cost: -mirror.held.cost }
+    const less = none(mirror.held)
     this.#mirror.settle(mirror, spent)
     const debt = { ...delta, requests: 0 }
     if (!this.#isJoined) return this.#owe(accounts, debt)

@@ -1,6 +1,7 @@
 import {
   type Amount,
   type Call,
+  type Hold,
   isRefusal,
   type Lease,
   type LimitStore,
@@ -51,7 +52,7 @@ export class RemoteStore implements LimitStore {
     return { ...refusal!, retryAfterMs: refusal!.retryAfterMs ?? Number.POSITIVE_INFINITY }
   }
 
-  async extend(given: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+  async extend(given: Lease, spent: Amount, more: Hold, force: boolean): Promise<boolean> {
     const lease = given as RemoteLease
     const id = ++this.#lastId
     const question = { op: 'extend', id, lease: lease.id, spent, more, force } as const

@@ -45,6 +45,8 @@ local function read(index)
   local packed = redis.call('GET', KEYS[4 + index])
   local counter = packed and cmsgpack.unpack(packed)
     or { requests = {}, tokens = {}, slots = {}, held_tokens = {}, held_cost = {} }
+  -- Counters of earlier versions have none.
+  counter.held_window = counter.held_window or {}
   for _, window in ipairs({ counter.requests, counter.tokens }) do
     local early = 0
     for grain, amount in pairs(window) do
@@ -59,7 +61,7 @@ local function read(index)
       is_corrected = true
     end
   end
-  for _, share in ipairs({ counter.slots, counter.held_tokens, counter.held_cost }) do
+  for _, share in ipairs({ counter.slots, counter.held_tokens, counter.held_cost, counter.held_window }) do
     for id in pairs(share) do
       if not alive[id] then share[id] = nil end
     end
@@ -136,7 +138,7 @@ end
 local function token_wait(counter, account, amount)
   local limit = account.tokens_per_minute
   if limit == 0 then return 0 end
-  local wanted = math.min(amount, limit) + sum(counter.held_tokens)
+  local wanted = math.min(amount, limit) + sum(counter.held_window)
   if wanted > limit then return RETRY end
   return window_wait(counter.tokens, limit, wanted)
 end
@@ -180,6 +182,7 @@ end
 local function hold(counter, more)
   counter.held_tokens[me] = (counter.held_tokens[me] or 0) + more.tokens
   counter.held_cost[me] = (counter.held_cost[me] or 0) + more.cost
+  counter.held_window[me] = (counter.held_window[me] or 0) + (more.window or more.tokens)
 end
 
 local function spend(counter, account, amount)
@@ -202,7 +205,7 @@ local function refusal(counter, account)
   local per_minute = account.requests_per_minute
   check('requests_per_minute', per_minute,
     per_minute > 0 and window_wait(counter.requests, per_minute, 1) or 0)
-  local for_tokens = token_wait(counter, account, order.hold.tokens)
+  local for_tokens = token_wait(counter, account, order.hold.window or order.hold.tokens)
   if order.least > account.tokens_per_minute then for_tokens = math.huge end
   check('tokens_per_minute', account.tokens_per_minute, for_tokens)
   check('max_concurrent', account.max_concurrent,
@@ -216,7 +219,12 @@ local function refusal(counter, account)
     end
   end
   if limit then
-    return { scope = account.scope, limit = limit, max = max, wait = longest == math.huge and -1 or longest }
+    local refused = { scope = account.scope, limit = limit, max = max, wait = longest == math.huge and -1 or longest }
+    if limit == 'total_quota' or limit == 'reserved_quota' then
+      local unit = account.quota_unit
+      refused.left, refused.needed = account.total_quota - counter['spent_' .. unit], order.hold[unit]
+    end
+    return refused
   end
 end
 
@@ -233,7 +241,7 @@ local function left(counter, account)
     end
   end
   if account.tokens_per_minute > 0 then
-    local remaining = account.tokens_per_minute - sum(counter.tokens) - sum(counter.held_tokens)
+    local remaining = account.tokens_per_minute - sum(counter.tokens) - sum(counter.held_window)
     found.tokens = { account.tokens_per_minute, math.max(0, remaining), reset(counter.tokens) }
   end
   return found
@@ -288,8 +296,9 @@ function operations.extend()
       local counter = counters[index]
       spend(counter, account, order.spent)
       hold(counter, order.less)
-      has_room = has_room and token_wait(counter, account, order.more.tokens) == 0
-        and has_quota(counter, account, order.more)
+      -- What is reserved of a quota already needs no more of it.
+      has_room = has_room and token_wait(counter, account, order.more.window or order.more.tokens) == 0
+        and (order.more[account.quota_unit] == 0 or has_quota(counter, account, order.more))
     end
     if has_room or order.force then
       for _, counter in ipairs(counters) do hold(counter, order.more) end
@@ -306,7 +315,8 @@ function operations.settle()
       spend(counter, account, order.spent)
       local slots = (counter.slots[me] or 1) - 1
       if slots <= 0 then
-        counter.slots[me], counter.held_tokens[me], counter.held_cost[me] = nil, nil, nil
+        counter.slots[me] = nil
+        counter.held_tokens[me], counter.held_cost[me], counter.held_window[me] = nil, nil, nil
       else
         counter.slots[me] = slots
         hold(counter, order.less)
@@ -350,6 +360,7 @@ function operations.seed()
       counter.slots[me] = own.slots > 0 and own.slots or nil
       counter.held_tokens[me] = own.slots > 0 and own.held.tokens or nil
       counter.held_cost[me] = own.slots > 0 and own.held.cost or nil
+      counter.held_window[me] = own.slots > 0 and own.held.window or nil
       for _, entry in ipairs(own.requests) do
         take_grain(counter.requests, account.requests_per_minute, entry[2], entry[1])
       end

@@ -24,6 +24,7 @@ import {
   type Account,
   ADDRESS,
   type Amount,
+  type Hold,
   isRefusal,
   type Lease,
   type LimitStore,
@@ -84,6 +85,8 @@ type Caches = StorageOptions['caches']
 const LOOK_INTERVAL = 250
 /** By how many tokens a reserve grows; by fewer where that is all there is. */
 const STEPS = [256, 64, 16]
+/** Output tokens of a request that sets no maximum, for a model whose context is not known. */
+const UNKNOWN_OUTPUT = 4096
 /** More is reserved before the last tokens are spent. */
 const AHEAD = 128
 
@@ -160,6 +163,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   async function reserve(exchange: Exchange): Promise<void> {
     const accounts = accountsOf(askerOf(exchange.request), options)
     if (accounts.length > 0) {
+      refuseUnpriced(exchange, accounts)
       const call = { accounts, ...expectation(exchange, accounts) }
       const from = store
       let lease = await from.reserve(call).catch(toUnavailable)
@@ -178,19 +182,43 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     if (exchange.closed) throw new GatewayError('client_gone', 'The client has left.')
   }
 
-  /** What a call will likely spend, and what at least. */
-  function expectation(exchange: Exchange, accounts: Account[]): { hold: Amount; least: number } {
+  /** Without a price a budget of money would not notice the request. */
+  function refuseUnpriced(exchange: Exchange, accounts: Account[]): void {
+    if (options.mode === 'shadow' || fastify.usage?.refusesUnpriced !== true) return
+    if (exchange.endpoint?.spends === undefined || !accounts.some(isOfMoney)) return
+    const nothing = { input: 0, output: 0, cached: 0, cacheWrite: 0 }
+    if (fastify.usage.cost(exchange, nothing) !== undefined) return
+    throw new GatewayError(
+      'model_not_priced',
+      'This model has no price, and a budget of money applies to the request. Use another model.'
+    )
+  }
+
+  /** What a request reserves, and what it will spend at least. */
+  function expectation(exchange: Exchange, accounts: Account[]): { hold: Hold; least: number } {
     if (!hasBudget(accounts) || exchange.endpoint?.spends === undefined) {
       return { hold: NOTHING, least: 0 }
     }
-    const { payload } = exchange.request
-    const model = payload?.model ?? ''
     const input = fastify.tokens?.input(exchange) ?? 0
-    const output =
-      exchange.endpoint.spends === 'input'
-        ? 0
-        : typical.expect(subject(exchange.request), model, payload?.maxTokens)
-    return { hold: amount(exchange, input, output), least: input }
+    if (exchange.endpoint.spends === 'input') {
+      return { hold: amount(exchange, input, 0), least: input }
+    }
+    const most = mostOutput(exchange, input)
+    const usual = typical.expect(subject(exchange.request), exchange.model ?? '', most)
+    const isMax = accounts.some(({ limits }) => limits.total_quota > 0 && limits.reserve === 'max')
+    const hold = amount(exchange, input, isMax ? most : usual)
+    return { hold: { ...hold, window: input + usual }, least: input }
+  }
+
+  /** Output tokens that a request can get: what it allows, and what the context of its model leaves. */
+  function mostOutput(exchange: Exchange, input: number): number {
+    const { payload } = exchange.request
+    const { maxTokens, sequences = 1 } = payload ?? {}
+    const context = fastify.backends?.pool.contextLength(exchange)
+    const room = context === undefined ? undefined : Math.max(1, context - input) * sequences
+    if (maxTokens !== undefined) return Math.min(maxTokens, room ?? maxTokens)
+    const { assumed_max_tokens: assumed } = options
+    return assumed === undefined ? (room ?? UNKNOWN_OUTPUT * sequences) : assumed * sequences
   }
 
   function amount(exchange: Exchange, input: number, output: number): Amount {
@@ -219,13 +247,17 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     if (output === 0) return
     const input = fastify.tokens.input(exchange)
     const spent = amount(exchange, input, output)
-    const left = lease.held.tokens - (spent.tokens - lease.spent.tokens)
+    const { tokens, window = tokens } = lease.held
+    const isSpent = spent.tokens - lease.spent.tokens
+    const left = Math.min(tokens, window) - isSpent
     if (left > AHEAD) return
+    const isReserved = tokens - isSpent > AHEAD
     watched.delete(exchange)
     const isStopping = options.on_exhausted === 'stop' && options.mode === 'enforce'
     let hasRoom = false
     for (const output of STEPS) {
-      const more = amount(exchange, 0, output)
+      const quota = isReserved ? NOTHING : amount(exchange, 0, output)
+      const more = { ...quota, window: output }
       hasRoom = await from.extend(lease, spent, more, !isStopping)
       if (exchange.closed) return
       if (hasRoom) break
@@ -282,7 +314,8 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       const { id: requestId } = exchange
       fastify.log.info({ requestId, scope, limit }, 'a limit would have refused this')
     }
-    return tooMany(refusal, exchange.dialect.name, Date.now())
+    const quotaStatus = fastify.keys?.quotaStatus()
+    return tooMany(refusal, exchange.dialect.name, Date.now(), quotaStatus)
   }
 
   async function openStore(options: LimitsOptions, caches: Caches): Promise<LimitStore> {
