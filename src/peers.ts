@@ -1,4 +1,5 @@
 import type { Changes } from './changes.ts'
+import type { Usage } from './exchange.ts'
 import type { LimitStore } from './limits/store.ts'
 import type { Explanation } from './pool/decisions.ts'
 import type { Sink } from './reporters/posts.ts'
@@ -17,6 +18,8 @@ export interface Peers {
   readonly limits: LimitStore
   /** How that one fares; of what waits there one of the others tells, so that the sum is right. */
   readonly outbox: OutboxState
+  /** What of this usage of a stored response no process has billed before; undefined: nothing. */
+  bill(response: string, usage: Usage): Promise<Usage | undefined>
   onNews(listener: (news: News) => void): void
   /** Reads the configuration again, in all processes. */
   reload(): Promise<Changes>
@@ -44,6 +47,8 @@ export interface ResponseMade {
   backend: string
   model: string | undefined
   caller: string | undefined
+  /** Not all of its usage is billed: what its prompt has taken, estimated (tokens). */
+  unbilled?: number | undefined
 }
 
 /** Keys of the builtin store were changed: what is remembered of them is old. */

@@ -7,11 +7,13 @@ import type { Gateway } from './app.ts'
 import { allOrNothing, type Changes } from './changes.ts'
 import { type Config, workerCount } from './config.ts'
 import { GatewayError } from './errors.ts'
+import type { Usage } from './exchange.ts'
 import { openMemoryStore } from './limits/memory.ts'
 import { Periods } from './limits/period.ts'
 import { type LimitAnswer, type LimitQuestion, RemoteLeases, RemoteStore } from './limits/remote.ts'
 import { Log } from './logs/log.ts'
 import { collectGarbage } from './memory.ts'
+import { Billed } from './metering/stored.ts'
 import type { News, OutboxState, Peers } from './peers.ts'
 import { toKeeping, usageFile } from './plugins/usage.ts'
 import type { Delivery } from './reporters/courier.ts'
@@ -31,7 +33,7 @@ import { VERSION } from './version.ts'
 type Order =
   | { kind: 'serve' | 'reload'; config: Config }
   | { kind: 'close' }
-  | { kind: 'answer'; id: number; value?: string | Changes; error?: Failure }
+  | { kind: 'answer'; id: number; value?: Value | undefined; error?: Failure }
   | { kind: 'news'; news: News }
   | { kind: 'recorded' }
   | { kind: 'limited'; answer: LimitAnswer }
@@ -46,7 +48,11 @@ type Message =
   | { kind: 'failed'; error: Failure }
   | { kind: 'reloaded'; error?: Failure }
   | { kind: 'question'; id: number; what: 'metrics' | 'reload' }
+  | { kind: 'bill'; id: number; response: string; usage: Usage }
   | { kind: 'news'; news: News }
+
+/** What a worker gets for a question. */
+type Value = string | Changes | Usage
 
 /** An error on its way to another process. */
 interface Failure {
@@ -83,6 +89,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     log,
     countDelivery
   )
+  const billed = new Billed()
   const limits = await openMemoryStore(config.rate_limit.time_zone, dataDir, log)
   cluster.setupPrimary({ args: [] })
 
@@ -110,7 +117,10 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
           reject(toError(message.error))
         } else if (message.kind === 'news') tellOthers(worker, message.news)
         else if (message.kind === 'question') void answer(worker, message)
-        else if (message.kind === 'limit') void leases.hear(message.question)
+        else if (message.kind === 'bill') {
+          const value = billed.raise(message.response, message.usage)
+          send(worker, { kind: 'answer', id: message.id, value })
+        } else if (message.kind === 'limit') void leases.hear(message.question)
         else if (message.kind === 'records') void record(worker, message.entries)
       })
       worker.once('exit', (code, signal) => {
@@ -260,6 +270,9 @@ function reloaded(worker: Worker): Promise<Failure | undefined> {
   })
 }
 
+/** What the primary answers, without the number by which the worker tells answers apart. */
+type Question = Omit<Message & { kind: 'question' }, 'id'> | Omit<Message & { kind: 'bill' }, 'id'>
+
 /** The life of a worker: it does as the primary says. */
 export function runWorker(dataDir: string): void {
   const asked = new Map<number, (answer: Order & { kind: 'answer' }) => void>()
@@ -271,18 +284,19 @@ export function runWorker(dataDir: string): void {
   let server: (Server & { gateway: Gateway }) | undefined
   const peers = {
     count: 1,
-    metrics: () => ask<string>('metrics'),
+    metrics: () => ask<string>({ kind: 'question', what: 'metrics' }),
     tell: news => tell({ kind: 'news', news }),
     usage,
     limits,
     outbox: { pending: 0, trouble: undefined },
     onNews: listener => newsListeners.push(listener),
-    reload: () => ask<Changes>('reload')
+    reload: () => ask<Changes>({ kind: 'question', what: 'reload' }),
+    bill: (response, usage) => ask<Usage | undefined>({ kind: 'bill', response, usage })
   } satisfies Peers
 
-  async function ask<T extends string | Changes>(what: 'metrics' | 'reload'): Promise<T> {
+  async function ask<T extends Value | undefined>(question: Question): Promise<T> {
     const id = ++lastId
-    tell({ kind: 'question', id, what })
+    tell({ ...question, id })
     const { value, error } = await new Promise<Order & { kind: 'answer' }>(resolve => {
       asked.set(id, resolve)
     })

@@ -40,6 +40,7 @@ async function heldGateway(t: TestContext, answer: Answerer, durability = 'stric
     metrics: async () => '',
     tell() {},
     onNews() {},
+    bill: async (_response, usage) => usage,
     reload: async () => ({ changed: [], restart_needed: [] }),
     outbox: { pending: 0, trouble: undefined },
     limits: new RemoteStore(() => {}),
@@ -125,7 +126,7 @@ test('a whole answer, and one that comes in parts under a length: the last bytes
     const answer = JSON.stringify({
       choices: [],
       text: 'x'.repeat(3000),
-      usage: { total_tokens: 3 }
+      usage: { prompt_tokens: 2, completion_tokens: 1, total_tokens: 3 }
     })
     const gateway = await heldGateway(t, async (_request, response) => {
       response.writeHead(200, {

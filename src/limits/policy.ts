@@ -125,12 +125,16 @@ export interface Asker {
   caller: Caller | undefined
   subject: string
   model: string | undefined
+  /** The model of a stored response: what it has spent counts there, and its request has counted. */
+  heldModel?: string | undefined
 }
 
 const NONE = checkOptions(LimitSet, {})
+const NO_RATES = { requests_per_second: 0, requests_per_minute: 0, max_concurrent: 0 }
 
 /** Whose limits a call is held to, and which. */
-export function accountsOf({ caller, subject, model }: Asker, options: LimitsOptions): Account[] {
+export function accountsOf(asker: Asker, options: LimitsOptions): Account[] {
+  const { caller, subject, heldModel, model = heldModel } = asker
   const accounts: Account[] = []
   const add = (scope: Scope, id: string, limits: Limits, spent?: Account['spent']) => {
     if (isAny(limits)) accounts.push({ scope, id, limits, spent })
@@ -150,7 +154,8 @@ export function accountsOf({ caller, subject, model }: Asker, options: LimitsOpt
     const named = options.enabled
       ? Object.entries(options.models).find(([pattern]) => matchesModel([pattern], model))
       : undefined
-    add('per_model', model, named?.[1] ?? of('per_model'))
+    const limits = named?.[1] ?? of('per_model')
+    add('per_model', model, asker.model === undefined ? { ...limits, ...NO_RATES } : limits)
   }
   return accounts
 }

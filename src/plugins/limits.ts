@@ -300,7 +300,9 @@ function isOfMoney({ limits }: Account): boolean {
 }
 
 function askerOf(request: FastifyRequest): Asker {
-  return { caller: request.caller, subject: subject(request), model: request.payload?.model }
+  const { caller, payload, exchange } = request
+  const heldModel = exchange.stored === undefined ? undefined : exchange.heldModel
+  return { caller, subject: subject(request), model: payload?.model, heldModel }
 }
 
 function toUnavailable(error: unknown): never {
