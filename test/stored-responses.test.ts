@@ -229,11 +229,12 @@ for (const [what, rate_limit] of [
 
 test('several workers bill a response once', async t => {
   const { state, config, record } = await setUp(t)
-  const file = writeConfig(join(folder(t), 'config.yaml'), {
+  const dir = folder(t)
+  const file = writeConfig(join(dir, 'config.yaml'), {
     server: { listen: '127.0.0.1:0', workers: 2 },
     ...config
   })
-  const gateway = await start(t, [CLI, '--config', file])
+  const gateway = await start(t, [CLI, '--config', file], { LLMPROXY_DATA_DIR: dir })
   const url = `${gateway.url}/v1/responses`
   await (await post(url, BODY, KEY)).text()
   assert.deepEqual(spent(await record()), NOTHING)

@@ -27,8 +27,8 @@ export const MAX_RESPONSES = 10_000
  *
  * @example
  * const billed = new Billed()
- * const usage = { promptTokens: 5, completionTokens: 2, totalTokens: 7, exactness: 'exact' } as const
- * billed.raise('resp_1', usage) // The same
+ * const usage = { promptTokens: 5, completionTokens: 2, totalTokens: 7, exactness: 'exact' }
+ * billed.raise('resp_1', usage).totalTokens // 7
  * billed.raise('resp_1', usage) // undefined
  */
 export class Billed {

@@ -26,7 +26,7 @@ export interface Expected {
  * error. As long as nothing else has come another backend can be asked.
  *
  * @example
- * const expected = { dialect: openai, asked: 'sse', declared: undefined, isDecoded: false } as const
+ * const expected = { dialect: openai, asked: 'sse', declared: undefined, isDecoded: false }
  * new FirstEvent(expected).see(Buffer.from('data: {"error":{"code":503}}\n')) // '5xx'
  */
 export class FirstEvent {
