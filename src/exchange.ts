@@ -8,6 +8,7 @@ import type { Framing } from './http.ts'
 import { matchesModel } from './keys/key.ts'
 import type { OwnLimits } from './limits/limits.ts'
 import type { Lease, LimitStore } from './limits/store.ts'
+import type { UnbilledResponse } from './metering/billed.ts'
 import type { Meter } from './metering/meter.ts'
 import type { PromptText } from './metering/text.ts'
 import type { Wanted } from './pool/lineup.ts'
@@ -28,9 +29,9 @@ import { free } from './wire/gathered.ts'
  * What the finishers do, in this order: when the backend has said all, or the exchange ends before; and
  * when it ends.
  */
-const CONCLUDING = ['metering', 'budget', 'record'] as const
+const RECORDING = ['budget', 'record'] as const
 const ENDING = ['settle', 'slot', 'metrics', 'log'] as const
-export type Stage = (typeof CONCLUDING)[number] | (typeof ENDING)[number]
+export type Stage = 'metering' | (typeof RECORDING)[number] | (typeof ENDING)[number]
 type Finisher = (exchange: Exchange) => void
 
 export type Outcome = 'ok' | 'client_gone' | 'backend_failed' | 'timed_out' | 'rejected'
@@ -89,6 +90,8 @@ export interface Endpoint {
   streamsByDefault?: boolean
   /** Where the ids of stored responses stand, which bind later calls to the same backend. */
   makesResponses?: boolean
+  /** Its response is a stored one: with its usage, once that is known. */
+  showsResponse?: boolean
 }
 
 /** What runs for an exchange and must stop with it. */
@@ -141,6 +144,10 @@ export class Exchange {
   heldModel: string | undefined
   /** Wants to know the `id` that the backend gives its answer, as soon as it is seen. */
   onAnswerId: ((id: string) => void) | undefined
+  /** The stored response that it makes, or shows while not all of its usage is billed. */
+  stored: UnbilledResponse | undefined
+  /** Resolves when it is known what is billed, where that is not known at once. */
+  settling: Promise<void> | undefined
   /** What the plugins hold for it until it ends. */
   meter: Meter | undefined
   reservation: { store: LimitStore; lease: Lease } | undefined
@@ -374,7 +381,8 @@ export class Exchanges {
   readonly onStillborn: ((error: GatewayError, id: string, clientIp?: string) => void)[] = []
   readonly #finishers = new Map<Stage, Finisher[]>()
   readonly #log: FastifyBaseLogger
-  #concluding: Finisher[] = []
+  #metering: Finisher[] = []
+  #recording: Finisher[] = []
   #ending: Finisher[] = []
   #whenEmpty: (() => void) | undefined
 
@@ -388,7 +396,8 @@ export class Exchanges {
     const ofStage = this.#finishers.get(stage) ?? []
     ofStage.push(finisher)
     this.#finishers.set(stage, ofStage)
-    this.#concluding = CONCLUDING.flatMap(each => this.#finishers.get(each) ?? [])
+    this.#metering = this.#finishers.get('metering') ?? []
+    this.#recording = RECORDING.flatMap(each => this.#finishers.get(each) ?? [])
     this.#ending = ENDING.flatMap(each => this.#finishers.get(each) ?? [])
   }
 
@@ -422,7 +431,13 @@ export class Exchanges {
 
   /** Writes down what an exchange has spent; see {@link Exchange.conclude}. */
   write(exchange: Exchange): void {
-    this.#run(this.#concluding, exchange)
+    this.#run(this.#metering, exchange)
+    if (exchange.settling === undefined) return this.#run(this.#recording, exchange)
+    exchange.recorded = exchange.settling.then(() => {
+      exchange.recorded = undefined
+      this.#run(this.#recording, exchange)
+      return exchange.recorded
+    })
   }
 
   #run(finishers: readonly Finisher[], exchange: Exchange): void {
@@ -437,6 +452,11 @@ export class Exchanges {
 
   #end(exchange: Exchange): void {
     if (!exchange.close()) return
+    if (exchange.settling === undefined) this.#settle(exchange)
+    else void exchange.settling.then(() => this.#settle(exchange))
+  }
+
+  #settle(exchange: Exchange): void {
     this.#run(this.#ending, exchange)
     const last = this.open.pop()!
     if (last !== exchange) {

@@ -64,7 +64,8 @@ const BOUNDS: Record<string, Record<string, string>> = {
     open: FLIGHT,
     onStillborn: FIXED,
     '#finishers': FIXED,
-    '#concluding': FIXED,
+    '#metering': FIXED,
+    '#recording': FIXED,
     '#ending': FIXED
   },
   'explain.ts': { asked: FLIGHT },
@@ -99,6 +100,7 @@ const BOUNDS: Record<string, Record<string, string>> = {
   'limits/typical.ts': { '#kinds': 'Typical response lengths of callers and models' },
   'logs/requests.ts': { '#rows': 'Rows of the request log' },
   'logs/sink.ts': { '#whenEmpty': FLIGHT },
+  'metering/billed.ts': { '#usage': 'Bills of stored responses' },
   'metering/estimate.ts': { '#known': 'Models whose token sizes are learned' },
   'metering/watcher.ts': { '#codes': FIXED, '#names': FIXED },
   'metrics/departed.ts': {

@@ -56,6 +56,8 @@ export class Meter {
   /** `id` of the answer, and who wants to know it as soon as it is seen. */
   id: string | undefined
   onId: ((id: string) => void) | undefined
+  /** `status` of a response. */
+  #status: string | undefined
   readonly framing: Framing
   readonly #dialect: Dialect
   readonly #takeOut: boolean
@@ -158,6 +160,12 @@ export class Meter {
     if (this.#takeOut && !this.#tooLong) return ''
     if (this.#line !== LINE_START || this.#matched > 0) return '\n\n'
     return this.#isMidEvent ? '\n' : ''
+  }
+
+  /** A response is shown that is not complete. */
+  get isOngoing(): boolean {
+    if (this.framing !== 'json') return !this.finished
+    return this.#status === 'queued' || this.#status === 'in_progress'
   }
 
   isCutShort(): boolean {
@@ -400,6 +408,7 @@ export class Meter {
     if (seen.promptEvalCount !== undefined) this.#counts.set('input_tokens', seen.promptEvalCount)
     if (seen.evalCount !== undefined) this.#counts.set('output_tokens', seen.evalCount)
     this.failure ??= this.#dialect.failure(seen)
+    this.#status = seen.status
     if (this.#saysEnd()) this.finished = true
     if (this.id === undefined && seen.id !== undefined) {
       this.id = seen.id

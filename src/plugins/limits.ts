@@ -354,9 +354,16 @@ function isOfMoney({ limits }: Account): boolean {
 }
 
 function askerOf(request: FastifyRequest): Asker {
-  const { caller, exchange, server } = request
+  const { caller, exchange, payload, server } = request
   const lists = (model: string) => server.backends?.pool.lists(model) ?? true
-  return { caller, subject: subject(request), model: exchange.model, lists }
+  const { stored, heldModel } = exchange
+  return {
+    caller,
+    subject: subject(request),
+    model: payload && exchange.model,
+    heldModel: stored && heldModel,
+    lists
+  }
 }
 
 function toUnavailable(error: unknown): never {
