@@ -36,7 +36,7 @@ test('members have their path, their values as in a file, and when they take eff
     restart_needed: [{ path: 'server.listen', before: ':1', after: ':2' }]
   })
   const users = (rpm: number) => ({
-    rate_limit: { users: { 'u.1': { requests_per_minute: rpm } } }
+    rate_limit: { enabled: false, users: { 'u.1': { requests_per_minute: rpm } } }
   })
   assert.deepEqual(paths(users(1), users(2)), ['rate_limit.users.u.1.requests_per_minute'])
   const [added] = changes({}, users(3)).changed
@@ -80,7 +80,7 @@ test('what has a name goes by it, anything else by its place', () => {
   assert.deepEqual(paths(prices('a', 'b', 'c'), prices('x', 'a', 'b', 'c')), ['usage.prices[0]'])
   assert.deepEqual(paths(prices('a', 'b', 'c'), prices('a', 'x', 'c')), ['usage.prices[1].model'])
   assert.deepEqual(paths(prices('a', 'a', 'a'), prices('a', 'a')), ['usage.prices[2]'])
-  const keys = { auth: { keys: ['sk-a'] } }
+  const keys = { auth: { enabled: false, keys: ['sk-a'] } }
   assert.deepEqual(paths({}, keys), ['auth.keys[0]'])
   const tags = (header: string) => ({ usage: { tags: { team: header } } })
   assert.deepEqual(paths(tags('x-a'), tags('x-b')), ['usage.tags.team'])
