@@ -120,7 +120,7 @@ const KeyFields = Type.Object(keyFields)
 export type KeyFields = Static<typeof KeyFields>
 
 /** What a source that has checked the fields says about a key. */
-export function toKeyRecord(id: string, fields: KeyFields): KeyRecord {
+export async function toKeyRecord(id: string, fields: KeyFields): Promise<KeyRecord> {
   const { name, user_id, status, starts_at, expires_at, models, priority, trace, tags } = fields
   return {
     id,
@@ -129,8 +129,8 @@ export function toKeyRecord(id: string, fields: KeyFields): KeyRecord {
     status: parseStatus(status ?? 'active')!,
     startsAt: optionalTime(starts_at),
     expiresAt: optionalTime(expires_at),
-    allowedIps: toNetworks(fields.allowed_ips),
-    deniedIps: toNetworks(fields.denied_ips),
+    allowedIps: await toNetworks(fields.allowed_ips),
+    deniedIps: await toNetworks(fields.denied_ips),
     models: models?.length === 0 ? undefined : models,
     limits: ownLimits(fields),
     spent: toSpent(fields),

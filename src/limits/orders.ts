@@ -18,7 +18,8 @@ export interface Answers {
   extend: { held: boolean }
   settle: object
   /** News and their times (Unix ms) in turn. */
-  beat: { replicas: number; now: number; news: string[] | object }
+  /** `heard`: the news up to this time are in it; before `now`: there are more. */
+  beat: { replicas: number; now: number; heard: number; news: string[] | object }
   /** `last`: number of the last order that was heard; 0: none is known. */
   join: { epoch: string; now: number; last: number }
   seed: object

@@ -359,7 +359,7 @@ export class RedisStore implements LimitStore {
     const askedAt = CLOCK.time()
     const answer = await this.#orders.ask('beat', [], { since: this.#heardSince })
     if ('lost' in answer) return false
-    const { replicas, now, news } = answer
+    const { replicas, now, heard, news } = answer
     if (replicas !== this.#replicas) void this.#remember(replicas)
     this.#replicas = replicas
     this.#ahead = now - askedAt
@@ -367,14 +367,15 @@ export class RedisStore implements LimitStore {
     try {
       // Redis' Lua makes an object of an empty list.
       if (Array.isArray(news)) await onKeyNews?.(toNews(news, this.#ahead))
-      this.#heardSince = now
+      this.#heardSince = heard
     } catch (error) {
       log.error(
         { reason: (error as Error).message },
         'a key that was revoked elsewhere is not yet here'
       )
+      return true
     }
-    return true
+    return heard < now ? this.#hear() : true
   }
 
   /** A start without Redis has to know it. */

@@ -160,7 +160,7 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   /** What is refused changes nothing. */
   async function update(changed: AuthOptions, storage: StorageOptions): Promise<void> {
     const { dataDir, log } = fastify
-    const next = toSources(changed, { storage, dataDir, store, log }, sources)
+    const next = await toSources(changed, { storage, dataDir, store, log }, sources)
     if (changed.enabled) await admitSomebody(next, store, file, log)
     const before = { keyring, sources }
     const { mode, status_codes: codes } = changed
