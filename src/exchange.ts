@@ -150,6 +150,8 @@ export class Exchange {
   settling: Promise<void> | undefined
   /** What the plugins hold for it until it ends. */
   meter: Meter | undefined
+  /** Accounts in which its upload has a slot, until its body is read. */
+  uploading: readonly string[] | undefined
   reservation: { store: LimitStore; lease: Lease } | undefined
   /** Resolves when a crash cannot give back what it spent of a quota; absent: there is none. */
   booked: Promise<void> | undefined

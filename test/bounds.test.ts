@@ -129,7 +129,7 @@ const BOUNDS: Record<string, Record<string, string>> = {
     sources: 'Discovered backends',
     onChange: FIXED
   },
-  'plugins/limits.ts': { observers: FIXED, watched: FLIGHT },
+  'plugins/limits.ts': { observers: FIXED, watched: FLIGHT, uploading: FLIGHT },
   'plugins/metering.ts': { streamNames: FIXED, wholeNames: FIXED },
   'plugins/proxy.ts': {
     hooks: FIXED,

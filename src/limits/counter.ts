@@ -53,7 +53,13 @@ export class Counter {
   }
 
   /** Why a call has no room that wants `hold`, and at `least` so many tokens; the limit it waits for longest. */
-  refusal(account: Account, hold: Hold, least: number, at: Moment): Refusal | undefined {
+  refusal(
+    account: Account,
+    hold: Hold,
+    least: number,
+    at: Moment,
+    uploading = 0
+  ): Refusal | undefined {
     const { scope, limits } = account
     let longest: Refusal | undefined
     const check = (limit: LimitName, max: number, retryAfterMs: number) => {
@@ -69,7 +75,7 @@ export class Counter {
     const isTooLarge = least > tokens_per_minute
     const forTokens = isTooLarge ? Number.POSITIVE_INFINITY : this.#tokenWait(limits, hold, at.now)
     check('tokens_per_minute', tokens_per_minute, forTokens)
-    check('max_concurrent', max_concurrent, this.slots < max_concurrent ? 0 : RETRY)
+    check('max_concurrent', max_concurrent, this.slots + uploading < max_concurrent ? 0 : RETRY)
     if (!this.#hasQuota(account, hold, at)) {
       const isSpent = !this.#hasQuota(account, hold, at, NOTHING)
       if (isSpent) check('total_quota', total_quota, at.period.end - at.time)

@@ -63,10 +63,16 @@ export class MemoryStore implements LimitStore {
     return this.#counters.size
   }
 
-  look(accounts: readonly Account[]): Refusal | undefined {
+  readonly isLocal = true
+
+  look(
+    accounts: readonly Account[],
+    uploading: (account: Account) => number = () => 0
+  ): Refusal | undefined {
     for (const account of accounts) {
-      const counter = this.#counters.get(idOf(account))
-      const refusal = counter?.refusal(account, NOTHING, 0, this.#at(account))
+      // Looking makes no counter that would have to be kept.
+      const counter = this.#counters.get(idOf(account)) ?? new Counter(account)
+      const refusal = counter.refusal(account, NOTHING, 0, this.#at(account), uploading(account))
       if (refusal !== undefined) return refusal
     }
     return undefined

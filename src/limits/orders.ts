@@ -10,11 +10,13 @@ import { type Account, idOf, isAddress, type Left, type Refusal } from './store.
 
 const SHA = hash('sha1', SCRIPT)
 
+/** A rejection as the script returns it; -1: waiting does not help. */
+export type Refused = Omit<Refusal, 'retryAfterMs'> & { wait: number }
+
 /** The answer of each operation of the script. */
 export interface Answers {
-  reserve:
-    | { refused: Omit<Refusal, 'retryAfterMs'> & { wait: number } }
-    | { accounts: AccountState[] }
+  reserve: { refused: Refused } | { accounts: AccountState[] }
+  look: { refused?: Refused }
   extend: { held: boolean }
   settle: object
   /** News and their times (Unix ms) in turn. */

@@ -9,7 +9,7 @@ import { Redis } from '../store/redis.ts'
 import type { CacheOptions } from '../store/storage.ts'
 import { bucketOf } from './limits.ts'
 import { CLOCK, MemoryStore, none, tightest, toBook } from './memory.ts'
-import { type Answers, Orders, toLeft, toNews, toOrder, toTold } from './orders.ts'
+import { type Answers, Orders, type Refused, toLeft, toNews, toOrder, toTold } from './orders.ts'
 import {
   type Account,
   type Amount,
@@ -122,9 +122,16 @@ export class RedisStore implements LimitStore {
     return this.#isJoined
   }
 
-  /** It would take a round trip. */
-  look(): undefined {
-    return undefined
+  readonly isLocal = false
+
+  async look(
+    accounts: readonly Account[],
+    uploading: (account: Account) => number
+  ): Promise<Refusal | undefined> {
+    if (!this.#isJoined) return undefined
+    const looked = { hold: NOTHING, least: 0, uploading: accounts.map(uploading) }
+    const answer = await this.#step('look', accounts, looked).catch(() => undefined)
+    return answer?.refused && toRefusal(answer.refused)
   }
 
   async reserve(call: Call): Promise<Lease | Refusal> {
@@ -140,8 +147,7 @@ export class RedisStore implements LimitStore {
       return this.#alone(call, debt => this.#note(error, number, accounts, debt))
     }
     if ('refused' in answer) {
-      const { wait, ...refused } = answer.refused
-      return { ...refused, retryAfterMs: wait < 0 ? Number.POSITIVE_INFINITY : wait }
+      return toRefusal(answer.refused)
     }
     const states = answer.accounts
     const mirror = this.#mirror.reserveNow({ ...call, force: true }) as Lease
@@ -476,6 +482,10 @@ export class RedisStore implements LimitStore {
 /** Redis has not done what it was asked to. */
 class UnheardError extends Error {
   override readonly message = 'it does not know this process any more'
+}
+
+function toRefusal({ wait, ...refused }: Refused): Refusal {
+  return { ...refused, retryAfterMs: wait < 0 ? Number.POSITIVE_INFINITY : wait }
 }
 
 const NO_DEBT: Debt = { requests: 0, tokens: 0, cost: 0 }

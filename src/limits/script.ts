@@ -197,7 +197,7 @@ local function spend(counter, account, amount)
   end
 end
 
-local function refusal(counter, account)
+local function refusal(counter, account, uploading)
   local longest, limit, max = 0, nil, 0
   local function check(name, most, wait)
     if most > 0 and wait > longest then longest, limit, max = wait, name, most end
@@ -211,7 +211,7 @@ local function refusal(counter, account)
   if order.least > account.tokens_per_minute then for_tokens = math.huge end
   check('tokens_per_minute', account.tokens_per_minute, for_tokens)
   check('max_concurrent', account.max_concurrent,
-    sum(counter.slots) < account.max_concurrent and 0 or RETRY)
+    sum(counter.slots) + (uploading or 0) < account.max_concurrent and 0 or RETRY)
   if not has_quota(counter, account, order.hold) then
     if has_quota(counter, account, order.hold, true) then
       check('reserved_quota', account.total_quota, RETRY)
@@ -263,6 +263,17 @@ local function write_all(counters)
 end
 
 local operations = {}
+
+-- Whether a request would be rejected; takes nothing.
+function operations.look()
+  return each(function(counters)
+    for index, account in ipairs(order.accounts) do
+      local refused = refusal(counters[index], account, order.uploading[index])
+      if refused then return { refused = refused } end
+    end
+    return { looked = true }
+  end)
+end
 
 function operations.reserve()
   return each(function(counters)

@@ -93,8 +93,17 @@ export interface LimitStore {
    * @throws {StoreError} when it can't be said
    */
   reserve(call: Call): Promise<Lease | Refusal>
-  /** Would it be refused now? Takes nothing; undefined also where that would take a round trip. */
-  look(accounts: readonly Account[]): Refusal | undefined
+  /** Whether {@link look} needs no round trip. */
+  readonly isLocal: boolean
+  /**
+   * Whether a request would be rejected now; takes nothing. Where the store is not there it is not.
+   *
+   * @param uploading requests of an account whose bodies are being read
+   */
+  look(
+    accounts: readonly Account[],
+    uploading: (account: Account) => number
+  ): Refusal | undefined | Promise<Refusal | undefined>
   /**
    * Books what has been spent since the last time, and reserves `more` where every account has room for
    * it (with `force`: in any case).

@@ -25,6 +25,7 @@ import {
   ADDRESS,
   type Amount,
   type Hold,
+  idOf,
   isRefusal,
   type Lease,
   type LimitStore,
@@ -87,6 +88,8 @@ const LOOK_INTERVAL = 250
 const STEPS = [256, 64, 16]
 /** Output tokens of a request that sets no maximum, for a model whose context is not known. */
 const UNKNOWN_OUTPUT = 4096
+/** Up to this size (bytes) a body is read before limits are checked, where that takes a round trip. */
+const SMALL_BODY = 64 * 1024
 /** More is reserved before the last tokens are spent. */
 const AHEAD = 128
 
@@ -126,13 +129,52 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     }
   })
 
-  // A look before the body is read, so that a caller who is over costs no upload.
+  /** Requests whose bodies are being read, by account: each has a slot of `max_concurrent` already. */
+  const uploading = new Map<string, number>()
+
+  // Before the body is read, so that what cannot be served costs no upload.
   fastify.addHook('onRequest', (request, _reply, done) => {
     if (request.routeOptions.config.rateLimit === false || options.mode === 'shadow') return done()
-    const refusal = store.look(accountsOf(askerOf(request), options))
-    if (refusal !== undefined) throw refuse(refusal, request.exchange)
-    done()
+    const accounts = accountsOf(askerOf(request), options)
+    const length = lengthOf(request)
+    const begin = (refusal: Refusal | undefined) => {
+      if (refusal !== undefined) throw refuse(refusal, request.exchange)
+      if (length > 0) beginUpload(request.exchange, accounts)
+      done()
+    }
+    // A round trip costs more than reading a small body.
+    if (!store.isLocal && length <= SMALL_BODY) return begin(tooManyUploads(accounts))
+    const refusal = store.look(accounts, account => uploading.get(idOf(account)) ?? 0)
+    if (!(refusal instanceof Promise)) return begin(refusal)
+    refusal.then(begin).catch(done)
   })
+
+  /** Where the store is not asked, this process lets no more uploads begin than may run at all. */
+  function tooManyUploads(accounts: readonly Account[]): Refusal | undefined {
+    for (const account of accounts) {
+      const max = account.limits.max_concurrent
+      if (max === 0 || (uploading.get(idOf(account)) ?? 0) < max) continue
+      return { scope: account.scope, limit: 'max_concurrent', max, retryAfterMs: 1_000 }
+    }
+    return undefined
+  }
+
+  function beginUpload(exchange: Exchange, accounts: readonly Account[]): void {
+    const ids = accounts.filter(({ limits }) => limits.max_concurrent > 0).map(idOf)
+    if (ids.length === 0) return
+    exchange.uploading = ids
+    for (const id of ids) uploading.set(id, (uploading.get(id) ?? 0) + 1)
+  }
+
+  function endUpload(exchange: Exchange): void {
+    for (const id of exchange.uploading ?? []) {
+      const others = uploading.get(id)! - 1
+      if (others > 0) uploading.set(id, others)
+      else uploading.delete(id)
+    }
+    exchange.uploading = undefined
+  }
+  exchanges.onEnd('slot', endUpload)
 
   // @fastify/rate-limit runs the step on every route of this scope and honours its per-route
   // `config.rateLimit`; the key it hands to its store is the exchange, the count comes from here.
@@ -161,6 +203,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   })
 
   async function reserve(exchange: Exchange): Promise<void> {
+    endUpload(exchange)
     const accounts = accountsOf(askerOf(exchange.request), options)
     if (accounts.length > 0) {
       refuseUnpriced(exchange, accounts)
@@ -347,6 +390,12 @@ function subject(request: FastifyRequest): string {
 
 function hasQuota({ limits }: Account): boolean {
   return limits.total_quota > 0
+}
+
+/** Bytes that a request announces; Infinity where it does not say. */
+function lengthOf({ headers }: FastifyRequest): number {
+  if (headers['transfer-encoding'] !== undefined) return Number.POSITIVE_INFINITY
+  return Number(headers['content-length'] ?? 0)
 }
 
 function isOfMoney({ limits }: Account): boolean {
