@@ -7,7 +7,7 @@ import { type GatewayError, toGatewayError } from './errors.ts'
 import type { Framing } from './http.ts'
 import { matchesModel } from './keys/key.ts'
 import type { OwnLimits } from './limits/limits.ts'
-import type { Lease, LimitStore } from './limits/store.ts'
+import type { Account, Lease, LimitStore } from './limits/store.ts'
 import type { UnbilledResponse } from './metering/billed.ts'
 import type { Meter } from './metering/meter.ts'
 import type { PromptText } from './metering/text.ts'
@@ -151,7 +151,7 @@ export class Exchange {
   /** What the plugins hold for it until it ends. */
   meter: Meter | undefined
   /** Accounts in which its upload has a slot, until its body is read. */
-  uploading: readonly string[] | undefined
+  uploading: readonly Account[] | undefined
   reservation: { store: LimitStore; lease: Lease } | undefined
   /** Resolves when a crash cannot give back what it spent of a quota; absent: there is none. */
   booked: Promise<void> | undefined

@@ -104,6 +104,7 @@ const BOUNDS: Record<string, Record<string, string>> = {
   },
   'limits/remote.ts': { '#asked': FLIGHT, '#open': FLIGHT },
   'limits/typical.ts': { '#kinds': 'Typical response lengths of callers and models' },
+  'limits/uploads.ts': { '#counts': FLIGHT },
   'logs/requests.ts': { '#rows': 'Rows of the request log' },
   'logs/sink.ts': { '#whenEmpty': FLIGHT },
   'metering/billed.ts': { '#usage': 'Bills of stored responses' },
@@ -129,7 +130,7 @@ const BOUNDS: Record<string, Record<string, string>> = {
     sources: 'Discovered backends',
     onChange: FIXED
   },
-  'plugins/limits.ts': { observers: FIXED, watched: FLIGHT, uploading: FLIGHT },
+  'plugins/limits.ts': { observers: FIXED, watched: FLIGHT },
   'plugins/metering.ts': { streamNames: FIXED, wholeNames: FIXED },
   'plugins/proxy.ts': {
     hooks: FIXED,

@@ -25,7 +25,6 @@ import {
   ADDRESS,
   type Amount,
   type Hold,
-  idOf,
   isRefusal,
   type Lease,
   type LimitStore,
@@ -34,6 +33,7 @@ import {
   StoreError
 } from '../limits/store.ts'
 import { Typical } from '../limits/typical.ts'
+import { Uploads } from '../limits/uploads.ts'
 import { Complaint } from '../logs/complaint.ts'
 import { checkOptions, type Given, OptionsError } from '../options.ts'
 import { partsOf } from '../reporters/record.ts'
@@ -129,52 +129,32 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     }
   })
 
-  /** Requests whose bodies are being read, by account: each has a slot of `max_concurrent` already. */
-  const uploading = new Map<string, number>()
+  const uploads = new Uploads()
+  exchanges.onEnd('slot', endUpload)
 
   // Before the body is read, so that what cannot be served costs no upload.
   fastify.addHook('onRequest', (request, _reply, done) => {
     if (request.routeOptions.config.rateLimit === false || options.mode === 'shadow') return done()
     const accounts = accountsOf(askerOf(request), options)
+    const { exchange } = request
     const length = lengthOf(request)
     const begin = (refusal: Refusal | undefined) => {
-      if (refusal !== undefined) throw refuse(refusal, request.exchange)
-      if (length > 0) beginUpload(request.exchange, accounts)
+      if (refusal !== undefined) throw refuse(refusal, exchange)
+      // A client that has left meanwhile has no end to come.
+      if (length > 0 && !exchange.closed) exchange.uploading = uploads.begin(accounts)
       done()
     }
     // A round trip costs more than reading a small body.
-    if (!store.isLocal && length <= SMALL_BODY) return begin(tooManyUploads(accounts))
-    const refusal = store.look(accounts, account => uploading.get(idOf(account)) ?? 0)
+    if (!store.isLocal && length <= SMALL_BODY) return begin(uploads.refusal(accounts))
+    const refusal = store.look(accounts, account => uploads.of(account))
     if (!(refusal instanceof Promise)) return begin(refusal)
     refusal.then(begin).catch(done)
   })
 
-  /** Where the store is not asked, this process lets no more uploads begin than may run at all. */
-  function tooManyUploads(accounts: readonly Account[]): Refusal | undefined {
-    for (const account of accounts) {
-      const max = account.limits.max_concurrent
-      if (max === 0 || (uploading.get(idOf(account)) ?? 0) < max) continue
-      return { scope: account.scope, limit: 'max_concurrent', max, retryAfterMs: 1_000 }
-    }
-    return undefined
-  }
-
-  function beginUpload(exchange: Exchange, accounts: readonly Account[]): void {
-    const ids = accounts.filter(({ limits }) => limits.max_concurrent > 0).map(idOf)
-    if (ids.length === 0) return
-    exchange.uploading = ids
-    for (const id of ids) uploading.set(id, (uploading.get(id) ?? 0) + 1)
-  }
-
   function endUpload(exchange: Exchange): void {
-    for (const id of exchange.uploading ?? []) {
-      const others = uploading.get(id)! - 1
-      if (others > 0) uploading.set(id, others)
-      else uploading.delete(id)
-    }
+    if (exchange.uploading !== undefined) uploads.end(exchange.uploading)
     exchange.uploading = undefined
   }
-  exchanges.onEnd('slot', endUpload)
 
   // @fastify/rate-limit runs the step on every route of this scope and honours its per-route
   // `config.rateLimit`; the key it hands to its store is the exchange, the count comes from here.
