@@ -1,10 +1,11 @@
 import { createPrivateKey, X509Certificate } from 'node:crypto'
 import { existsSync, readFileSync } from 'node:fs'
-import { readFile } from 'node:fs/promises'
+import { readFile, stat } from 'node:fs/promises'
 import { availableParallelism } from 'node:os'
 import { basename } from 'node:path'
 import { type Static, Type } from 'typebox'
 import { backendIssues, GatewayOptions, optionIssues } from './app.ts'
+import { batchesOf } from './batches.ts'
 import { formatPath, type Issue } from './issues.ts'
 import { isNetwork } from './keys/key.ts'
 import { DEFAULT_STORE } from './keys/key-store.ts'
@@ -14,7 +15,7 @@ import { AtStart, Duration, findIssues, NotBuilt, Section, Size } from './option
 import { AdminOptions, adminIssues } from './plugins/admin.ts'
 import { OverloadOptions } from './plugins/overload.ts'
 import { AllowEngineControls } from './plugins/proxy.ts'
-import { readYaml } from './yaml.ts'
+import { complaintsOf, readYaml } from './yaml.ts'
 
 /**
  * The configuration file: YAML in the original's dialect, with `${ENV}` in its values, checked
@@ -184,6 +185,23 @@ export async function loadConfig(file: string, env = process.env): Promise<Confi
   return parseConfig(yaml, basename(file), env)
 }
 
+const THREAD = new URL(`./config-thread${import.meta.url.slice(-3)}`, import.meta.url)
+/** Maximum size (bytes) of a file that is read again without a thread: that takes a few milliseconds. */
+const SMALL = 8 * 1024
+
+/**
+ * The same for a gateway that is running: a long list of keys or prices does not block the event loop.
+ *
+ * @throws {ConfigError}
+ */
+export async function loadConfigAgain(file: string): Promise<Config> {
+  const { size } = await stat(file).catch(() => ({ size: 0 }))
+  if (size <= SMALL) return loadConfig(file)
+  let config: Config | undefined
+  for await (const each of batchesOf<Config>(THREAD, { data: file })) config = each
+  return freeze(config) as Config
+}
+
 /**
  * Checks the text of a configuration file and completes it with the defaults.
  *
@@ -210,7 +228,7 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
   const isUnclear = issues.some(({ path }) => path[0] === 'backends' || path[0] === 'discovery')
   if (!isUnclear) issues.push(...backendIssues(root as Config))
   issues.push(...incomplete(root as Config), ...takeOverStore(root as Config))
-  if (issues.length > 0) throw new ConfigError(file.complaints().join('\n'))
+  if (issues.length > 0) throw new ConfigError(complaintsOf(file, name).join('\n'))
   return freeze(root) as Config
 }
 

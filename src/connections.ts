@@ -2,7 +2,7 @@ import type { Server } from 'node:http'
 import { type BlockList, isIP, type Socket } from 'node:net'
 import type { FastifyBaseLogger } from 'fastify'
 import { descriptorLimit, isAmongLast, servableConnections } from './descriptors.ts'
-import { toNetworks } from './keys/key.ts'
+import { networksOf } from './keys/key.ts'
 import { Complaint } from './logs/complaint.ts'
 
 /** The bounds as a configuration has them; `auto` follows from the descriptor limit. */
@@ -71,7 +71,7 @@ export class Connections {
         ? Math.ceil(this.#max / 2)
         : share(max_connections_per_address) || Number.POSITIVE_INFINITY
     if (typeof trust_proxy === 'boolean') this.#trusted = trust_proxy ? 'all' : undefined
-    else this.#trusted = toNetworks(trust_proxy)
+    else this.#trusted = networksOf(trust_proxy)
     if (this.#max <= servable) return
     this.#log.warn(
       { max_connections: this.#max, servable, descriptors: descriptorLimit },

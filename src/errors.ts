@@ -16,6 +16,7 @@ const STATUS = {
   key_not_started: 403,
   ip_not_allowed: 403,
   model_not_allowed: 403,
+  model_not_priced: 403,
   key_refused: 403,
   not_found: 404,
   model_not_found: 404,

@@ -8,7 +8,8 @@ import { type GatewayError, toGatewayError } from './errors.ts'
 import type { Framing } from './http.ts'
 import { matchesModel } from './keys/key.ts'
 import type { OwnLimits } from './limits/limits.ts'
-import type { Lease, LimitStore } from './limits/store.ts'
+import type { Account, Lease, LimitStore } from './limits/store.ts'
+import type { UnbilledResponse } from './metering/billed.ts'
 import type { Meter } from './metering/meter.ts'
 import type { PromptText } from './metering/prompt.ts'
 import type { UsageField } from './payload-edits.ts'
@@ -30,9 +31,9 @@ import { free } from './wire/gathered.ts'
  * What the finishers do, in this order: when the backend has said all, or the exchange ends before; and
  * when it ends.
  */
-const CONCLUDING = ['metering', 'budget', 'record'] as const
+const RECORDING = ['budget', 'record'] as const
 const ENDING = ['settle', 'slot', 'metrics', 'log'] as const
-export type Stage = (typeof CONCLUDING)[number] | (typeof ENDING)[number]
+export type Stage = 'metering' | (typeof RECORDING)[number] | (typeof ENDING)[number]
 type Finisher = (exchange: Exchange) => void
 
 export type Outcome = 'ok' | 'client_gone' | 'backend_failed' | 'timed_out' | 'rejected'
@@ -94,6 +95,8 @@ export interface Endpoint {
   streamsByDefault?: boolean
   /** Where the ids of stored responses stand, which bind later calls to the same backend. */
   makesResponses?: boolean
+  /** Its response is a stored one: with its usage, once that is known. */
+  showsResponse?: boolean
 }
 
 /** What runs for an exchange and must stop with it. */
@@ -146,8 +149,14 @@ export class Exchange {
   heldModel: string | undefined
   /** Wants to know the `id` that the backend gives its answer, as soon as it is seen. */
   onAnswerId: ((id: string) => void) | undefined
+  /** The stored response that it makes, or shows while not all of its usage is billed. */
+  stored: UnbilledResponse | undefined
+  /** Resolves when it is known what is billed, where that is not known at once. */
+  settling: Promise<void> | undefined
   /** What the plugins hold for it until it ends. */
   meter: Meter | undefined
+  /** Accounts in which its upload has a slot, until its body is read. */
+  uploading: readonly Account[] | undefined
   reservation: { store: LimitStore; lease: Lease } | undefined
   /** Resolves when a crash cannot give back what it spent of a quota; absent: there is none. */
   booked: Promise<void> | undefined
@@ -379,7 +388,8 @@ export class Exchanges {
   readonly onStillborn: ((error: GatewayError, id: string, clientIp?: string) => void)[] = []
   readonly #finishers = new Map<Stage, Finisher[]>()
   readonly #log: FastifyBaseLogger
-  #concluding: Finisher[] = []
+  #metering: Finisher[] = []
+  #recording: Finisher[] = []
   #ending: Finisher[] = []
   #whenEmpty: (() => void) | undefined
 
@@ -393,7 +403,8 @@ export class Exchanges {
     const ofStage = this.#finishers.get(stage) ?? []
     ofStage.push(finisher)
     this.#finishers.set(stage, ofStage)
-    this.#concluding = CONCLUDING.flatMap(each => this.#finishers.get(each) ?? [])
+    this.#metering = this.#finishers.get('metering') ?? []
+    this.#recording = RECORDING.flatMap(each => this.#finishers.get(each) ?? [])
     this.#ending = ENDING.flatMap(each => this.#finishers.get(each) ?? [])
   }
 
@@ -427,7 +438,13 @@ export class Exchanges {
 
   /** Writes down what an exchange has spent; see {@link Exchange.conclude}. */
   write(exchange: Exchange): void {
-    this.#run(this.#concluding, exchange)
+    this.#run(this.#metering, exchange)
+    if (exchange.settling === undefined) return this.#run(this.#recording, exchange)
+    exchange.recorded = exchange.settling.then(() => {
+      exchange.recorded = undefined
+      this.#run(this.#recording, exchange)
+      return exchange.recorded
+    })
   }
 
   #run(finishers: readonly Finisher[], exchange: Exchange): void {
@@ -442,6 +459,11 @@ export class Exchanges {
 
   #end(exchange: Exchange): void {
     if (!exchange.close()) return
+    if (exchange.settling === undefined) this.#settle(exchange)
+    else void exchange.settling.then(() => this.#settle(exchange))
+  }
+
+  #settle(exchange: Exchange): void {
     this.#run(this.#ending, exchange)
     const last = this.open.pop()!
     if (last !== exchange) {

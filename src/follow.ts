@@ -1,6 +1,6 @@
 import { unwatchFile, watchFile } from 'node:fs'
 import { type Changes, compare, takeOver } from './changes.ts'
-import { type Config, ConfigSchema, loadConfig } from './config.ts'
+import { type Config, ConfigSchema, loadConfigAgain } from './config.ts'
 import { GatewayError } from './errors.ts'
 import type { Server } from './server.ts'
 
@@ -44,7 +44,7 @@ export function followFile(file: string, running: Config, server: Server): Follo
   async function take(): Promise<Changes> {
     if (isStopped) throw new GatewayError('shutting_down', 'This server is shutting down.')
     try {
-      const wanted = await loadConfig(file)
+      const wanted = await loadConfigAgain(file)
       const changes = compare(ConfigSchema, running, wanted)
       const config = takeOver(ConfigSchema, running, wanted)
       await server.reload(config)

@@ -1,4 +1,5 @@
 import type { Changes } from './changes.ts'
+import type { Usage } from './exchange.ts'
 import type { LimitStore } from './limits/store.ts'
 import type { Explanation } from './pool/decisions.ts'
 import type { Sink } from './reporters/posts.ts'
@@ -18,6 +19,8 @@ export interface Peers {
   readonly limits: LimitStore
   /** How that one fares; of what waits there one of the others tells, so that the sum is right. */
   readonly outbox: OutboxState
+  /** What of this usage of a stored response no process has billed before; undefined: nothing. */
+  bill(response: string, usage: Usage): Promise<Usage | undefined>
   onNews(listener: (news: News) => void): void
   /** Reads the configuration again, in all processes. */
   reload(): Promise<Changes>

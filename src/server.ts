@@ -181,6 +181,8 @@ export async function createApp(
         .send(JSON.stringify(openaiError(refused.error)))
     },
     routerOptions: { maxParamLength: 500 },
+    // A large file of keys may take longer to read than plugins usually may.
+    pluginTimeout: 0,
     exposeHeadRoutes: true
   } as never) as unknown as FastifyInstance
   const connections = new Connections(log, peers?.count ?? 1)

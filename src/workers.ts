@@ -6,6 +6,7 @@ import closeWithGrace from 'close-with-grace'
 import { allOrNothing, type Changes } from './changes.ts'
 import { type Config, workerCount } from './config.ts'
 import { GatewayError, reasonOf } from './errors.ts'
+import type { Usage } from './exchange.ts'
 import { endWithin, exitWithoutWaiting, NOT_STOPPED } from './exit.ts'
 import { acknowledgeLost, guardAccepting } from './handover.ts'
 import { openMemoryStore } from './limits/memory.ts'
@@ -13,6 +14,7 @@ import { Periods } from './limits/period.ts'
 import { type LimitAnswer, type LimitQuestion, RemoteLeases, RemoteStore } from './limits/remote.ts'
 import { Log } from './logs/log.ts'
 import { collectGarbage } from './memory.ts'
+import { Billed } from './metering/billed.ts'
 import type { News, OutboxState, Peers } from './peers.ts'
 import { toKeeping, usageFile } from './plugins/usage.ts'
 import type { Delivery } from './reporters/courier.ts'
@@ -33,7 +35,7 @@ import { VERSION } from './version.ts'
 type Order =
   | { kind: 'serve' | 'reload'; config: Config }
   | { kind: 'close' }
-  | { kind: 'answer'; id: number; value?: string | Changes; error?: Failure }
+  | { kind: 'answer'; id: number; value?: Value | undefined; error?: Failure }
   | { kind: 'news'; news: News }
   | { kind: 'recorded' }
   | { kind: 'limited'; answer: LimitAnswer }
@@ -49,7 +51,11 @@ type Message =
   | { kind: 'failed'; error: Failure }
   | { kind: 'reloaded'; error?: Failure }
   | { kind: 'question'; id: number; what: 'metrics' | 'reload' }
+  | { kind: 'bill'; id: number; response: string; usage: Usage }
   | { kind: 'news'; news: News }
+
+/** What a worker gets for a question. */
+type Value = string | Changes | Usage
 
 /** An error on its way to another process. */
 interface Failure {
@@ -88,6 +94,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     log,
     countDelivery
   )
+  const billed = new Billed()
   const limits = await openMemoryStore(config.rate_limit.time_zone, dataDir, log)
   cluster.setupPrimary({ args: [] })
   let refused = 0
@@ -123,7 +130,10 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
           reject(toError(message.error))
         } else if (message.kind === 'news') tellOthers(worker, message.news)
         else if (message.kind === 'question') void answer(worker, message)
-        else if (message.kind === 'limit') void leases.hear(message.question)
+        else if (message.kind === 'bill') {
+          const value = billed.raise(message.response, message.usage)
+          send(worker, { kind: 'answer', id: message.id, value })
+        } else if (message.kind === 'limit') void leases.hear(message.question)
         else if (message.kind === 'records') void record(worker, message.entries)
       })
       // A process that could not be started, as when no descriptors are left, does not exit.
@@ -299,6 +309,9 @@ function reloaded(worker: Worker): Promise<Failure | undefined> {
   })
 }
 
+/** What the primary answers, without the number by which the worker tells answers apart. */
+type Question = Omit<Message & { kind: 'question' }, 'id'> | Omit<Message & { kind: 'bill' }, 'id'>
+
 /** The life of a worker: it does as the primary says. */
 export function runWorker(dataDir: string): void {
   exitWithoutWaiting()
@@ -311,18 +324,19 @@ export function runWorker(dataDir: string): void {
   let server: Awaited<ReturnType<typeof startServer>> | undefined
   const peers = {
     count: 1,
-    metrics: () => ask<string>('metrics'),
+    metrics: () => ask<string>({ kind: 'question', what: 'metrics' }),
     tell: news => tell({ kind: 'news', news }),
     usage,
     limits,
     outbox: { pending: 0, trouble: undefined },
     onNews: listener => newsListeners.push(listener),
-    reload: () => ask<Changes>('reload')
+    reload: () => ask<Changes>({ kind: 'question', what: 'reload' }),
+    bill: (response, usage) => ask<Usage | undefined>({ kind: 'bill', response, usage })
   } satisfies Peers
 
-  async function ask<T extends string | Changes>(what: 'metrics' | 'reload'): Promise<T> {
+  async function ask<T extends Value | undefined>(question: Question): Promise<T> {
     const id = ++lastId
-    tell({ kind: 'question', id, what })
+    tell({ ...question, id })
     const { value, error } = await new Promise<Order & { kind: 'answer' }>(resolve => {
       asked.set(id, resolve)
     })

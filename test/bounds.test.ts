@@ -39,6 +39,7 @@ const FLIGHT = 'what is in flight'
 /** What bounds each of them: one of the above, or a row of docs/security.md. */
 const BOUNDS: Record<string, Record<string, string>> = {
   'app.ts': { telling: FLIGHT },
+  'batches.ts': { batch: LOCAL },
   'changes.ts': { all: LOCAL },
   'commands/keys.ts': { changes: LOCAL },
   'commands/usage.ts': { batch: LOCAL },
@@ -65,23 +66,29 @@ const BOUNDS: Record<string, Record<string, string>> = {
     open: FLIGHT,
     onStillborn: FIXED,
     '#finishers': FIXED,
-    '#concluding': FIXED,
+    '#metering': FIXED,
+    '#recording': FIXED,
     '#ending': FIXED
   },
   'explain.ts': { asked: FLIGHT },
   'follow.ts': { PLAIN: FIXED },
   'issues.ts': { UNSUPPORTED: FIXED, seen: LOCAL },
+  'json.ts': { path: LOCAL, open: LOCAL },
   'keys/answer.ts': { wrong: LOCAL, TRUE: FIXED },
-  'keys/builtin.ts': { '#found': 'Cached keys of the embedded store' },
+  'keys/builtin.ts': { '#found': 'Cached keys of `builtin`, `static` and `file`' },
   'keys/cached.ts': {
     '#known': 'Cached keys of `redis`, `database`, `webhook`, `jwt`',
     '#unknown': 'Cached keys of `redis`, `database`, `webhook`, `jwt`',
     '#asking': FLIGHT
   },
   'keys/jwt.ts': { NOT_GOOD: FIXED },
+  'keys/key-list.ts': { root: LOCAL, issues: LOCAL, fromEnv: LOCAL, parts: LOCAL },
   'keys/lru.ts': { '#entries': CONFIG },
   'keys/sources.ts': { sources: CONFIG },
-  'keys/static.ts': { '#records': CONFIG },
+  'keys/static.ts': {
+    '#fields': CONFIG,
+    '#records': 'Cached keys of `builtin`, `static` and `file`'
+  },
   'keys/webhook.ts': { chunks: LOCAL },
   'limits/memory.ts': { '#counters': 'Counters of client addresses' },
   'limits/period.ts': { '#known': FIXED },
@@ -98,8 +105,10 @@ const BOUNDS: Record<string, Record<string, string>> = {
   },
   'limits/remote.ts': { '#asked': FLIGHT, '#open': FLIGHT },
   'limits/typical.ts': { '#kinds': 'Typical response lengths of callers and models' },
+  'limits/uploads.ts': { '#counts': FLIGHT },
   'logs/requests.ts': { '#rows': 'Rows of the request log' },
   'logs/sink.ts': { '#whenEmpty': FLIGHT },
+  'metering/billed.ts': { '#usage': 'Bills of stored responses' },
   'metering/choices.ts': {
     '#choices': 'Choices of a response whose usage is kept',
     '#unnamed': 'Choices of a response whose usage is kept',
@@ -190,6 +199,7 @@ const BOUNDS: Record<string, Record<string, string>> = {
   'reporters/outbox.ts': { '#asked': FLIGHT },
   'reporters/reporters.ts': { names: LOCAL },
   'reporters/webhook.ts': { TEMPORARY: FIXED },
+  'routes/admin-original.ts': { rows: LOCAL },
   'routes/stored-responses.ts': { '#recent': 'Stored responses' },
   'store/connections.ts': { '#all': CONFIG, '#idle': CONFIG, '#waiting': FLIGHT },
   'store/mysql.ts': { REFUSED_CODES: FIXED },
@@ -200,7 +210,7 @@ const BOUNDS: Record<string, Record<string, string>> = {
   'wire/edits.ts': { pieces: LOCAL },
   'wire/json-scanner.ts': { members: 'JSON of a request body' },
   'workers.ts': { asked: FLIGHT, newsListeners: FIXED },
-  'yaml.ts': { reading: LOCAL, wrong: LOCAL }
+  'yaml.ts': { reading: LOCAL, all: LOCAL, errors: LOCAL, wrong: LOCAL }
 }
 
 /** What the labels of metrics are. */

@@ -162,7 +162,10 @@ test('a quota of a key holds without rate_limit, and tells that waiting does not
   assert.equal(refused.headers.get('x-should-retry'), 'false')
   const { error } = await refused.json()
   assert.equal(error.code, 'insufficient_quota')
-  assert.match(error.message, /This API key has used up its quota\. It is renewed at \d{4}-/)
+  assert.match(
+    error.message,
+    /^This API key has too little left of its quota\. 5 are left, and this request may need \d\d: set a lower max_tokens, or send a shorter prompt\. It is renewed at \d{4}-/
+  )
   assert.equal((await call('b')).status, 200)
 })
 
@@ -175,8 +178,128 @@ test('a quota of money', async t => {
   await (await call('a', { max_tokens: 60 })).text()
   const refused = await call('b', { max_tokens: 60 })
   assert.equal(refused.status, 429)
-  assert.match((await refused.json()).error.message, /This user has used up its quota/)
+  assert.match(
+    (await refused.json()).error.message,
+    /This user has too little left of its quota\. 0\.0004 are left, and this request may need 0\.0006:/
+  )
   assert.equal((await call('b', { max_tokens: 40 })).status, 200)
+})
+
+for (const storage of ['memory', 'redis'] as const) {
+  const skip = storage === 'redis' && REDIS.skip
+  test(`${storage}: a burst does not overrun a quota, of a model that nothing is known of`, {
+    skip
+  }, async t => {
+    const settings = {
+      storage,
+      redis_prefix: uniqueName('burst'),
+      per_user: { total_quota: 0.05, quota_unit: 'cost' }
+    }
+    const caches = [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${REDIS.port}` }]
+    const { call } = await start(t, settings, {
+      usage: { prices: [{ model: '*', input: 0, output: 10 }] },
+      storage: { caches }
+    })
+    const responses = await Promise.all(
+      Array.from({ length: 20 }, () => call('a', { max_tokens: 1000 }))
+    )
+    const statuses = responses.map(({ status }) => status)
+    assert.equal(statuses.filter(status => status === 200).length, 5)
+    const refused = responses.find(({ status }) => status === 429)!
+    assert.match(
+      (await refused.json()).error.message,
+      /Running requests have reserved what is left|has (used up|too little left of) its quota/
+    )
+    assert.equal((await call('a', { max_tokens: 10 })).status, 429)
+  })
+}
+
+test('what a request without max_tokens reserves: the context of its model, or what is configured', async t => {
+  const cases: [object, object, number, RegExp][] = [
+    [{ max_model_len: 2000 }, {}, 1990, /may need 2000:/],
+    [{ meta: { n_ctx: 300 } }, {}, 250, /may need 300:/],
+    [{}, {}, 4000, /may need 41\d\d:/],
+    [{ max_model_len: 2000 }, { assumed_max_tokens: 50 }, 55, /may need \d\d:/]
+  ]
+  for (const [card, options, total_quota, message] of cases) {
+    const backend = await fakeBackend(
+      t,
+      ({ url }, response) => {
+        const usage = { prompt_tokens: PROMPT, completion_tokens: 5, total_tokens: PROMPT + 5 }
+        const data = [{ id: 'm', ...card }]
+        response.writeHead(200, { 'content-type': 'application/json' })
+        response.end(JSON.stringify(url === '/v1/models' ? { data } : { choices: [], usage }))
+      },
+      { listsModels: true }
+    )
+    const gateway = await startGateway(t, {
+      backends: [{ url: backend.url }],
+      rate_limit: { enabled: true, per_key: { total_quota }, ...options }
+    })
+    await gateway.logged({ msg: 'backend lists models' })
+    const url = `${gateway.url}/v1/chat/completions`
+    const refused = await post(url, CHAT)
+    assert.equal(refused.status, 429)
+    assert.match((await refused.json()).error.message, message)
+    // What the model cannot write is not reserved.
+    const allowed = await post(url, { ...CHAT, max_tokens: 20 })
+    assert.equal(allowed.status, 200, JSON.stringify(card))
+  }
+})
+
+test('a quota reserves the most, tokens a minute what is usual, also in one set of limits', async t => {
+  const arrived: (() => void)[] = []
+  const backend = await fakeBackend(t, async (_request, response) => {
+    await new Promise<void>(resolve => {
+      if (arrived.push(resolve) === 3) for (const each of arrived) each()
+    })
+    const usage = { prompt_tokens: PROMPT, completion_tokens: 5, total_tokens: PROMPT + 5 }
+    response.writeHead(200, { 'content-type': 'application/json' })
+    response.end(JSON.stringify({ choices: [], usage }))
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    rate_limit: { enabled: true, per_key: { tokens_per_minute: 1000, total_quota: 10_000 } }
+  })
+  const large = () => post(`${gateway.url}/v1/chat/completions`, { ...CHAT, max_tokens: 3000 })
+  const statuses = (await Promise.all([large(), large(), large()])).map(({ status }) => status)
+  assert.deepEqual(statuses, [200, 200, 200])
+})
+
+test('auth.status_codes.quota_exceeded is the status of a quota that is used up', async t => {
+  const { call } = await start(
+    t,
+    {},
+    {
+      auth: {
+        enabled: true,
+        keys: keys({ total_quota: 10 }),
+        status_codes: { quota_exceeded: { http_code: 402 } }
+      }
+    }
+  )
+  for (const path of ['/v1/chat/completions', '/v1/messages', '/api/chat', '/v1/responses']) {
+    const refused = await call('a', { max_tokens: 50 }, path)
+    assert.equal(refused.status, 402, path)
+    assert.equal(refused.headers.get('x-should-retry'), 'false')
+  }
+})
+
+test('usage.unpriced: refuse rejects what a quota of money would not notice', async t => {
+  const prices = [{ model: 'dear', input: 0, output: 10 }]
+  for (const unpriced of ['allow', 'refuse']) {
+    const { call } = await start(
+      t,
+      { per_user: { total_quota: 1, quota_unit: 'cost' } },
+      { usage: { prices, unpriced } }
+    )
+    const response = await call('a')
+    assert.equal(response.status, unpriced === 'allow' ? 200 : 403)
+    if (unpriced === 'refuse') {
+      assert.equal((await response.json()).error.code, 'model_not_priced')
+    }
+    assert.equal((await call('a', { model: 'dear', max_tokens: 5 })).status, 200)
+  }
 })
 
 test('a quota of money does not count a model without a price, and the log says so', async t => {
@@ -249,7 +372,7 @@ for (const [on_exhausted, storage] of [
       auth: {
         enabled: true,
         skip_paths: ['/metrics'],
-        keys: keys({ total_quota: 200 })
+        keys: keys({ total_quota: 200, limits: { reserve: 'typical' } })
       },
       storage: {
         caches: [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${REDIS.port}` }]
@@ -281,7 +404,7 @@ test('a stream is still watched when another one ends while more is reserved for
   const backend = await answering(t, { pause: 2 })
   const gateway = await startGateway(t, {
     backends: [{ url: backend.url }],
-    auth: { enabled: true, keys: keys({ total_quota: 800 }) },
+    auth: { enabled: true, keys: keys({ total_quota: 800, limits: { reserve: 'typical' } }) },
     rate_limit: { enabled: true, on_exhausted: 'stop' }
   })
   const { extend } = MemoryStore.prototype
@@ -309,7 +432,7 @@ test('a backend that says it spent without end does not confuse the limits', asy
   })
   const gateway = await startGateway(t, {
     backends: [{ url: backend.url }],
-    auth: { enabled: true, keys: keys({ total_quota: 800 }) },
+    auth: { enabled: true, keys: keys({ total_quota: 800, limits: { reserve: 'typical' } }) },
     rate_limit: { enabled: true }
   })
   assert.equal((await caller(gateway)('a')).status, 200)
@@ -366,7 +489,7 @@ test('the end of a response waits until its quota is written, and so does its re
   const hook = await fakeBackend(t, (_request, response) => void response.end())
   const gateway = await startGateway(t, {
     backends: [{ url: backend.url }],
-    auth: { enabled: true, keys: keys({ total_quota: 800 }) },
+    auth: { enabled: true, keys: keys({ total_quota: 800, limits: { reserve: 'typical' } }) },
     usage: { enabled: true, reporters: [{ type: 'webhook', webhook: { url: hook.url } }] }
   })
   const written = Promise.withResolvers<void>()

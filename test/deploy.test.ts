@@ -69,11 +69,10 @@ test('every query of the dashboard is about metrics, labels and values that the 
       }
       if (groupedBy.length > 0) assert.deepEqual(without(shown, groupedBy), [], legendFormat)
       for (const { label, value } of matchers) {
-        if (label === 'type') {
-          for (const type of value.split('|')) assert.ok(labels.get(label)!.has(type), expr)
+        for (const each of value.split('|')) {
+          if (label === 'type') assert.ok(labels.get(label)!.has(each), expr)
+          if (label === 'outcome') assert.ok(outcomes.includes(`'${each}'`), expr)
         }
-        if (label !== 'outcome') continue
-        for (const outcome of value.split('|')) assert.ok(outcomes.includes(`'${outcome}'`), expr)
       }
     }
   }

@@ -330,7 +330,7 @@ test('a reload leaves alone what it does not change: while a source is down, its
   assert.equal(await statusOf('sk-a'), 503, 'another source')
 })
 
-test('a limit that is no number refuses the key', () => {
+test('a limit that is no number refuses the key', async () => {
   const answer = (members: Parameters<typeof toAnswer>[0]) => toAnswer(members, 'a1b2', () => {})
   for (const amount of [Number.POSITIVE_INFINITY, 'Infinity', -1, ' ', [], true, 'many', {}]) {
     for (const members of [
@@ -338,20 +338,20 @@ test('a limit that is no number refuses the key', () => {
       { requests_per_minute: amount },
       { limits: { requests_per_minute: amount } }
     ]) {
-      assert.ok(answer(members) instanceof GatewayError, JSON.stringify(members))
+      assert.ok((await answer(members)) instanceof GatewayError, JSON.stringify(members))
     }
   }
   for (const amount of [0, 5, '5', 5n]) {
-    assert.ok(!(answer({ total_quota: amount }) instanceof GatewayError), String(amount))
+    assert.ok(!((await answer({ total_quota: amount })) instanceof GatewayError), String(amount))
   }
 })
 
-test('only what says so lets a key see traces; another member of that name refuses nothing', () => {
-  const traceOf = (trace: unknown) =>
-    (toAnswer({ trace }, 'a1b2', () => {}) as { trace?: boolean }).trace
-  for (const trace of [true, 'true', 1, '1']) assert.equal(traceOf(trace), true)
+test('only what says so lets a key see traces; another member of that name refuses nothing', async () => {
+  const traceOf = async (trace: unknown) =>
+    ((await toAnswer({ trace }, 'a1b2', () => {})) as { trace?: boolean }).trace
+  for (const trace of [true, 'true', 1, '1']) assert.equal(await traceOf(trace), true)
   for (const trace of [undefined, null, false, 'false', 0, '', 'trace-4711', {}]) {
-    assert.equal(traceOf(trace), undefined, JSON.stringify(trace))
+    assert.equal(await traceOf(trace), undefined, JSON.stringify(trace))
   }
 })
 

@@ -7,6 +7,7 @@ import { BuiltinKeys } from '../src/keys/builtin.ts'
 import { hashKey, type KeyRecord } from '../src/keys/key.ts'
 import { KeyExistsError, KeyStore } from '../src/keys/key-store.ts'
 import { Lru } from '../src/keys/lru.ts'
+import { toRows } from '../src/keys/stored-key.ts'
 import { folder } from './process.ts'
 
 /** The builtin store of keys, on a real file. */
@@ -260,12 +261,12 @@ test('sync: all or nothing; full deletes what is not in the list, ids stay', asy
   const { record } = await store.create({ key: 'sk-a', name: 'a' })
   await store.create({ key: 'sk-b', name: 'b' })
   assert.equal(await verdict('sk-b'), 'active')
-  const wrong = store.sync([{ key: 'sk-c' }, { key: 'sk-d', expires_at: 'soon' }], 'full')
+  const wrong = store.sync(toRows([{ key: 'sk-c' }, { key: 'sk-d', expires_at: 'soon' }]), 'full')
   await assert.rejects(wrong, / keys: \[1\]\.expires_at: must be a time/)
   assert.equal((await store.list()).total, 2)
-  await store.sync([{ key: 'sk-a', name: 'a2' }, { key: 'sk-c' }], 'incremental')
+  await store.sync(toRows([{ key: 'sk-a', name: 'a2' }, { key: 'sk-c' }]), 'incremental')
   assert.equal((await store.list()).total, 3)
-  await store.sync([{ key: 'sk-a', name: 'a3' }], 'full')
+  await store.sync(toRows([{ key: 'sk-a', name: 'a3' }]), 'full')
   assert.equal(told.at(-1), undefined, 'all may have changed')
   assert.equal(await verdict('sk-b'), 'unknown')
   const { keys, total } = await store.list()

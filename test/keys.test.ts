@@ -7,6 +7,7 @@ import Fastify from 'fastify'
 import fp from 'fastify-plugin'
 import gateway from '../src/app.ts'
 import { KeyStore } from '../src/keys/key-store.ts'
+import { toRows } from '../src/keys/stored-key.ts'
 import type { News, Peers } from '../src/peers.ts'
 import auth from '../src/plugins/auth.ts'
 import { answerChat, CHAT, fakeBackend, post, startGateway, type TestGateway } from './helper.ts'
@@ -198,7 +199,7 @@ test('what one worker changes the others forget at once', async t => {
   assert.equal(await status(), 200)
   await one.keys.store().revoke(record.id)
   assert.equal(await status(), 403)
-  await one.keys.store().sync([{ key }], 'full')
+  await one.keys.store().sync(toRows([{ key }]), 'full')
   await one.keys.store().sync([], 'full')
   assert.equal(await status(), 401)
 })

@@ -854,3 +854,33 @@ test('file: quotas of a file of the first version are read', async t => {
   t.after(() => store.close())
   await refused(store, call([account({ total_quota: 100 })], tokens(41)))
 })
+
+test('redis: news of many keys are heard, however many at the same time', {
+  skip: REDIS.skip
+}, async t => {
+  const { later, time } = clock()
+  const heard = new Set<string>()
+  const largest: number[] = []
+  const store = await joinRedis(t, REDIS, uniqueName('much-news'), {
+    time,
+    async onKeyNews(news) {
+      largest.push(news.length)
+      for (const each of news) heard.add(each.hash)
+    }
+  })
+  const hashes = (name: string, count: number) =>
+    Array.from({ length: count }, (_, at) => `${name}-${at}`)
+  await store.tell(hashes('a', 7_000), 0)
+  await later(1)
+  await store.tell(hashes('b', 7_000), 0)
+  await later(1)
+  await store.beat()
+  await store.beat()
+  assert.equal(heard.size, 14_000)
+  assert.ok(Math.max(...largest) <= 10_000)
+  await store.tell(hashes('c', 12_000), 0)
+  await later(1)
+  await store.beat()
+  await store.beat()
+  assert.equal(heard.size, 26_000)
+})

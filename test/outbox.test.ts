@@ -40,6 +40,7 @@ async function heldGateway(t: TestContext, answer: Answerer, durability = 'stric
     metrics: async () => '',
     tell() {},
     onNews() {},
+    bill: async (_response, usage) => usage,
     reload: async () => ({ changed: [], restart_needed: [] }),
     outbox: { pending: 0, trouble: undefined },
     limits: new RemoteStore(() => {}),

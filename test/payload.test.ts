@@ -10,6 +10,7 @@ import { sections } from '../src/server.ts'
 import { membersOf } from '../src/wire/json-scanner.ts'
 import { CHAT, chunk, DONE, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
 import { CLI, folder, start, writeConfig } from './process.ts'
+import { REDIS, uniqueName } from './servers.ts'
 
 /** What the gateway reads from request bodies, and what no body can do to it. */
 
@@ -347,6 +348,56 @@ test('Ollama’s older name of the model counts where there is no other', () => 
   assert.equal(payload('{"name":"m","model":"n"}', ollama).model, 'n')
   for (const dialect of [openai, anthropic])
     assert.equal(payload('{"name":"m"}', dialect).model, undefined)
+})
+
+for (const storage of ['memory', 'redis'] as const) {
+  const skip = storage === 'redis' && REDIS.skip
+  test(`${storage}: an upload has a slot before its body is read`, { skip }, async t => {
+    const backend = await fakeBackend(t, (_request, response) => response.end('{}'))
+    const caches = [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${REDIS.port}` }]
+    const gateway = await startGateway(t, {
+      backends: [{ url: backend.url }],
+      rate_limit: {
+        enabled: true,
+        storage,
+        redis_prefix: uniqueName('uploads'),
+        per_key: { max_concurrent: 2 }
+      },
+      storage: { caches }
+    })
+    const head = (length: number) =>
+      rawPost('/v1/embeddings', '').replace('content-length: 0', `content-length: ${length}`)
+    const slow = [await rawClient(t, gateway.port), await rawClient(t, gateway.port)]
+    for (const { socket } of slow) socket.write(`${head(1_000_000)}{"model":"m"`)
+    while ((await gateway.metric('llmproxy_request_body_bytes')) < 2 * 12);
+    for (const length of [10, 1_000_000]) {
+      const late = await rawClient(t, gateway.port, head(length))
+      assert.match(await late.until(/\}\}/), /^HTTP\/1.1 429 [\s\S]*2 requests at the same time/)
+    }
+    slow[0]!.socket.destroy()
+    while ((await gateway.metric('llmproxy_request_body_bytes')) > 12);
+    assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 200)
+    slow[1]!.socket.destroy()
+  })
+}
+
+test('a large upload that a limit in Redis rejects is not read', { skip: REDIS.skip }, async t => {
+  const backend = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const caches = [{ name: 'default', driver: 'redis', addr: `${REDIS.host}:${REDIS.port}` }]
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    rate_limit: {
+      enabled: true,
+      storage: 'redis',
+      redis_prefix: uniqueName('uploads'),
+      per_key: { requests_per_minute: 1 }
+    },
+    storage: { caches }
+  })
+  assert.equal((await post(`${gateway.url}/v1/embeddings`, CHAT)).status, 200)
+  const head = rawPost('/v1/embeddings', '').replace('content-length: 0', 'content-length: 1000000')
+  const client = await rawClient(t, gateway.port, head)
+  assert.match(await client.until(/\}\}/), /^HTTP\/1.1 429 /)
 })
 
 test('a client that leaves during its upload holds nothing', async t => {

@@ -409,3 +409,25 @@ const STREAMED = CASES.filter(({ framing, is }) => framing === 'sse' && is === '
 for (const each of STREAMED.filter(({ name }) => !name.startsWith('an error '))) {
   test(`${each.path}, after a heartbeat, ${each.is}: ${each.name}`, t => check(t, each, true))
 }
+
+test('a whole error after a heartbeat is an error event of its API', async t => {
+  const error = json({ type: 'error', error: { type: 'api_error', message: 'engine died' } })
+  const { promise, resolve: go } = Promise.withResolvers<void>()
+  const backend = await fakeBackend(t, async (_request, response) => {
+    await promise
+    response.writeHead(200, { 'content-type': TYPES.json }).end(error)
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    server: { heartbeat: '5ms' }
+  })
+  const request = json({ ...CHAT, stream: true })
+  const client = await rawClient(t, gateway.port, rawPost('/v1/messages', request))
+  await client.until(/:\n\n/)
+  go()
+  const received = await client.until(/\r\n0\r\n\r\n$/)
+  assert.ok(
+    received.replaceAll(/\r\n[0-9a-f]+\r\n/g, '').includes(`event: error\ndata: ${error}\n\n`)
+  )
+  assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'backend_failed')
+})

@@ -148,7 +148,7 @@ test('workers share limits, and what a crashed one had taken comes back', async 
     held.push(response)
   })
   const dir = folder(t)
-  const rates = { requests_per_minute: 8, max_concurrent: 3, total_quota: 10_000 }
+  const rates = { requests_per_minute: 8, max_concurrent: 3, total_quota: 100_000 }
   const file = writeConfig(`${dir}/config.json`, {
     ...TWO,
     backends: [{ url: backend.url }],

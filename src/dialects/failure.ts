@@ -43,15 +43,16 @@ export function failureIn(
   types: readonly string[] = [],
   statuses: readonly string[] = []
 ): Failure | undefined {
-  const { error: json, type = '', object, status = '', code, message, finishReasons } = report
+  const { error: json, type = '', object, status = '', message, finishReasons } = report
   const isAborted = finishReasons?.some(reason => ABORTED.includes(reason)) ?? false
-  const isNamed = types.includes(type) || statuses.includes(status) || object === 'error'
+  const isNamed = object === 'error' || types.includes(type) || statuses.includes(status)
   // Nearly every event has none of these.
   if (!isAborted && !isNamed && json === undefined && message === undefined) return undefined
+  const { code, errorType = type } = report
   const error = parse(json)
   if (!isAborted && !isNamed && !saysError(error, report) && !isFlatError(report)) return undefined
   const details = isObject(error) ? error : { message: error }
-  return kindOf({ code, type: report.errorType ?? type, message, ...withoutNulls(details) })
+  return kindOf({ code, type: errorType, message, ...withoutNulls(details) })
 }
 
 /** Whether `error` reports one. Beside text of the model only an object with a message or a status does. */

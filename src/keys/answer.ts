@@ -24,14 +24,14 @@ const RATES = [
 
 /**
  * @example
- * toAnswer({ user_id: 'alice', status: 1 }, 'a1b2', () => {}) // { userId: 'alice', status: 'disabled', ... }
- * toAnswer({ expires_at: 'soon' }, 'a1b2', () => {}) // GatewayError
+ * await toAnswer({ user_id: 'alice', status: 1 }, 'a1b2', () => {}) // { userId: 'alice', status: 'disabled', ... }
+ * await toAnswer({ expires_at: 'soon' }, 'a1b2', () => {}) // GatewayError
  */
-export function toAnswer(
+export async function toAnswer(
   data: KeyAnswer,
   hash: string,
   onUnreadable: OnUnreadable
-): KeyRecord | GatewayError {
+): Promise<KeyRecord | GatewayError> {
   const status = data.status === undefined ? 'active' : parseStatus(data.status)
   if (status === undefined) return refused(data.message)
   const id = text(data.api_key_id) ?? text(data.id) ?? idOfHash(hash)
@@ -50,8 +50,8 @@ export function toAnswer(
     status,
     startsAt: read('starts_at', parseTime),
     expiresAt: read('expires_at', parseTime) ?? read('expired_at', parseTime),
-    allowedIps: toNetworks(read('allowed_ips', texts)),
-    deniedIps: toNetworks(read('denied_ips', texts)),
+    allowedIps: await toNetworks(read('allowed_ips', texts)),
+    deniedIps: await toNetworks(read('denied_ips', texts)),
     models: nonEmpty(read('models', texts)),
     ...quotaOf(read),
     priority: read('priority', toPriority),

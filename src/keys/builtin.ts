@@ -69,7 +69,7 @@ export class BuiltinKeys implements KeySource {
     const found = await this.#store.find(hash)
     if (found === undefined) return undefined
     const { id, fields, isRevoked, until } = found
-    const remembered = { record: toKeyRecord(id, fields), isRevoked, until }
+    const remembered = { record: await toKeyRecord(id, fields), isRevoked, until }
     if (drops === this.#drops) this.#found.set(hash, remembered)
     return remembered
   }

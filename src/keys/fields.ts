@@ -33,7 +33,12 @@ const OwnLimitFields = Type.Object(
     requests_per_minute: own(limitFields.requests_per_minute),
     burst_size: own(limitFields.burst_size),
     tokens_per_minute: own(limitFields.tokens_per_minute),
-    max_concurrent: own(limitFields.max_concurrent)
+    max_concurrent: own(limitFields.max_concurrent),
+    reserve: Type.Optional(
+      Type.Enum(['max', 'typical'], {
+        description: 'What a request reserves of total_quota; else as for every key'
+      })
+    )
   },
   {
     additionalProperties: false,
@@ -115,7 +120,7 @@ const KeyFields = Type.Object(keyFields)
 export type KeyFields = Static<typeof KeyFields>
 
 /** What a source that has checked the fields says about a key. */
-export function toKeyRecord(id: string, fields: KeyFields): KeyRecord {
+export async function toKeyRecord(id: string, fields: KeyFields): Promise<KeyRecord> {
   const { name, user_id, status, starts_at, expires_at, models, priority, trace, tags } = fields
   return {
     id,
@@ -124,8 +129,8 @@ export function toKeyRecord(id: string, fields: KeyFields): KeyRecord {
     status: parseStatus(status ?? 'active')!,
     startsAt: optionalTime(starts_at),
     expiresAt: optionalTime(expires_at),
-    allowedIps: toNetworks(fields.allowed_ips),
-    deniedIps: toNetworks(fields.denied_ips),
+    allowedIps: await toNetworks(fields.allowed_ips),
+    deniedIps: await toNetworks(fields.denied_ips),
     models: models?.length === 0 ? undefined : models,
     limits: ownLimits(fields),
     spent: toSpent(fields),

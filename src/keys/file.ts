@@ -1,10 +1,11 @@
+import { readFile, stat } from 'node:fs/promises'
 import type { FastifyBaseLogger } from 'fastify'
 import { type Static, Type } from 'typebox'
-import { findIssues } from '../options.ts'
-import { readYaml } from '../yaml.ts'
+import { batchesOf } from '../batches.ts'
 import { FollowedFile } from './followed.ts'
 import type { KeyRecord, KeySource } from './key.ts'
-import { StaticKeyList, StaticKeys } from './static.ts'
+import { readKeyList } from './key-list.ts'
+import { type KeptKey, StaticKeys } from './static.ts'
 
 export const FileKeysOptions = Type.Object(
   {
@@ -17,16 +18,9 @@ export const FileKeysOptions = Type.Object(
 )
 export type FileKeysOptions = Static<typeof FileKeysOptions>
 
-const Content = Type.Object(
-  { keys: StaticKeyList('Keys') },
-  { additionalProperties: false, secret: true }
-)
-type Content = Static<typeof Content>
-
-/** A file of keys that can't be used: a line for each error. */
-class KeyFileError extends Error {
-  override name = 'KeyFileError'
-}
+const THREAD = new URL(`./key-list-thread${import.meta.url.slice(-3)}`, import.meta.url)
+/** Maximum size (bytes) of a file that is read without a thread: that takes a few milliseconds. */
+const SMALL = 8 * 1024
 
 /** Keys in a file, as they stand in the configuration. */
 export class FileKeys implements KeySource {
@@ -34,9 +28,18 @@ export class FileKeys implements KeySource {
   readonly #file: FollowedFile<StaticKeys>
 
   /** @throws {KeyFileError} */
-  constructor(name: string, { path }: FileKeysOptions, log: FastifyBaseLogger) {
+  static async open(
+    name: string,
+    { path }: FileKeysOptions,
+    log: FastifyBaseLogger
+  ): Promise<FileKeys> {
+    const load = (signal: AbortSignal) => loadKeys(name, path, signal)
+    return new FileKeys(name, await FollowedFile.open(path, load, log))
+  }
+
+  private constructor(name: string, file: FollowedFile<StaticKeys>) {
     this.name = name
-    this.#file = new FollowedFile(path, text => new StaticKeys(name, readKeys(text, path)), log)
+    this.#file = file
   }
 
   lookup(key: string, hash: string): Promise<KeyRecord | undefined> {
@@ -48,14 +51,14 @@ export class FileKeys implements KeySource {
   }
 }
 
-function readKeys(text: string, path: string): Content['keys'] {
-  const file = readYaml(text, path, process.env)
-  if (file.errors.length > 0) throw new KeyFileError(file.errors.join('\n'))
-  const isList = Array.isArray(file.root)
-  const content = isList ? { keys: file.root } : file.root
-  for (const issue of findIssues(Content, content)) {
-    file.issues.push({ ...issue, path: isList ? issue.path.slice(1) : issue.path })
+/** Without blocking the event loop, however many keys there are. */
+async function loadKeys(name: string, path: string, signal: AbortSignal): Promise<StaticKeys> {
+  if ((await stat(path)).size <= SMALL) {
+    return new StaticKeys(name, readKeyList(await readFile(path, 'utf8'), path))
   }
-  if (file.issues.length > 0) throw new KeyFileError(file.complaints().join('\n'))
-  return (content as Content).keys
+  const keys = new StaticKeys(name)
+  for await (const batch of batchesOf<KeptKey[]>(THREAD, { data: path, signal })) {
+    for (const each of batch) keys.add(each)
+  }
+  return keys
 }

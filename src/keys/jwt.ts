@@ -1,3 +1,4 @@
+import { readFile } from 'node:fs/promises'
 import type { FastifyBaseLogger } from 'fastify'
 import type { JWTPayload, JWTVerifyGetKey } from 'jose'
 import { type Static, Type } from 'typebox'
@@ -82,17 +83,28 @@ export class JwtKeys implements KeySource {
   #loading: Promise<{ jose: Jose; keyFor: JWTVerifyGetKey }> | undefined
 
   /** @throws when `jwks_file` can't be used */
-  constructor(
+  static async open(
     name: string,
     options: JwtKeysOptions,
     onUnreadable: OnUnreadable,
     log: FastifyBaseLogger
+  ): Promise<JwtKeys> {
+    const { jwks_file: path } = options
+    if (path === undefined) return new JwtKeys(name, options, onUnreadable)
+    const load = async () => toJwks(await readFile(path, 'utf8'))
+    return new JwtKeys(name, options, onUnreadable, await FollowedFile.open(path, load, log))
+  }
+
+  private constructor(
+    name: string,
+    options: JwtKeysOptions,
+    onUnreadable: OnUnreadable,
+    file?: FollowedFile<{ keys: object[] }>
   ) {
-    const { jwks_file } = options
     this.name = name
     this.#options = options
     this.#onUnreadable = onUnreadable
-    this.#file = jwks_file === undefined ? undefined : new FollowedFile(jwks_file, toJwks, log)
+    this.#file = file
   }
 
   async lookup(token: string, hash: string): Promise<KeyRecord | GatewayError | undefined> {
@@ -108,7 +120,7 @@ export class JwtKeys implements KeySource {
         clockTolerance: leeway / 1000,
         requiredClaims: ['exp']
       })
-      return this.#toAnswer(payload, hash)
+      return await this.#toAnswer(payload, hash)
     } catch (error) {
       const { code, payload } = error as { code?: string; payload?: JWTPayload }
       if (code === 'ERR_JWT_EXPIRED') return this.#toAnswer(payload!, hash)
@@ -121,7 +133,10 @@ export class JwtKeys implements KeySource {
     this.#file?.close()
   }
 
-  #toAnswer(payload: JWTPayload, hash: string): KeyRecord | GatewayError | undefined {
+  async #toAnswer(
+    payload: JWTPayload,
+    hash: string
+  ): Promise<KeyRecord | GatewayError | undefined> {
     const { claims, leeway } = this.#options
     const id = payload[claims.id]
     if (typeof id !== 'string' || id === '') return undefined

@@ -1,5 +1,5 @@
 import { isAbsolute, resolve } from 'node:path'
-import { Type } from 'typebox'
+import { setImmediate } from 'node:timers/promises'
 import { checkOptions } from '../options.ts'
 import { DatabaseError, type Row } from '../store/sql.ts'
 import { Sqlite } from '../store/sqlite.ts'
@@ -11,7 +11,6 @@ import {
   KeySpec,
   maskKey,
   newKey,
-  OwnedKey,
   type StoredKey,
   toPatch,
   toRow,
@@ -50,6 +49,11 @@ export class KeyExistsError extends Error {
 }
 
 const STATEMENT_TIMEOUT = 5_000
+/** How long (ms) a list of keys may take. */
+const SYNC_TIMEOUT = 120_000
+/** Deleted keys that others are told of at a time. */
+const TOLD_AT_ONCE = 1_000
+const HASH_LENGTH = 64
 /** What a page of the list holds if nothing is said, and at most. */
 const PAGE = 20
 const MAX_PAGE = 1_000
@@ -76,6 +80,24 @@ const HASHES = `${HASH} UNION SELECT hash FROM old_keys WHERE id = ?1`
 /** Of a table with AUTOINCREMENT the last number stays, whatever is deleted. */
 const HAD_KEYS = "SELECT 1 FROM sqlite_sequence WHERE name = 'keys'"
 
+/** The keys of a list, while they are taken over. */
+const LISTED = `CREATE TEMP TABLE listed (
+  id TEXT, hash TEXT UNIQUE ON CONFLICT REPLACE, masked TEXT, fields TEXT, created_at, updated_at
+)`
+const LIST = `INSERT INTO listed SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4,
+  value ->> 5 FROM json_each(?)`
+const IS_GONE = 'hash NOT IN (SELECT hash FROM listed)'
+const REMOVE = [
+  `SELECT group_concat(hash, '') AS hashes FROM (
+    SELECT hash FROM keys WHERE revoked_at IS NULL AND ${IS_GONE}
+    UNION SELECT hash FROM old_keys WHERE ${IS_GONE}
+  )`,
+  `DELETE FROM keys WHERE ${IS_GONE}`,
+  'DELETE FROM old_keys'
+]
+const UPSERT = `${INSERT} SELECT * FROM listed WHERE true ORDER BY rowid
+  ON CONFLICT (hash) DO UPDATE SET fields = excluded.fields, updated_at = excluded.updated_at`
+
 /** Is told of the SHA-256 of keys, or undefined for all; `validFor`: they die in so many ms. */
 export type OnKeyChange = (hashes: readonly string[] | undefined, validFor?: number) => void
 
@@ -94,6 +116,7 @@ export type OnKeyChange = (hashes: readonly string[] | undefined, validFor?: num
  * await store.close()
  */
 export class KeyStore {
+  readonly #file: string
   readonly #db: Sqlite
   readonly #onChange: OnKeyChange
   #prepared: Promise<void> | undefined
@@ -103,6 +126,7 @@ export class KeyStore {
    * @param onChange is told of each change made here
    */
   constructor(file: string, onChange: OnKeyChange = () => {}) {
+    this.#file = file
     this.#db = new Sqlite(file, STATEMENT_TIMEOUT)
     this.#onChange = onChange
   }
@@ -132,30 +156,26 @@ export class KeyStore {
    * Takes over a whole list of keys in one step: those that are there are replaced and keep their ids,
    * others are added; `full` also deletes those that are not in the list. A revoked key stays revoked.
    *
-   * @throws {OptionsError} when something is wrong with a field
+   * @param rows of the keys (see {@link toRows})
    */
-  async sync(specs: OwnedKey[], mode: 'full' | 'incremental'): Promise<void> {
-    const checked = checkOptions(Type.Array(OwnedKey), specs, 'keys')
-    await this.#ready()
-    const now = Date.now()
-    const rows = checked.map(spec => toRow(spec, spec.key, now))
-    const upsert = `${INSERT} VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (hash) DO UPDATE SET
-      fields = excluded.fields, updated_at = excluded.updated_at`
-    const isGone = 'hash NOT IN (SELECT value FROM json_each(?1))'
-    const hashes = JSON.stringify(rows.map(([, hash]) => hash))
-    const hashed = (sql: string) => ({ sql, values: [hashes] })
-    const removing = [
-      hashed(
-        `SELECT hash FROM keys WHERE revoked_at IS NULL AND ${isGone}
-        UNION SELECT hash FROM old_keys WHERE ${isGone}`
-      ),
-      hashed(`DELETE FROM keys WHERE ${isGone}`),
-      { sql: 'DELETE FROM old_keys', values: [] }
-    ]
-    const upserting = rows.map(values => ({ sql: upsert, values }))
+  async sync(rows: Iterable<string>, mode: 'full' | 'incremental'): Promise<void> {
+    const listing = [...rows].map(json => ({ sql: LIST, values: [json] }))
     const isFull = mode === 'full'
-    const [gone] = await this.#db.runAll([...(isFull ? removing : []), ...upserting])
-    if (isFull) this.#tell(gone!, 0)
+    await this.#ready()
+    const run = (...all: string[]) => all.map(sql => ({ sql, values: [] }))
+    // A long list takes seconds, which lookups must not wait for: they have another connection.
+    const db = this.#file === MEMORY ? this.#db : new Sqlite(this.#file, SYNC_TIMEOUT)
+    try {
+      const results = await db.runAll([
+        ...run(LISTED),
+        ...listing,
+        ...run(...(isFull ? REMOVE : []), UPSERT, 'DROP TABLE listed')
+      ])
+      const gone = isFull ? String(results[1 + listing.length]![0]!.hashes ?? '') : ''
+      await this.#tellGone(gone)
+    } finally {
+      if (db !== this.#db) await db.close()
+    }
     this.#onChange(undefined)
   }
 
@@ -333,6 +353,15 @@ export class KeyStore {
     this.#tell(results[0]!, validFor)
     const [row] = results.at(-1)!
     return row && toStored(row)
+  }
+
+  /** @param hashes one after the other */
+  async #tellGone(hashes: string): Promise<void> {
+    for (let at = 0; at < hashes.length; at += TOLD_AT_ONCE * HASH_LENGTH) {
+      const some = hashes.slice(at, at + TOLD_AT_ONCE * HASH_LENGTH)
+      this.#onChange(some.match(/.{64}/g)!, 0)
+      await setImmediate()
+    }
   }
 
   #tell(rows: Row[], validFor?: number): void {

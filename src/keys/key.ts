@@ -3,6 +3,7 @@ import { BlockList, isIP } from 'node:net'
 import { type Static, Type } from 'typebox'
 import { type ErrorCode, GatewayError } from '../errors.ts'
 import type { Caller } from '../exchange.ts'
+import { inSlices } from '../slices.ts'
 
 /** What a key source knows about one key. All but `id` may be missing. */
 export interface KeyRecord {
@@ -239,16 +240,26 @@ export function isNetwork(text: unknown): boolean {
  * A list of addresses and networks, made once. An empty one says nothing, as in the original; of one
  * that says something, what can't be read matches no address.
  */
-export function toNetworks(texts: string[] | undefined): BlockList | undefined {
+export async function toNetworks(texts: string[] | undefined): Promise<BlockList | undefined> {
   if (texts === undefined || texts.length === 0) return undefined
   const list = new BlockList()
-  for (const network of texts.filter(isNetwork)) {
-    const [address, prefix] = network.split('/') as [string, string | undefined]
-    const family = isIP(address) === 6 ? 'ipv6' : 'ipv4'
-    if (prefix === undefined) list.addAddress(address, family)
-    else list.addSubnet(address, Number(prefix), family)
-  }
+  await inSlices(texts, network => addNetwork(list, network))
   return list
+}
+
+/** The same for a list that is short. */
+export function networksOf(texts: readonly string[]): BlockList {
+  const list = new BlockList()
+  for (const network of texts) addNetwork(list, network)
+  return list
+}
+
+function addNetwork(list: BlockList, network: string): void {
+  if (!isNetwork(network)) return
+  const [address, prefix] = network.split('/') as [string, string | undefined]
+  const family = isIP(address) === 6 ? 'ipv6' : 'ipv4'
+  if (prefix === undefined) list.addAddress(address, family)
+  else list.addSubnet(address, Number(prefix), family)
 }
 
 /**

@@ -113,21 +113,25 @@ export type Sources = ReadonlyMap<string, KeySource>
  *
  * @throws when a file of keys can't be used
  */
-export function toSources(asked: Asked, around: Surroundings, before: Sources): Sources {
+export async function toSources(
+  asked: Asked,
+  around: Surroundings,
+  before: Sources
+): Promise<Sources> {
   const { enabled, keys, pipeline, status_codes } = asked
   const sources = new Map<string, KeySource>()
-  const add = (said: unknown, make: () => KeySource) => {
+  const add = async (said: unknown, make: () => KeySource | Promise<KeySource>) => {
     const all = JSON.stringify([said, status_codes, around.storage])
-    sources.set(all, before.get(all) ?? make())
+    sources.set(all, before.get(all) ?? (await make()))
   }
   if (!enabled) return sources
   try {
-    if (keys.length > 0) add(keys, () => new StaticKeys('keys', keys))
+    if (keys.length > 0) await add(keys, () => new StaticKeys('keys', keys))
     for (const each of pipeline) {
-      if (each.enabled) add(each, () => toSource(each, status_codes, around))
+      if (each.enabled) await add(each, () => toSource(each, status_codes, around))
     }
     if (keys.length === 0 && pipeline.length === 0) {
-      add('builtin', () => new BuiltinKeys('builtin', around.store()))
+      await add('builtin', () => new BuiltinKeys('builtin', around.store()))
     }
   } catch (error) {
     closeSources(sources, before)
@@ -145,7 +149,7 @@ function toSource(
   options: SourceOptions,
   codes: StatusCodes,
   { storage, dataDir, store, log }: Surroundings
-): KeySource {
+): KeySource | Promise<KeySource> {
   const { type, name = type, cache, file, redis, database, webhook, jwt } = options
   const onUnreadable = (member: string, keyId: string) =>
     log.warn({ source: name, keyId, member }, 'a member of a key is unreadable')
@@ -156,7 +160,7 @@ function toSource(
     case 'static':
       return new StaticKeys(name, options.static!.keys)
     case 'file':
-      return new FileKeys(name, file!, log)
+      return FileKeys.open(name, file!, log)
     case 'redis': {
       const found = storage.caches.find(each => each.name === redis!.storage)!
       return cached(new RedisKeys(name, new Redis(found), redis!, onUnreadable))
@@ -169,6 +173,6 @@ function toSource(
     case 'webhook':
       return cached(new WebhookKeys(name, webhook!, codes, onUnreadable))
     case 'jwt':
-      return cached(new JwtKeys(name, jwt!, onUnreadable, log))
+      return JwtKeys.open(name, jwt!, onUnreadable, log).then(cached)
   }
 }

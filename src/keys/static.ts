@@ -1,8 +1,8 @@
-import { timingSafeEqual } from 'node:crypto'
 import { type Static, Type } from 'typebox'
 import type { Distinct } from '../issues.ts'
-import { keyFields, Time, toKeyRecord } from './fields.ts'
+import { type KeyFields, keyFields, Time, toKeyRecord } from './fields.ts'
 import { hashKey, idOfHash, type KeyRecord, type KeySource } from './key.ts'
+import { Lru } from './lru.ts'
 
 const HASHED = 'sha256:'
 
@@ -57,27 +57,39 @@ export const StaticKeyList = (description: string) =>
     ] satisfies Distinct[]
   })
 
-/** Keys from the configuration, kept as hashes. */
+/** A key as it is kept: its SHA-256, and its fields as JSON, which take less memory than objects. */
+export type KeptKey = [hash: string, fields: string]
+
+export function toKept({ key, created_at: _, updated_at: __, ...fields }: StaticKey): KeptKey {
+  return [toHash(key), JSON.stringify(fields)]
+}
+
+/** Records that are remembered, of keys that were used lately. */
+const MOST = 10_000
+
+/** Keys from the configuration or a file, kept as hashes. */
 export class StaticKeys implements KeySource {
   readonly name: string
-  readonly #records = new Map<string, { hash: Buffer; record: KeyRecord }>()
+  readonly #fields = new Map<string, string>()
+  readonly #records = new Lru<string, Promise<KeyRecord>>(MOST)
 
-  constructor(name: string, keys: StaticKey[]) {
+  constructor(name: string, keys: readonly StaticKey[] = []) {
     this.name = name
-    for (const key of keys) {
-      const hash = toHash(key.key)
-      const record = toKeyRecord(key.name ?? idOfHash(hash), key)
-      this.#records.set(hash, { hash: Buffer.from(hash, 'hex'), record })
-    }
+    for (const key of keys) this.add(toKept(key))
+  }
+
+  add([hash, fields]: KeptKey): void {
+    this.#fields.set(hash, fields)
   }
 
   async lookup(_key: string, hash: string): Promise<KeyRecord | undefined> {
-    const found = this.#records.get(hash)
-    if (found === undefined) return undefined
-    return timingSafeEqual(found.hash, Buffer.from(hash, 'hex')) ? found.record : undefined
-  }
-
-  get size(): number {
-    return this.#records.size
+    const known = this.#records.get(hash)
+    if (known !== undefined) return known
+    const json = this.#fields.get(hash)
+    if (json === undefined) return undefined
+    const fields: KeyFields = JSON.parse(json)
+    const record = toKeyRecord(fields.name ?? idOfHash(hash), fields)
+    this.#records.set(hash, record)
+    return record
   }
 }

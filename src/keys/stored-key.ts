@@ -1,5 +1,6 @@
 import { randomBytes } from 'node:crypto'
 import { type Static, Type } from 'typebox'
+import { gathered } from '../batches.ts'
 import { checkOptions } from '../options.ts'
 import type { Row } from '../store/sql.ts'
 import { type KeyFields, keyFields } from './fields.ts'
@@ -56,6 +57,18 @@ export function toRow({ key: _, ...fields }: KeySpec, key: string, now: number) 
   const id = `key_${randomBytes(8).toString('hex')}`
   const json = JSON.stringify({ ...fields, ...normalized(fields) })
   return [id, toHash(key), maskKey(key), json, now, now] as const
+}
+
+/**
+ * Rows as JSON, many in one text: a text reaches the thread of the database without blocking this one.
+ *
+ * @throws {OptionsError} when something is wrong with a field
+ */
+export function* toRows(specs: OwnedKey[]): Generator<string> {
+  const checked = checkOptions(Type.Array(OwnedKey), specs, 'keys')
+  const now = Date.now()
+  const rows = checked.map(spec => toRow(spec, spec.key, now))
+  for (const some of gathered(rows, ([, , , fields]) => fields.length)) yield JSON.stringify(some)
 }
 
 /**

@@ -3,6 +3,7 @@ import { SlidingWindow, TokenBucket } from './rates.ts'
 import {
   type Account,
   type Amount,
+  type Hold,
   type Left,
   type LimitName,
   NOTHING,
@@ -41,7 +42,7 @@ export class Counter {
   /** As it was last asked for. */
   account: Account
   slots = 0
-  readonly held: Amount = { tokens: 0, cost: 0 }
+  readonly held: Amount & { window: number } = { tokens: 0, cost: 0, window: 0 }
   readonly requests = new SlidingWindow(0)
   readonly tokens = new SlidingWindow(0)
   spending: Spending | undefined
@@ -52,7 +53,13 @@ export class Counter {
   }
 
   /** Why a call has no room that wants `hold`, and at `least` so many tokens; the limit it waits for longest. */
-  refusal(account: Account, hold: Amount, least: number, at: Moment): Refusal | undefined {
+  refusal(
+    account: Account,
+    hold: Hold,
+    least: number,
+    at: Moment,
+    uploading = 0
+  ): Refusal | undefined {
     const { scope, limits } = account
     let longest: Refusal | undefined
     const check = (limit: LimitName, max: number, retryAfterMs: number) => {
@@ -68,21 +75,28 @@ export class Counter {
     const isTooLarge = least > tokens_per_minute
     const forTokens = isTooLarge ? Number.POSITIVE_INFINITY : this.#tokenWait(limits, hold, at.now)
     check('tokens_per_minute', tokens_per_minute, forTokens)
-    check('max_concurrent', max_concurrent, this.slots < max_concurrent ? 0 : RETRY)
+    check('max_concurrent', max_concurrent, this.slots + uploading < max_concurrent ? 0 : RETRY)
     if (!this.#hasQuota(account, hold, at)) {
       const isSpent = !this.#hasQuota(account, hold, at, NOTHING)
       if (isSpent) check('total_quota', total_quota, at.period.end - at.time)
       else check('reserved_quota', total_quota, RETRY)
     }
+    if (longest?.limit === 'total_quota' || longest?.limit === 'reserved_quota') {
+      const { quota_unit } = limits
+      longest.left = total_quota - this.spent(account, at)[quota_unit]
+      longest.needed = hold[quota_unit]
+    }
     return longest
   }
 
   /** Is there room to hold so much more? */
-  hasRoom(account: Account, more: Amount, at: Moment): boolean {
-    return this.#tokenWait(account.limits, more, at.now) === 0 && this.#hasQuota(account, more, at)
+  hasRoom(account: Account, more: Hold, at: Moment): boolean {
+    if (this.#tokenWait(account.limits, more, at.now) > 0) return false
+    // What is reserved of a quota already needs no more of it.
+    return more[account.limits.quota_unit] === 0 || this.#hasQuota(account, more, at)
   }
 
-  take({ limits }: Account, hold: Amount, now: number): void {
+  take({ limits }: Account, hold: Hold, now: number): void {
     if (limits.requests_per_minute > 0) this.requests.take(now)
     this.#bucketOf(limits)?.take(now)
     this.slots++
@@ -90,15 +104,16 @@ export class Counter {
   }
 
   /** Holds more, or with negative amounts less. */
-  hold({ tokens, cost }: Amount): void {
+  hold({ tokens, cost, window = tokens }: Hold): void {
     this.held.tokens += tokens
     this.held.cost += cost
+    this.held.window += window
   }
 
   release(): void {
     this.slots--
     // What is left over is what floating point numbers leave over.
-    if (this.slots === 0) Object.assign(this.held, NOTHING)
+    if (this.slots === 0) Object.assign(this.held, NOTHING, { window: 0 })
   }
 
   /** Books what was spent. */
@@ -152,7 +167,7 @@ export class Counter {
     const { tokens_per_minute: limit } = limits
     if (limit === 0) return undefined
     this.tokens.limit = limit
-    const remaining = Math.max(0, this.tokens.remaining(now) - this.held.tokens)
+    const remaining = Math.max(0, this.tokens.remaining(now) - this.held.window)
     return { limit, remaining, resetMs: this.tokens.reset(now) }
   }
 
@@ -170,15 +185,15 @@ export class Counter {
   }
 
   /** What is held counts as if it were spent now. More than all of the limit needs the limit alone. */
-  #tokenWait({ tokens_per_minute: limit }: Limits, { tokens }: Amount, now: number): number {
+  #tokenWait({ tokens_per_minute: limit }: Limits, hold: Hold, now: number): number {
     if (limit === 0) return 0
     this.tokens.limit = limit
-    const wanted = Math.min(tokens, limit) + this.held.tokens
+    const wanted = Math.min(hold.window ?? hold.tokens, limit) + this.held.window
     return wanted > limit ? RETRY : this.tokens.wait(now, wanted)
   }
 
   /** A call that spends nothing has room as long as anything is left. */
-  #hasQuota(account: Account, more: Amount, at: Moment, held = this.held): boolean {
+  #hasQuota(account: Account, more: Amount, at: Moment, held: Amount = this.held): boolean {
     const { total_quota, quota_unit } = account.limits
     if (total_quota === 0) return true
     const left = total_quota - this.spent(account, at)[quota_unit] - held[quota_unit]

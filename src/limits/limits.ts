@@ -16,6 +16,11 @@ export const limitFields = {
     default: 0,
     description: 'What may be spent in a period; 0: no limit'
   }),
+  reserve: Type.Enum(['max', 'typical'], {
+    default: 'max',
+    description:
+      'What a request reserves of total_quota before it runs. max: its prompt and all output it may get (max_tokens, else rate_limit.assumed_max_tokens); typical: what responses usually need, so that a burst may overrun the quota'
+  }),
   quota_unit: Type.Enum(['tokens', 'cost'], {
     default: 'tokens',
     description: 'What total_quota counts: tokens, or money in the currency of usage.prices'

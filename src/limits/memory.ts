@@ -9,6 +9,7 @@ import {
   type Account,
   type Amount,
   type Call,
+  type Hold,
   idOf,
   isAddress,
   type Lease,
@@ -62,10 +63,16 @@ export class MemoryStore implements LimitStore {
     return this.#counters.size
   }
 
-  look(accounts: readonly Account[]): Refusal | undefined {
+  readonly isLocal = true
+
+  look(
+    accounts: readonly Account[],
+    uploading: (account: Account) => number = () => 0
+  ): Refusal | undefined {
     for (const account of accounts) {
-      const counter = this.#counters.get(idOf(account))
-      const refusal = counter?.refusal(account, NOTHING, 0, this.#at(account))
+      // Looking makes no counter that would have to be kept.
+      const counter = this.#counters.get(idOf(account)) ?? new Counter(account)
+      const refusal = counter.refusal(account, NOTHING, 0, this.#at(account), uploading(account))
       if (refusal !== undefined) return refusal
     }
     return undefined
@@ -97,11 +104,11 @@ export class MemoryStore implements LimitStore {
     }
   }
 
-  async extend(lease: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+  async extend(lease: Lease, spent: Amount, more: Hold, force: boolean): Promise<boolean> {
     return this.extendNow(lease, spent, more, force)
   }
 
-  extendNow(lease: Lease, spent: Amount, more: Amount, force: boolean): boolean {
+  extendNow(lease: Lease, spent: Amount, more: Hold, force: boolean): boolean {
     this.#book(lease, spent)
     const hasRoom =
       force ||
@@ -121,7 +128,7 @@ export class MemoryStore implements LimitStore {
     if (!lease.isOpen) return
     lease.isOpen = false
     this.#book(lease, spent)
-    this.#hold(lease, { tokens: -lease.held.tokens, cost: -lease.held.cost })
+    this.#hold(lease, none(lease.held))
     for (const account of lease.accounts) this.#counter(account).release()
   }
 
@@ -183,8 +190,13 @@ export class MemoryStore implements LimitStore {
     this.#hold(lease, less)
   }
 
-  #hold(lease: Lease, more: Amount): void {
-    lease.held = { tokens: lease.held.tokens + more.tokens, cost: lease.held.cost + more.cost }
+  #hold(lease: Lease, more: Hold): void {
+    const { tokens, cost, window = tokens } = lease.held
+    lease.held = {
+      tokens: tokens + more.tokens,
+      cost: cost + more.cost,
+      window: window + (more.window ?? more.tokens)
+    }
     for (const account of lease.accounts) this.#counter(account).hold(more)
   }
 
@@ -251,11 +263,18 @@ export async function openMemoryStore(
 /** What of `spent` is new, and by how much less is held for it. */
 export function toBook({ spent: before, held }: Lease, spent: Amount) {
   const delta = { tokens: spent.tokens - before.tokens, cost: spent.cost - before.cost }
+  const { tokens, cost, window = tokens } = held
   const less = {
-    tokens: -Math.min(held.tokens, Math.max(0, delta.tokens)),
-    cost: -Math.min(held.cost, Math.max(0, delta.cost))
+    tokens: -Math.min(tokens, Math.max(0, delta.tokens)),
+    cost: -Math.min(cost, Math.max(0, delta.cost)),
+    window: -Math.min(window, Math.max(0, delta.tokens))
   }
   return { delta, less }
+}
+
+/** What takes all of a reservation away. */
+export function none({ tokens, cost, window = tokens }: Hold): Hold {
+  return { tokens: -tokens, cost: -cost, window: -window }
 }
 
 export function tightest(all: (Left | undefined)[]): Left | undefined {

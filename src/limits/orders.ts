@@ -10,15 +10,18 @@ import { type Account, idOf, isAddress, type Left, type Refusal } from './store.
 
 const SHA = hash('sha1', SCRIPT)
 
+/** A rejection as the script returns it; -1: waiting does not help. */
+export type Refused = Omit<Refusal, 'retryAfterMs'> & { wait: number }
+
 /** The answer of each operation of the script. */
 export interface Answers {
-  reserve:
-    | { refused: Omit<Refusal, 'retryAfterMs'> & { wait: number } }
-    | { accounts: AccountState[] }
+  reserve: { refused: Refused } | { accounts: AccountState[] }
+  look: { refused?: Refused }
   extend: { held: boolean }
   settle: object
   /** News and their times (Unix ms) in turn. */
-  beat: { replicas: number; now: number; news: string[] | object }
+  /** `heard`: the news up to this time are in it; before `now`: there are more. */
+  beat: { replicas: number; now: number; heard: number; news: string[] | object }
   /** `last`: number of the last order that was heard; 0: none is known. */
   join: { epoch: string; now: number; last: number }
   seed: object

@@ -52,6 +52,13 @@ export const LimitsOptions = Section(
       description:
         'A stream that would go beyond a budget of tokens or money: is finished, or ended with an error'
     }),
+    assumed_max_tokens: Type.Optional(
+      Type.Integer({
+        minimum: 1,
+        description:
+          'Output tokens that a request without max_tokens reserves of a quota; if left out, what the context of its model leaves, or 4096 where that is not known'
+      })
+    ),
     time_zone: Type.String({
       default: 'UTC',
       check: isTimeZone,
@@ -129,15 +136,16 @@ export interface Asker {
   model: string | undefined
   /** Whether a backend or the configuration has a model of this name. */
   lists(model: string): boolean
+  /** The model of a stored response: what it has spent counts there, and its request has counted. */
+  heldModel?: string | undefined
 }
 
 const NONE = checkOptions(LimitSet, {})
+const NO_RATES = { requests_per_second: 0, requests_per_minute: 0, max_concurrent: 0 }
 
 /** Whose limits a call is held to, and which. */
-export function accountsOf(
-  { caller, subject, model, lists }: Asker,
-  options: LimitsOptions
-): Account[] {
+export function accountsOf(asker: Asker, options: LimitsOptions): Account[] {
+  const { caller, subject, heldModel, model = heldModel, lists } = asker
   const accounts: Account[] = []
   const add = (scope: Scope, id: string, limits: Limits, spent?: Account['spent']) => {
     if (isAny(limits)) accounts.push({ scope, id, limits, spent })
@@ -159,7 +167,8 @@ export function accountsOf(
       : undefined
     const limits = named?.[1] ?? of('per_model')
     // Names that callers invent share one count: there may be any number of them.
-    if (isAny(limits)) add('per_model', lists(model) ? model : (named?.[0] ?? '*'), limits)
+    const name = lists(model) ? model : (named?.[0] ?? '*')
+    add('per_model', name, asker.model === undefined ? { ...limits, ...NO_RATES } : limits)
   }
   return accounts
 }

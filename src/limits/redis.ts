@@ -8,12 +8,13 @@ import type { KeyNews } from '../keys/key.ts'
 import { Redis } from '../store/redis.ts'
 import type { CacheOptions } from '../store/storage.ts'
 import { bucketOf } from './limits.ts'
-import { CLOCK, MemoryStore, tightest, toBook } from './memory.ts'
-import { type Answers, Orders, toLeft, toNews, toOrder, toTold } from './orders.ts'
+import { CLOCK, MemoryStore, none, tightest, toBook } from './memory.ts'
+import { type Answers, Orders, type Refused, toLeft, toNews, toOrder, toTold } from './orders.ts'
 import {
   type Account,
   type Amount,
   type Call,
+  type Hold,
   idOf,
   isRefusal,
   type Lease,
@@ -54,7 +55,7 @@ export interface RedisStoreOptions extends StoreSettings {
 }
 
 interface RedisLease extends Lease {
-  held: Amount
+  held: Hold
   /** The same in the mirror. */
   readonly mirror: Lease
   /** While more is asked for. */
@@ -121,9 +122,16 @@ export class RedisStore implements LimitStore {
     return this.#isJoined
   }
 
-  /** It would take a round trip. */
-  look(): undefined {
-    return undefined
+  readonly isLocal = false
+
+  async look(
+    accounts: readonly Account[],
+    uploading: (account: Account) => number
+  ): Promise<Refusal | undefined> {
+    if (!this.#isJoined) return undefined
+    const looked = { hold: NOTHING, least: 0, uploading: accounts.map(uploading) }
+    const answer = await this.#step('look', accounts, looked).catch(() => undefined)
+    return answer?.refused && toRefusal(answer.refused)
   }
 
   async reserve(call: Call): Promise<Lease | Refusal> {
@@ -139,8 +147,7 @@ export class RedisStore implements LimitStore {
       return this.#alone(call, debt => this.#note(error, number, accounts, debt))
     }
     if ('refused' in answer) {
-      const { wait, ...refused } = answer.refused
-      return { ...refused, retryAfterMs: wait < 0 ? Number.POSITIVE_INFINITY : wait }
+      return toRefusal(answer.refused)
     }
     const states = answer.accounts
     const mirror = this.#mirror.reserveNow({ ...call, force: true }) as Lease
@@ -161,7 +168,7 @@ export class RedisStore implements LimitStore {
     this.#mirror.update(settings)
   }
 
-  extend(given: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+  extend(given: Lease, spent: Amount, more: Hold, force: boolean): Promise<boolean> {
     const lease = given as RedisLease
     const extend = () => this.#extend(lease, spent, more, force)
     const extending = (lease.extending?.then(extend) ?? extend()).finally(() => {
@@ -218,7 +225,7 @@ export class RedisStore implements LimitStore {
     await this.#redis.close()
   }
 
-  async #extend(lease: RedisLease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+  async #extend(lease: RedisLease, spent: Amount, more: Hold, force: boolean): Promise<boolean> {
     const { accounts, mirror } = lease
     const { delta, less } = toBook(mirror, spent)
     const debt = { ...delta, requests: 0 }
@@ -239,7 +246,7 @@ export class RedisStore implements LimitStore {
 
   async #settle({ accounts, mirror }: RedisLease, spent: Amount): Promise<void> {
     const { delta } = toBook(mirror, spent)
-    const less = { tokens: -mirror.held.tokens, cost: -mirror.held.cost }
+    const less = none(mirror.held)
     this.#mirror.settle(mirror, spent)
     const debt = { ...delta, requests: 0 }
     if (!this.#isJoined) return this.#owe(accounts, debt)
@@ -358,7 +365,7 @@ export class RedisStore implements LimitStore {
     const askedAt = CLOCK.time()
     const answer = await this.#orders.ask('beat', [], { since: this.#heardSince })
     if ('lost' in answer) return false
-    const { replicas, now, news } = answer
+    const { replicas, now, heard, news } = answer
     if (replicas !== this.#replicas) void this.#remember(replicas)
     this.#replicas = replicas
     this.#ahead = now - askedAt
@@ -366,14 +373,15 @@ export class RedisStore implements LimitStore {
     try {
       // Redis' Lua makes an object of an empty list.
       if (Array.isArray(news)) await onKeyNews?.(toNews(news, this.#ahead))
-      this.#heardSince = now
+      this.#heardSince = heard
     } catch (error) {
       log.error(
         { reason: (error as Error).message },
         'a key that was revoked elsewhere is not yet here'
       )
+      return true
     }
-    return true
+    return heard < now ? this.#hear() : true
   }
 
   /** A start without Redis has to know it. */
@@ -474,6 +482,10 @@ export class RedisStore implements LimitStore {
 /** Redis has not done what it was asked to. */
 class UnheardError extends Error {
   override readonly message = 'it does not know this process any more'
+}
+
+function toRefusal({ wait, ...refused }: Refused): Refusal {
+  return { ...refused, retryAfterMs: wait < 0 ? Number.POSITIVE_INFINITY : wait }
 }
 
 const NO_DEBT: Debt = { requests: 0, tokens: 0, cost: 0 }

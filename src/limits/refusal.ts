@@ -22,13 +22,19 @@ const UNITS: Record<LimitName, string> = {
  * `insufficient_quota` where it doesn't.
  *
  * @param time now (Unix ms)
+ * @param quotaStatus status of a response to a caller whose quota is used up
  */
-export function tooMany(refusal: Refusal, dialect: string, time: number): GatewayError {
+export function tooMany(
+  refusal: Refusal,
+  dialect: string,
+  time: number,
+  quotaStatus?: number
+): GatewayError {
   const { scope, limit, max, retryAfterMs } = refusal
-  if (limit === 'total_quota') return quotaUsedUp(refusal, time)
+  if (limit === 'total_quota') return quotaUsedUp(refusal, time, quotaStatus)
   const held =
     limit === 'reserved_quota'
-      ? `What is left of the quota of ${WHOSE[scope].replace('T', 't')} is reserved by running calls.`
+      ? `Running requests have reserved what is left of the quota of ${WHOSE[scope].replace('T', 't')}.${advice(refusal)}`
       : `${WHOSE[scope]} is limited to ${Number(max.toFixed(2))} ${UNITS[limit]}.`
   if (!Number.isFinite(retryAfterMs)) {
     return new GatewayError('rate_limit_exceeded', `${held} This request alone is larger.`, {
@@ -50,15 +56,26 @@ export function tooMany(refusal: Refusal, dialect: string, time: number): Gatewa
   })
 }
 
-function quotaUsedUp({ scope, retryAfterMs }: Refusal, time: number): GatewayError {
+function quotaUsedUp(refusal: Refusal, time: number, statusCode = 429): GatewayError {
+  const { scope, retryAfterMs, left = 0 } = refusal
+  const what =
+    left > 0
+      ? `${WHOSE[scope]} has too little left of its quota.${advice(refusal)}`
+      : `${WHOSE[scope]} has used up its quota.`
   const renewed = Number.isFinite(retryAfterMs)
     ? ` It is renewed at ${new Date(time + retryAfterMs).toISOString().slice(0, 19)}Z.`
     : ''
-  return new GatewayError(
-    'insufficient_quota',
-    `${WHOSE[scope]} has used up its quota.${renewed}`,
-    { headers: { 'x-should-retry': 'false' } }
-  )
+  return new GatewayError('insufficient_quota', what + renewed, {
+    statusCode,
+    headers: { 'x-should-retry': 'false' }
+  })
+}
+
+/** What is left, what the request would need, and how it can need less. */
+function advice({ left, needed }: Refusal): string {
+  if (left === undefined || !needed) return ''
+  const amount = (value: number) => String(Number(Math.max(0, value).toPrecision(6)))
+  return ` ${amount(left)} are left, and this request may need ${amount(needed)}: set a lower max_tokens, or send a shorter prompt.`
 }
 
 /** How an answer ends that would go beyond a budget. */

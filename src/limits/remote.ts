@@ -1,6 +1,8 @@
 import {
+  type Account,
   type Amount,
   type Call,
+  type Hold,
   isRefusal,
   type Lease,
   type LimitStore,
@@ -15,6 +17,7 @@ export type LimitQuestion =
   | { op: 'extend'; id: number; lease: number; spent: Amount; more: Amount; force: boolean }
   | { op: 'book'; id: number; lease: number; spent: Amount }
   | { op: 'settle'; lease: number; spent: Amount }
+  | { op: 'look'; id: number; accounts: readonly Account[]; uploading: number[] }
 
 /** What it is answered; of a lease all but its accounts. */
 export interface LimitAnswer {
@@ -38,20 +41,27 @@ export class RemoteStore implements LimitStore {
     this.#ask = ask
   }
 
-  /** It would take a round trip. */
-  look(): undefined {
-    return undefined
+  readonly isLocal = false
+
+  async look(
+    accounts: readonly Account[],
+    uploading: (account: Account) => number
+  ): Promise<Refusal | undefined> {
+    const id = ++this.#lastId
+    const counts = accounts.map(uploading)
+    const question = { op: 'look', id, accounts, uploading: counts } as const
+    const { refusal } = await this.#answer(id, question).catch((): Partial<LimitAnswer> => ({}))
+    return refusal && toRefusal(refusal)
   }
 
   async reserve(call: Call): Promise<Lease | Refusal> {
     const id = ++this.#lastId
     const { refusal, lease } = await this.#answer(id, { op: 'reserve', id, call })
     if (lease !== undefined) return { ...lease, id, accounts: call.accounts } as RemoteLease
-    // JSON has no Infinity.
-    return { ...refusal!, retryAfterMs: refusal!.retryAfterMs ?? Number.POSITIVE_INFINITY }
+    return toRefusal(refusal!)
   }
 
-  async extend(given: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean> {
+  async extend(given: Lease, spent: Amount, more: Hold, force: boolean): Promise<boolean> {
     const lease = given as RemoteLease
     const id = ++this.#lastId
     const question = { op: 'extend', id, lease: lease.id, spent, more, force } as const
@@ -115,6 +125,14 @@ export class RemoteLeases {
 
   async hear(question: LimitQuestion): Promise<void> {
     if (question.op === 'reserve') return this.#reserve(question.id, question.call)
+    if (question.op === 'look') {
+      const { id, accounts, uploading } = question
+      const refusal = await this.#store.look(
+        accounts,
+        account => uploading[accounts.indexOf(account)]!
+      )
+      return this.#tell({ id, ...(refusal === undefined ? {} : { refusal }) })
+    }
     const lease = this.#open.get(question.lease)
     if (question.op === 'settle') {
       this.#open.delete(question.lease)
@@ -149,4 +167,9 @@ export class RemoteLeases {
 
 function withoutAccounts({ accounts: _, ...lease }: Lease): Omit<Lease, 'accounts'> {
   return lease
+}
+
+/** JSON has no Infinity. */
+function toRefusal(refusal: Refusal): Refusal {
+  return { ...refusal, retryAfterMs: refusal.retryAfterMs ?? Number.POSITIVE_INFINITY }
 }

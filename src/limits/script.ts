@@ -12,6 +12,8 @@ import { SKEW } from './counter.ts'
 export const SCRIPT = `
 local LEASE, WINDOW, RETRY = 8000, 60000, 1000
 local EXACT, GRAIN = 512, 500
+-- Keys that are told of in one answer, unless more of them have the same time.
+local NEWS = 10000
 local MINUTES, DAY = 150000, 86400000
 -- What a client address has spent of a quota without a period is kept this long (ms) after its last request.
 local ADDRESS_KEPT = 62 * DAY
@@ -45,6 +47,8 @@ local function read(index)
   local packed = redis.call('GET', KEYS[4 + index])
   local counter = packed and cmsgpack.unpack(packed)
     or { requests = {}, tokens = {}, slots = {}, held_tokens = {}, held_cost = {} }
+  -- Counters of earlier versions have none.
+  counter.held_window = counter.held_window or {}
   for _, window in ipairs({ counter.requests, counter.tokens }) do
     local early = 0
     for grain, amount in pairs(window) do
@@ -59,7 +63,7 @@ local function read(index)
       is_corrected = true
     end
   end
-  for _, share in ipairs({ counter.slots, counter.held_tokens, counter.held_cost }) do
+  for _, share in ipairs({ counter.slots, counter.held_tokens, counter.held_cost, counter.held_window }) do
     for id in pairs(share) do
       if not alive[id] then share[id] = nil end
     end
@@ -136,7 +140,7 @@ end
 local function token_wait(counter, account, amount)
   local limit = account.tokens_per_minute
   if limit == 0 then return 0 end
-  local wanted = math.min(amount, limit) + sum(counter.held_tokens)
+  local wanted = math.min(amount, limit) + sum(counter.held_window)
   if wanted > limit then return RETRY end
   return window_wait(counter.tokens, limit, wanted)
 end
@@ -180,6 +184,7 @@ end
 local function hold(counter, more)
   counter.held_tokens[me] = (counter.held_tokens[me] or 0) + more.tokens
   counter.held_cost[me] = (counter.held_cost[me] or 0) + more.cost
+  counter.held_window[me] = (counter.held_window[me] or 0) + (more.window or more.tokens)
 end
 
 local function spend(counter, account, amount)
@@ -192,7 +197,7 @@ local function spend(counter, account, amount)
   end
 end
 
-local function refusal(counter, account)
+local function refusal(counter, account, uploading)
   local longest, limit, max = 0, nil, 0
   local function check(name, most, wait)
     if most > 0 and wait > longest then longest, limit, max = wait, name, most end
@@ -202,11 +207,11 @@ local function refusal(counter, account)
   local per_minute = account.requests_per_minute
   check('requests_per_minute', per_minute,
     per_minute > 0 and window_wait(counter.requests, per_minute, 1) or 0)
-  local for_tokens = token_wait(counter, account, order.hold.tokens)
+  local for_tokens = token_wait(counter, account, order.hold.window or order.hold.tokens)
   if order.least > account.tokens_per_minute then for_tokens = math.huge end
   check('tokens_per_minute', account.tokens_per_minute, for_tokens)
   check('max_concurrent', account.max_concurrent,
-    sum(counter.slots) < account.max_concurrent and 0 or RETRY)
+    sum(counter.slots) + (uploading or 0) < account.max_concurrent and 0 or RETRY)
   if not has_quota(counter, account, order.hold) then
     if has_quota(counter, account, order.hold, true) then
       check('reserved_quota', account.total_quota, RETRY)
@@ -216,7 +221,12 @@ local function refusal(counter, account)
     end
   end
   if limit then
-    return { scope = account.scope, limit = limit, max = max, wait = longest == math.huge and -1 or longest }
+    local refused = { scope = account.scope, limit = limit, max = max, wait = longest == math.huge and -1 or longest }
+    if limit == 'total_quota' or limit == 'reserved_quota' then
+      local unit = account.quota_unit
+      refused.left, refused.needed = account.total_quota - counter['spent_' .. unit], order.hold[unit]
+    end
+    return refused
   end
 end
 
@@ -233,7 +243,7 @@ local function left(counter, account)
     end
   end
   if account.tokens_per_minute > 0 then
-    local remaining = account.tokens_per_minute - sum(counter.tokens) - sum(counter.held_tokens)
+    local remaining = account.tokens_per_minute - sum(counter.tokens) - sum(counter.held_window)
     found.tokens = { account.tokens_per_minute, math.max(0, remaining), reset(counter.tokens) }
   end
   return found
@@ -253,6 +263,17 @@ local function write_all(counters)
 end
 
 local operations = {}
+
+-- Whether a request would be rejected; takes nothing.
+function operations.look()
+  return each(function(counters)
+    for index, account in ipairs(order.accounts) do
+      local refused = refusal(counters[index], account, order.uploading[index])
+      if refused then return { refused = refused } end
+    end
+    return { looked = true }
+  end)
+end
 
 function operations.reserve()
   return each(function(counters)
@@ -288,8 +309,9 @@ function operations.extend()
       local counter = counters[index]
       spend(counter, account, order.spent)
       hold(counter, order.less)
-      has_room = has_room and token_wait(counter, account, order.more.tokens) == 0
-        and has_quota(counter, account, order.more)
+      -- What is reserved of a quota already needs no more of it.
+      has_room = has_room and token_wait(counter, account, order.more.window or order.more.tokens) == 0
+        and (order.more[account.quota_unit] == 0 or has_quota(counter, account, order.more))
     end
     if has_room or order.force then
       for _, counter in ipairs(counters) do hold(counter, order.more) end
@@ -306,7 +328,8 @@ function operations.settle()
       spend(counter, account, order.spent)
       local slots = (counter.slots[me] or 1) - 1
       if slots <= 0 then
-        counter.slots[me], counter.held_tokens[me], counter.held_cost[me] = nil, nil, nil
+        counter.slots[me] = nil
+        counter.held_tokens[me], counter.held_cost[me], counter.held_window[me] = nil, nil, nil
       else
         counter.slots[me] = slots
         hold(counter, order.less)
@@ -323,8 +346,12 @@ function operations.beat()
   -- What came in the same millisecond may be told twice.
   -- Of a clock that is set back all are told again: some may have come while it was ahead.
   local since = order.since > now and now - 30 * DAY or order.since
-  local news = redis.call('ZRANGEBYSCORE', KEYS[3], since, now, 'WITHSCORES')
-  return { replicas = #replicas, now = now, news = news }
+  local news = redis.call('ZRANGEBYSCORE', KEYS[3], since, now, 'WITHSCORES', 'LIMIT', 0, NEWS)
+  local heard = #news < 2 * NEWS and now or tonumber(news[#news])
+  if heard < now and heard == tonumber(news[2]) then
+    news, heard = redis.call('ZRANGEBYSCORE', KEYS[3], since, now, 'WITHSCORES'), now
+  end
+  return { replicas = #replicas, now = now, heard = heard, news = news }
 end
 
 function operations.join()
@@ -350,6 +377,7 @@ function operations.seed()
       counter.slots[me] = own.slots > 0 and own.slots or nil
       counter.held_tokens[me] = own.slots > 0 and own.held.tokens or nil
       counter.held_cost[me] = own.slots > 0 and own.held.cost or nil
+      counter.held_window[me] = own.slots > 0 and own.held.window or nil
       for _, entry in ipairs(own.requests) do
         take_grain(counter.requests, account.requests_per_minute, entry[2], entry[1])
       end

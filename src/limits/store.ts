@@ -21,13 +21,19 @@ export interface Amount {
   cost: number
 }
 
+/** What a request reserves. */
+export interface Hold extends Amount {
+  /** Tokens for tokens_per_minute, where they differ from those for quotas. */
+  window?: number | undefined
+}
+
 export const NOTHING: Amount = { tokens: 0, cost: 0 }
 
 /** What one call wants. */
 export interface Call {
   accounts: readonly Account[]
-  /** What it will likely spend. */
-  hold: Amount
+  /** What it reserves. */
+  hold: Hold
   /** What it will surely spend: with more than a minute's tokens it could never be let through. */
   least: number
   /** Takes even where there is no room. */
@@ -50,6 +56,9 @@ export interface Refusal {
   max: number
   /** When it is worth trying again; Infinity: never, as it stands. */
   retryAfterMs: number
+  /** Of a quota, in its unit: what is left, and what the request needs to reserve. */
+  left?: number
+  needed?: number
 }
 
 /** What is left of the tightest limit of its kind, for response headers. */
@@ -63,7 +72,7 @@ export interface Left {
 export interface Lease {
   readonly accounts: readonly Account[]
   /** Reserved, and not spent yet. */
-  held: Amount
+  held: Hold
   /** Spent so far. */
   spent: Amount
   isOpen: boolean
@@ -84,8 +93,17 @@ export interface LimitStore {
    * @throws {StoreError} when it can't be said
    */
   reserve(call: Call): Promise<Lease | Refusal>
-  /** Would it be refused now? Takes nothing; undefined also where that would take a round trip. */
-  look(accounts: readonly Account[]): Refusal | undefined
+  /** Whether {@link look} needs no round trip. */
+  readonly isLocal: boolean
+  /**
+   * Whether a request would be rejected now; takes nothing. Where the store is not there it is not.
+   *
+   * @param uploading requests of an account whose bodies are being read
+   */
+  look(
+    accounts: readonly Account[],
+    uploading: (account: Account) => number
+  ): Refusal | undefined | Promise<Refusal | undefined>
   /**
    * Books what has been spent since the last time, and reserves `more` where every account has room for
    * it (with `force`: in any case).
@@ -93,7 +111,7 @@ export interface LimitStore {
    * @param spent in all so far
    * @returns whether it was reserved
    */
-  extend(lease: Lease, spent: Amount, more: Amount, force: boolean): Promise<boolean>
+  extend(lease: Lease, spent: Amount, more: Hold, force: boolean): Promise<boolean>
   /**
    * Books what was spent in all, and holds the rest until {@link settle}. Resolves when a crash of this process
    * cannot lose it, or when that cannot be achieved now; never rejects.

@@ -28,6 +28,7 @@ const TEXT_WEIGHTS = [...CHARACTERS, ...RUNS, 0]
 const TEXT_VARIANCES = [...new Array(TEXT_COUNTS).fill(0.05), 4]
 /** What servers add: marks of the beginning and the end, a chat template, and instructions for the use of tools. */
 const ADDED = [...FRAMES.map(frame => (frame === 'plain' ? 1 : 20)), 100]
+const NOTHING_ADDED = ADDED.map(() => 0)
 const ADDED_VARIANCES = [...FRAMES.map(frame => (frame === 'plain' ? 2 : 100) ** 2), 200 ** 2]
 const PROMPT_WEIGHTS = [...CHARACTERS, ...RUNS, ...ADDED]
 const PROMPT_VARIANCES = [...new Array(TEXT_COUNTS).fill(0.05), ...ADDED_VARIANCES]
@@ -54,8 +55,8 @@ const OTHERS = 3
 /** How far such a lesson counts as off at most: a share, and tokens. */
 const MOST_OFF = 0.25
 const MOST_OFF_TOKENS = 4
-/** A caller's prompts are never estimated below this share of what they would be for a new caller. */
-const LEAST = 0.5
+/** A caller's prompts are never estimated below this share of what their text would be for a new caller. */
+const LEAST = 1 / 3
 
 /** Whose tokens they are. */
 export interface Source {
@@ -119,10 +120,10 @@ export class Estimates {
   input(source: Source, prompt: PromptText): number {
     if (!hasText(prompt)) return 0
     if (characters(prompt.counts) === 0) return prompt.tokens
-    const features = promptFeatures(prompt)
-    const prior = this.#prior(source).prompt.of(features)
-    const own = this.#own.get(nameOf(source))?.prompt.of(features) ?? prior
-    return Math.max(1, Math.round(prompt.tokens + Math.max(own, LEAST * prior)))
+    const prior = this.#prior(source)
+    const known = this.#own.get(nameOf(source)) ?? prior
+    const tokens = Math.max(known.prompt.of(promptFeatures(prompt)), leastOf(prior, prompt))
+    return Math.max(1, Math.round(prompt.tokens + tokens))
   }
 
   /** The backend has counted this many tokens for a whole response. */
@@ -138,9 +139,9 @@ export class Estimates {
 
   learnInput(source: Source, prompt: PromptText, tokens: number): void {
     if (prompt.hasData || !isPlausible(prompt.counts, tokens, MAX_TEMPLATE)) return
-    const features = promptFeatures(prompt)
     // Servers may cut a prompt that is too long for them.
-    if (tokens < LEAST * this.#prior(source).prompt.of(features)) return
+    if (tokens < leastOf(this.#prior(source), prompt)) return
+    const features = promptFeatures(prompt)
     const { own, common } = this.#remember(source)
     if (own === undefined) return
     own.prompt.learn(features, tokens)
@@ -185,6 +186,11 @@ export class Estimates {
 
 function nameOf({ model, caller }: Source): string {
   return `${model}\n${caller}`
+}
+
+/** The least that a caller's prompt can be, whatever it has taught: without what a server adds. */
+function leastOf(prior: Known, { counts }: PromptText): number {
+  return LEAST * prior.prompt.of([...counts, ...NOTHING_ADDED])
 }
 
 /** Whether a caller may teach all of them now: after others have used the model. */

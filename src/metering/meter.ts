@@ -51,6 +51,8 @@ export class Meter {
   /** `id` of the answer, and who wants to know it as soon as it is seen. */
   id: string | undefined
   onId: ((id: string) => void) | undefined
+  /** `status` of a response. */
+  #status: string | undefined
   readonly framing: Framing
   readonly #dialect: Dialect
   readonly #takeOut: boolean
@@ -187,6 +189,12 @@ export class Meter {
     return this.#isMidEvent ? '\n' : ''
   }
 
+  /** A response is shown that is not complete. */
+  get isOngoing(): boolean {
+    if (this.framing !== 'json') return !this.finished
+    return this.#status === 'queued' || this.#status === 'in_progress'
+  }
+
   isCutShort(): boolean {
     // The last line may lack its end.
     if (this.framing === 'ndjson') this.#harvest()
@@ -271,6 +279,8 @@ export class Meter {
   }
 
   #addDelta(chunk: Buffer, sample: Sample): Buffer {
+    // What is shorter may lack numbers that the one before had.
+    if (sample.usageEnd - sample.usageBegin < this.#runningLength) this.#readRunning()
     this.deltas++
     addText(this.#watcher.text, chunk, sample.textBegin, sample.textEnd)
     if (!sample.hasUsage) return chunk
@@ -469,6 +479,7 @@ export class Meter {
     if (seen.promptEvalCount !== undefined) this.#counts.set('input_tokens', seen.promptEvalCount)
     if (seen.evalCount !== undefined) this.#counts.set('output_tokens', seen.evalCount)
     this.failure ??= this.#dialect.failure(seen)
+    this.#status = seen.status
     if (seen.finishReasons !== undefined) this.#endedChoice = true
     else if (this.#saysEnd()) this.#saidEnd = true
     if (this.id === undefined && seen.id !== undefined) {

@@ -75,6 +75,7 @@ const ARRAY = 2
 const MAX_DEPTH = 64
 const MAX_KEPT = 16 * 1024
 const LONG_TEXT = 48
+const LETTER_E = 0x65
 /** Maximum number of different finish reasons that are kept of one text. */
 const MAX_REASONS = 16
 /** Stands for an error that is longer than what is kept; JSON. */
@@ -244,7 +245,7 @@ export class JsonWatcher {
       case 0x22:
         this.#state = TEXT
         this.#isPiece = this.#pieceDepth === 0 && this.#isDelta()
-        this.#keeps = this.#isKept()
+        this.#keeps = this.#isKept(bytes[at + 1])
         return true
       case 0x7b:
         if (this.#isUsage() || this.#isError()) return this.#keepObject()
@@ -425,10 +426,12 @@ export class JsonWatcher {
     return this.#depth === 1 && (this.#members[1]! & ~FLAGS) === code
   }
 
-  /** Whether this string is one of those that are noted. */
-  #isKept(): boolean {
+  /** Whether this string, which begins with this byte (undefined: not known), is one of those that are noted. */
+  #isKept(first: number | undefined): boolean {
     if (this.#depth === 1) {
       const member = this.#members[1]!
+      // Every chunk has an `object`: only "error" is of interest.
+      if (member === NAMES.object && first !== undefined) return first === LETTER_E
       return member === NAMES.message || (member >= NAMES.id && member <= NAMES.code)
     }
     if (this.#depth === 2) return this.#isId() || this.#isError()

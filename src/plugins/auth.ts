@@ -99,6 +99,8 @@ declare module 'fastify' {
 export interface Keys {
   update(options: AuthOptions, storage: StorageOptions): Promise<void>
   credentialHeaders(): readonly string[]
+  /** Status of a response to a caller whose quota is used up. */
+  quotaStatus(): number
   /** Drops what is remembered of the key with this SHA-256, or of all, in this process. */
   forget(hash?: string): void
   /** Takes over what another gateway says of keys: what is dead there is revoked here, where it is known. */
@@ -127,6 +129,7 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   fastify.decorate('keys', {
     update,
     credentialHeaders: () => headerNames,
+    quotaStatus: () => options.status_codes.quota_exceeded.http_code,
     forget: hash => keyring?.forget(hash),
     async hear(news) {
       const revoked = news.filter(each => each.revokedAt !== undefined)
@@ -157,7 +160,7 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   /** What is refused changes nothing. */
   async function update(changed: AuthOptions, storage: StorageOptions): Promise<void> {
     const { dataDir, log } = fastify
-    const next = toSources(changed, { storage, dataDir, store, log }, sources)
+    const next = await toSources(changed, { storage, dataDir, store, log }, sources)
     if (changed.enabled) await admitSomebody(next, store, file, log)
     const before = { keyring, sources }
     const { mode, status_codes: codes } = changed

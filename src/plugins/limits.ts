@@ -24,6 +24,7 @@ import {
   type Account,
   ADDRESS,
   type Amount,
+  type Hold,
   isRefusal,
   type Lease,
   type LimitStore,
@@ -32,6 +33,7 @@ import {
   StoreError
 } from '../limits/store.ts'
 import { Typical } from '../limits/typical.ts'
+import { Uploads } from '../limits/uploads.ts'
 import { Complaint } from '../logs/complaint.ts'
 import { checkOptions, type Given, OptionsError } from '../options.ts'
 import { partsOf } from '../reporters/record.ts'
@@ -84,6 +86,10 @@ type Caches = StorageOptions['caches']
 const LOOK_INTERVAL = 250
 /** By how many tokens a reserve grows; by fewer where that is all there is. */
 const STEPS = [256, 64, 16]
+/** Output tokens of a request that sets no maximum, for a model whose context is not known. */
+const UNKNOWN_OUTPUT = 4096
+/** Up to this size (bytes) a body is read before limits are checked, where that takes a round trip. */
+const SMALL_BODY = 64 * 1024
 /** More is reserved before the last tokens are spent. */
 const AHEAD = 128
 
@@ -123,13 +129,32 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     }
   })
 
-  // A look before the body is read, so that a caller who is over costs no upload.
+  const uploads = new Uploads()
+  exchanges.onEnd('slot', endUpload)
+
+  // Before the body is read, so that what cannot be served costs no upload.
   fastify.addHook('onRequest', (request, _reply, done) => {
     if (request.routeOptions.config.rateLimit === false || options.mode === 'shadow') return done()
-    const refusal = store.look(accountsOf(askerOf(request), options))
-    if (refusal !== undefined) throw refuse(refusal, request.exchange)
-    done()
+    const accounts = accountsOf(askerOf(request), options)
+    const { exchange } = request
+    const length = lengthOf(request)
+    const begin = (refusal: Refusal | undefined) => {
+      if (refusal !== undefined) throw refuse(refusal, exchange)
+      // A client that has left meanwhile has no end to come.
+      if (length > 0 && !exchange.closed) exchange.uploading = uploads.begin(accounts)
+      done()
+    }
+    // A round trip costs more than reading a small body.
+    if (!store.isLocal && length <= SMALL_BODY) return begin(uploads.refusal(accounts))
+    const refusal = store.look(accounts, account => uploads.of(account))
+    if (!(refusal instanceof Promise)) return begin(refusal)
+    refusal.then(begin).catch(done)
   })
+
+  function endUpload(exchange: Exchange): void {
+    if (exchange.uploading !== undefined) uploads.end(exchange.uploading)
+    exchange.uploading = undefined
+  }
 
   // @fastify/rate-limit runs the step on every route of this scope and honours its per-route
   // `config.rateLimit`; the key it hands to its store is the exchange, the count comes from here.
@@ -158,8 +183,10 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   })
 
   async function reserve(exchange: Exchange): Promise<void> {
+    endUpload(exchange)
     const accounts = accountsOf(askerOf(exchange.request), options)
     if (accounts.length > 0) {
+      refuseUnpriced(exchange, accounts)
       const call = { accounts, ...expectation(exchange, accounts) }
       const from = store
       let lease = await from.reserve(call).catch(toUnavailable)
@@ -178,19 +205,44 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     if (exchange.closed) throw new GatewayError('client_gone', 'The client has left.')
   }
 
-  /** What a call will likely spend, and what at least. */
-  function expectation(exchange: Exchange, accounts: Account[]): { hold: Amount; least: number } {
+  /** Without a price a budget of money would not notice the request. */
+  function refuseUnpriced(exchange: Exchange, accounts: Account[]): void {
+    if (options.mode === 'shadow' || fastify.usage?.refusesUnpriced !== true) return
+    if (exchange.endpoint?.spends === undefined || !accounts.some(isOfMoney)) return
+    const nothing = { input: 0, output: 0, cached: 0, cacheWrite: 0 }
+    if (fastify.usage.cost(exchange, nothing) !== undefined) return
+    throw new GatewayError(
+      'model_not_priced',
+      'This model has no price, and a budget of money applies to the request. Use another model.'
+    )
+  }
+
+  /** What a request reserves, and what it will spend at least. */
+  function expectation(exchange: Exchange, accounts: Account[]): { hold: Hold; least: number } {
     if (!hasBudget(accounts) || exchange.endpoint?.spends === undefined) {
       return { hold: NOTHING, least: 0 }
     }
-    const { payload } = exchange.request
-    const model = payload?.model ?? ''
     const input = fastify.tokens?.input(exchange) ?? 0
-    const output =
-      exchange.endpoint.spends === 'input'
-        ? 0
-        : typical.expect(subject(exchange.request), model, payload?.maxTokens)
-    return { hold: amount(exchange, input, output), least: fastify.tokens?.least(exchange) ?? 0 }
+    const least = fastify.tokens?.least(exchange) ?? 0
+    if (exchange.endpoint.spends === 'input') {
+      return { hold: amount(exchange, input, 0), least }
+    }
+    const most = mostOutput(exchange, input)
+    const usual = typical.expect(subject(exchange.request), exchange.model ?? '', most)
+    const isMax = accounts.some(({ limits }) => limits.total_quota > 0 && limits.reserve === 'max')
+    const hold = amount(exchange, input, isMax ? most : usual)
+    return { hold: { ...hold, window: input + usual }, least }
+  }
+
+  /** Output tokens that a request can get: what it allows, and what the context of its model leaves. */
+  function mostOutput(exchange: Exchange, input: number): number {
+    const { payload } = exchange.request
+    const { maxTokens, sequences = 1 } = payload ?? {}
+    const context = fastify.backends?.pool.contextLength(exchange)
+    const room = context === undefined ? undefined : Math.max(1, context - input) * sequences
+    if (maxTokens !== undefined) return Math.min(maxTokens, room ?? maxTokens)
+    const { assumed_max_tokens: assumed } = options
+    return assumed === undefined ? (room ?? UNKNOWN_OUTPUT * sequences) : assumed * sequences
   }
 
   function amount(exchange: Exchange, input: number, output: number): Amount {
@@ -219,13 +271,17 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     if (output === 0) return
     const input = fastify.tokens.input(exchange)
     const spent = amount(exchange, input, output)
-    const left = lease.held.tokens - (spent.tokens - lease.spent.tokens)
+    const { tokens, window = tokens } = lease.held
+    const isSpent = spent.tokens - lease.spent.tokens
+    const left = Math.min(tokens, window) - isSpent
     if (left > AHEAD) return
+    const isReserved = tokens - isSpent > AHEAD
     watched.delete(exchange)
     const isStopping = options.on_exhausted === 'stop' && options.mode === 'enforce'
     let hasRoom = false
     for (const output of STEPS) {
-      const more = amount(exchange, 0, output)
+      const quota = isReserved ? NOTHING : amount(exchange, 0, output)
+      const more = { ...quota, window: output }
       hasRoom = await from.extend(lease, spent, more, !isStopping)
       if (exchange.closed) return
       if (hasRoom) break
@@ -282,7 +338,8 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
       const { id: requestId } = exchange
       fastify.log.info({ requestId, scope, limit }, 'a limit would have refused this')
     }
-    return tooMany(refusal, exchange.dialect.name, Date.now())
+    const quotaStatus = fastify.keys?.quotaStatus()
+    return tooMany(refusal, exchange.dialect.name, Date.now(), quotaStatus)
   }
 
   async function openStore(options: LimitsOptions, caches: Caches): Promise<LimitStore> {
@@ -316,14 +373,27 @@ function hasQuota({ limits }: Account): boolean {
   return limits.total_quota > 0
 }
 
+/** Bytes that a request announces; Infinity where it does not say. */
+function lengthOf({ headers }: FastifyRequest): number {
+  if (headers['transfer-encoding'] !== undefined) return Number.POSITIVE_INFINITY
+  return Number(headers['content-length'] ?? 0)
+}
+
 function isOfMoney({ limits }: Account): boolean {
   return limits.total_quota > 0 && limits.quota_unit === 'cost'
 }
 
 function askerOf(request: FastifyRequest): Asker {
-  const { caller, exchange, server } = request
+  const { caller, exchange, payload, server } = request
   const lists = (model: string) => server.backends?.pool.lists(model) ?? true
-  return { caller, subject: subject(request), model: exchange.model, lists }
+  const { stored, heldModel } = exchange
+  return {
+    caller,
+    subject: subject(request),
+    model: payload && exchange.model,
+    heldModel: stored && heldModel,
+    lists
+  }
 }
 
 function toUnavailable(error: unknown): never {

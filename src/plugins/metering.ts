@@ -3,6 +3,7 @@ import fp from 'fastify-plugin'
 import type { Dialect } from '../dialects/dialect.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
 import type { Framing } from '../http.ts'
+import type { UnbilledResponse } from '../metering/billed.ts'
 import { isPlausible } from '../metering/counts.ts'
 import { Estimates, type Passed, type Source } from '../metering/estimate.ts'
 import { Meter, memberNames } from '../metering/meter.ts'
@@ -76,8 +77,9 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
   })
 
   fastify.answerHooks.push((exchange, answer) => {
-    const { reply, request } = exchange
-    if (exchange.endpoint?.body === 'none' || request.method !== 'POST') return undefined
+    const { reply, request, endpoint, stored } = exchange
+    const isRead = endpoint?.body !== 'none' && request.method === 'POST'
+    if (!isRead && (stored === undefined || request.method === 'HEAD')) return undefined
     if (reply.statusCode < 200 || reply.statusCode > 299) return undefined
     const { framing } = answer
     if (framing === undefined) return undefined
@@ -88,7 +90,8 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
       names: namesOf(dialect, framing),
       takeOut: exchange.question?.asked.includes('include_usage') === true,
       strips: exchange.question?.asked.includes('continuous_usage_stats') === true,
-      mustEnd: saysItsEnd(exchange.endpoint)
+      // A stored response can be read from any event on, and so from its end.
+      mustEnd: isRead && saysItsEnd(endpoint)
     })
     exchange.meter = meter
     meter.onId = exchange.onAnswerId
@@ -97,8 +100,11 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
   })
 
   exchanges.onEnd('metering', exchange => {
-    if (exchange.meter !== undefined) measure(exchange, exchange.meter, estimates)
-    else if (exchange.outcome === 'client_gone' && exchange.isWaiting) {
+    const { meter } = exchange
+    if (meter !== undefined) {
+      measure(exchange, meter, estimates)
+      if (exchange.stored !== undefined) bill(exchange, exchange.stored, meter)
+    } else if (exchange.outcome === 'client_gone' && exchange.isWaiting) {
       estimatePrompt(exchange, estimates)
     }
   })
@@ -108,9 +114,9 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
 const MAX_LEARNED = 1000
 
 /** Whose tokens an exchange spends. Keys of one user are one caller. */
-function sourceOf({ request, clientIp }: Exchange): Source {
-  const { caller, payload } = request
-  return { model: payload?.model ?? '', caller: caller?.userId ?? caller?.id ?? clientIp ?? '' }
+function sourceOf({ request, model = '', clientIp = '' }: Exchange): Source {
+  const { caller } = request
+  return { model, caller: caller?.userId ?? caller?.id ?? clientIp }
 }
 
 /** The text of a request that spends tokens. */
@@ -130,6 +136,8 @@ function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
   const { usage: said, isAll } = reported(exchange, meter, estimates)
   // A failure alone costs as little as one that comes with a status of its own.
   if (meter.failure !== undefined && said === undefined && meter.deltas === 0) return
+  // What is made in the background has its usage later.
+  if (meter.framing === 'json' && meter.isOngoing && said === undefined) return
   if (meter.framing !== 'json') {
     exchange.firstTokenAt = meter.firstDeltaAt
     exchange.lastTokenAt = meter.lastDeltaAt
@@ -143,6 +151,22 @@ function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
   } else {
     const isWhole = isOver && meter.failure === undefined
     estimate(exchange, meter, estimates, { said, isRight, isWhole })
+  }
+}
+
+/** What was billed before of a stored response, is not billed again. */
+function bill(exchange: Exchange, stored: UnbilledResponse, meter: Meter): void {
+  const { usage, outcome } = exchange
+  const isSaid = usage?.exactness === 'exact'
+  const isComplete =
+    !meter.isOngoing && (isSaid || (outcome === 'ok' && meter.failure === undefined))
+  const due = stored.bill(usage, isComplete)
+  exchange.usage = undefined
+  if (!(due instanceof Promise)) exchange.usage = due
+  else {
+    exchange.settling = due.then(usage => {
+      exchange.usage = usage
+    })
   }
 }
 
@@ -185,6 +209,8 @@ function saysAll({ endpoint, prompt }: Exchange, meter: Meter, said: Usage): boo
 function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Usage): void {
   // A response that failed may lack text that its tokens were spent on.
   if (exchange.isDivided || meter.failure !== undefined) return
+  // A stored response is shown without its prompt, and maybe not from its beginning.
+  if (exchange.endpoint?.showsResponse) return
   const { payload } = exchange.request
   // Servers count several sequences in different ways, and a repeated prompt is no output.
   if (payload === undefined || payload.echo || Math.max(payload.sequences, meter.choices) > 1)
@@ -224,7 +250,8 @@ function estimate(
   estimates: Estimates,
   { said, isRight, isWhole }: { said: Usage | undefined; isRight: boolean; isWhole: boolean }
 ): void {
-  const spends = exchange.endpoint?.spends
+  const { endpoint, stored } = exchange
+  const spends = endpoint?.showsResponse ? 'input and output' : endpoint?.spends
   if (spends === undefined) return
   const source = sourceOf(exchange)
   const { prompts = 1 } = exchange.request.payload ?? {}
@@ -232,7 +259,10 @@ function estimate(
   const output = spends === 'input' ? 0 : tokens + estimates.output(source, since)
   const saidOutput = said?.completionTokens ?? 0
   const completionTokens = isRight && saidOutput > 0 ? saidOutput : Math.max(output, saidOutput)
-  const prompt = exchange.prompt === undefined ? 0 : estimates.input(source, exchange.prompt)
+  const prompt =
+    exchange.prompt === undefined
+      ? (stored?.promptTokens ?? 0)
+      : estimates.input(source, exchange.prompt)
   // What was reported of several prompts may be about one of them.
   const promptTokens =
     prompts > 1 && !isRight

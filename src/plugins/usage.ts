@@ -73,6 +73,11 @@ export const UsageOptions = Section(
       description: 'Tags of records, and the request headers they are taken from'
     }),
     prices: Type.Array(PriceOptions, { default: [], description: 'What models cost' }),
+    unpriced: Type.Enum(['allow', 'refuse'], {
+      default: 'allow',
+      description:
+        'A request for a model without a price while a budget of money applies to it: allow: it is not counted; refuse: 403 model_not_priced'
+    }),
     reporters: Type.Array(ReporterOptions, {
       default: [],
       distinct: [
@@ -97,6 +102,8 @@ declare module 'fastify' {
 
 export interface UsageReports extends Readonly<OutboxState> {
   readonly onDelivery: OnDelivery[]
+  /** Whether requests without a price are rejected while a budget of money applies. */
+  readonly refusesUnpriced: boolean
   update(options: UsageOptions, storage: StorageOptions): Promise<void>
   /** What so many tokens cost in this exchange; undefined where its model has no price. */
   cost(exchange: Exchange, tokens: PricedTokens): number | undefined
@@ -156,6 +163,9 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     },
     get trouble() {
       return state().trouble
+    },
+    get refusesUnpriced() {
+      return options.unpriced === 'refuse'
     },
     onDelivery,
     update,

@@ -3,7 +3,6 @@ import { Readable } from 'node:stream'
 import { type Dispatcher, errors } from 'undici'
 import type { Dialect } from '../dialects/dialect.ts'
 import type { Failure } from '../dialects/failure.ts'
-import { openai } from '../dialects/openai.ts'
 import { GatewayError } from '../errors.ts'
 import { type Framing, framingOf, isStream, parseRetryAfter } from '../http.ts'
 import type { UsageField } from '../payload-edits.ts'
@@ -64,8 +63,8 @@ export interface AttemptOwner {
   again(attempt: Attempt): void
   /** When the client will have waited long enough for an answer to begin (monotonic, ms). */
   readonly deadline: number
-  /** In which the request was made. */
-  readonly dialect: Dialect
+  /** In which the request was made; undefined: nothing is made, and no failure of its own can be reported. */
+  readonly dialect: Dialect | undefined
   /** The framing that the request asks for; undefined: none. */
   readonly asked: Framing | undefined
   count(attempt: Attempt, result: AttemptResult): void
@@ -101,7 +100,7 @@ const NOBODY: AttemptOwner = {
   broke() {},
   again() {},
   deadline: Number.POSITIVE_INFINITY,
-  dialect: openai,
+  dialect: undefined,
   asked: undefined,
   count() {}
 }

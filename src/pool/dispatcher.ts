@@ -353,8 +353,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     if (refused !== undefined) this.turnAway(refused)
   }
 
-  get dialect(): Dialect {
-    return this.#exchange.dialect
+  get dialect(): Dialect | undefined {
+    return this.#exchange.endpoint?.body === 'none' ? undefined : this.#exchange.dialect
   }
 
   get asked(): Framing | undefined {
@@ -557,7 +557,9 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
 
   /** What was spent is known by now: the backend's speed shows in it. */
   #learn(): void {
-    const { outcome, usage, continuations, firstTokenAt, lastTokenAt } = this.#exchange
+    const { outcome, usage, continuations, endpoint, firstTokenAt, lastTokenAt } = this.#exchange
+    // A stored response is read faster than it was written.
+    if (endpoint?.showsResponse) return
     if (outcome !== 'ok' || usage === undefined || continuations > 0) return
     const { promptTokens, completionTokens, cachedTokens } = usage
     this.#delivered?.learn({

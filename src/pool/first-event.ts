@@ -10,7 +10,8 @@ const USAGE = /"usage"\s*:\s*\{/
 
 /** What is known of a response before its body comes. */
 export interface Expected {
-  dialect: Dialect
+  /** undefined: no failure is looked for. */
+  dialect: Dialect | undefined
   /** The framing that the request asked for; undefined: none. */
   asked: Framing | undefined
   /** The framing that `content-type` names. */
@@ -91,9 +92,10 @@ export class FirstEvent {
   #judge(event: string | undefined): 'response' | Failure {
     this.#isSeen = true
     const { framing } = this
-    if (event === undefined || framing === undefined) return 'response'
+    const { dialect } = this.#expected
+    if (event === undefined || framing === undefined || dialect === undefined) return 'response'
     if (framing === 'json' && USAGE.test(event)) return 'response'
-    return failureOf(event, this.#expected.dialect, framing) ?? 'response'
+    return failureOf(event, dialect, framing) ?? 'response'
   }
 
   /** Its JSON, when it is there; comments and the like are none. */

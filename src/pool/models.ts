@@ -39,6 +39,16 @@ export function toPublic(card: ModelCard): ModelCard {
   }
 }
 
+/** Fields in which servers say how many tokens a context has; llama.cpp has it in `meta`. */
+const CONTEXT = ['max_model_len', 'context_length', 'context_window', 'max_input_tokens']
+
+/** The length of a model's context (tokens), where its server says so; else an empty list. */
+export function contextOf(card: ModelCard): number[] {
+  const meta = Object(card.meta) as { n_ctx?: unknown }
+  const found = [...CONTEXT.map(field => card[field]), meta.n_ctx].find(value => Number(value) > 0)
+  return found === undefined ? [] : [Number(found)]
+}
+
 /** The names that callers use for what a backend calls `upstream`. */
 export function publicNames({ config }: Backend, upstream: string): string[] {
   if (config.models === undefined) return [upstream]

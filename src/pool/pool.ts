@@ -1,4 +1,5 @@
 import { isDeepStrictEqual } from 'node:util'
+import { untagged } from '../keys/key.ts'
 import { Backend, type BackendConfig, Live, type TimeLimits } from './backend.ts'
 import type { BreakerPolicy, CircuitTurn, OpenReason } from './breaker.ts'
 import { RetryBudget } from './budget.ts'
@@ -12,7 +13,7 @@ import {
   type Wanted
 } from './lineup.ts'
 import { Speeds } from './load.ts'
-import { hasClosedList, isListed, listModels, upstreamModel } from './models.ts'
+import { contextOf, hasClosedList, isListed, listModels, upstreamModel } from './models.ts'
 import { Queue, type QueuePolicy } from './queue.ts'
 import type { StrategyName } from './strategies.ts'
 
@@ -146,6 +147,16 @@ export class Pool {
     return this.#current
       .names(model, wanted)
       .some(each => this.backends.some(backend => upstreamModel(backend, each) !== undefined))
+  }
+
+  /** The longest context (tokens) of the model at a backend that may get the request; undefined: none is known. */
+  contextLength(wanted: Wanted): number | undefined {
+    const known = this.candidates(wanted).flatMap(({ backend, upstream = '' }) => {
+      const card =
+        backend.live.models?.get(upstream) ?? backend.live.models?.get(untagged(upstream))
+      return card === undefined ? [] : contextOf(card)
+    })
+    return known.length === 0 ? undefined : Math.max(...known)
   }
 
   /** The model that requests without one get: the only one there is, where that is known. */

@@ -81,7 +81,7 @@ export function toRecord(
   const input_tokens = usage?.promptTokens ?? 0
   const output_tokens = usage?.completionTokens ?? 0
   const total_tokens = usage?.totalTokens ?? 0
-  const requested_model = payload?.model ?? null
+  const requested_model = exchange.model ?? null
   const model = exchange.served?.upstream ?? requested_model
   const stream = payload?.stream ?? false
   const duration_ms = Math.round(exchange.durationMs)

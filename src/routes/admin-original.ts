@@ -1,6 +1,8 @@
 import { Type } from 'typebox'
-import type { Distinct } from '../issues.ts'
-import { keyFields, Time } from '../keys/fields.ts'
+import { batchesOf } from '../batches.ts'
+import { GatewayError } from '../errors.ts'
+import { keyFields } from '../keys/fields.ts'
+import { OwnedSpec, readSync, SyncOptions, type SyncRequest } from '../keys/key-sync.ts'
 import { KeyText, toHash } from '../keys/static.ts'
 import type { KeyChanges, OwnedKey, StoredKey } from '../keys/stored-key.ts'
 import { OptionsError } from '../options.ts'
@@ -12,15 +14,14 @@ import { noSuchKey, there } from './admin-keys.ts'
 const MAX_PAGE = 100
 /** For a whole list of keys. */
 const SYNC_LIMIT = 64 * 1024 * 1024
+const THREAD = new URL(`../keys/key-sync-thread${import.meta.url.slice(-3)}`, import.meta.url)
+/** Maximum size (bytes) of a list that is read without a thread: that takes a few milliseconds. */
+const SMALL = 16 * 1024
 
 const Reference = Type.String({
   ...KeyText,
   description: 'The key, sha256: and its SHA-256, or its id'
 })
-const OwnedSpec = Type.Object(
-  { key: KeyText, ...keyFields, starts_at: Time('Not valid before') },
-  { additionalProperties: false }
-)
 const Changes = Type.Object(
   { key: Reference, ...keyFields },
   { additionalProperties: false, patch: true, description: 'An empty text takes a member away' }
@@ -33,30 +34,6 @@ const Page = Type.Object(
   },
   { additionalProperties: false }
 )
-const SyncOptions = Type.Object(
-  {
-    keys: Type.Array(OwnedSpec, {
-      distinct: [
-        { by: given => toHash(String((given as { key?: unknown }).key)), what: 'key' }
-      ] satisfies Distinct[]
-    }),
-    mode: Type.Enum(['full', 'incremental'], {
-      default: 'full',
-      description: 'full: keys that are not in the list are deleted'
-    }),
-    confirm: Type.Boolean({
-      default: false,
-      description: 'Must be true where an empty list deletes all keys'
-    })
-  },
-  { additionalProperties: false }
-)
-interface SyncOptions {
-  keys: OwnedKey[]
-  mode: 'full' | 'incremental'
-  confirm: boolean
-}
-
 const Envelope = Type.Object(
   {
     success: Type.Literal(true),
@@ -75,8 +52,7 @@ export default function originalRoutes({ keys }: Administered, changed: Changed)
     name: string,
     summary: string,
     body: AdminRoute['body'] & object,
-    handler: AdminRoute['handler'],
-    bodyLimit?: number
+    handler: AdminRoute['handler']
   ): AdminRoute => ({
     method: 'POST',
     url: `/keys/${name}`,
@@ -85,8 +61,7 @@ export default function originalRoutes({ keys }: Administered, changed: Changed)
     response: { 200: Envelope },
     isOriginal: true,
     read: body => withoutBlanks(body, name === 'update' ? null : undefined),
-    handler,
-    ...(bodyLimit === undefined ? {} : { bodyLimit })
+    handler
   })
   return [
     post('create', 'Takes over a key', OwnedSpec, async request => {
@@ -115,24 +90,48 @@ export default function originalRoutes({ keys }: Administered, changed: Changed)
       const page = await keys().list({ offset, limit: Math.min(limit, MAX_PAGE) })
       return done('Found.', { keys: page.keys.map(toOriginal), total: page.total })
     }),
-    post(
-      'sync',
-      'Takes over a list of keys, all of it or nothing',
-      SyncOptions,
-      async request => {
-        const { keys: specs, mode, confirm } = request.body as SyncOptions
-        if (specs.length === 0 && mode === 'full' && !confirm) {
-          const message =
-            'is empty: that would delete all keys; if it is meant, say "confirm": true'
-          throw new OptionsError([{ path: ['keys'], message }])
+    {
+      ...post(
+        'sync',
+        'Takes over a list of keys, all of it or nothing',
+        SyncOptions,
+        async request => {
+          const { mode, confirm, count, rows } = await readList(request.body as Buffer | null)
+          if (count === 0 && mode === 'full' && !confirm) {
+            const message =
+              'is empty: that would delete all keys; if it is meant, say "confirm": true'
+            throw new OptionsError([{ path: ['keys'], message }])
+          }
+          await keys().sync(rows, mode)
+          const told = await changed(request, 'sync', { keys: count, mode })
+          return done(`${count} keys were synchronised (${mode}).`, undefined, told)
         }
-        await keys().sync(specs, mode)
-        const told = await changed(request, 'sync', { keys: specs.length, mode })
-        return done(`${specs.length} keys were synchronised (${mode}).`, undefined, told)
-      },
-      SYNC_LIMIT
-    )
+      ),
+      isRaw: true,
+      bodyLimit: SYNC_LIMIT
+    }
   ]
+}
+
+/** Reads a list of keys without blocking the event loop. */
+async function readList(given: Uint8Array | null) {
+  const body = given ?? new Uint8Array()
+  const bytes = new Uint8Array(body)
+  const data = { data: bytes, transfer: [bytes.buffer] }
+  const parts =
+    body.length <= SMALL ? readSync(body) : batchesOf<SyncRequest | string>(THREAD, data)
+  const rows: string[] = []
+  let asked: SyncRequest | undefined
+  try {
+    for await (const part of parts) {
+      if (typeof part === 'string') rows.push(part)
+      else asked = part
+    }
+  } catch (error) {
+    if ((error as Error).name !== 'SyntaxError') throw error
+    throw new GatewayError('invalid_json', 'The request body is not valid JSON.')
+  }
+  return { ...asked!, rows }
 }
 
 /** An empty text says nothing, or takes a member away. */

@@ -50,6 +50,8 @@ export interface AdminRoute {
   /** Errors look as in the original. */
   isOriginal?: boolean
   bodyLimit?: number
+  /** The body stays the bytes that came, unchecked; `body` is for the description alone. */
+  isRaw?: boolean
   /** Makes of a body as it came what is checked. */
   read?(body: unknown): unknown
   handler(request: FastifyRequest, reply: FastifyReply): Promise<unknown>
@@ -59,6 +61,8 @@ declare module 'fastify' {
   interface FastifyContextConfig {
     /** Errors look as in the original's admin API. */
     isOriginal?: boolean
+    /** The body stays the bytes that came. */
+    isRaw?: boolean
   }
 }
 
@@ -71,7 +75,7 @@ const NOT_SHARED =
 export default function adminRoutes(administered: Administered): FastifyPluginAsync {
   return async scope => {
     scope.removeAllContentTypeParsers()
-    scope.addContentTypeParser('*', { parseAs: 'string' }, parseJson(scope))
+    scope.addContentTypeParser('*', { parseAs: 'buffer' }, parseJson(scope))
     scope.setValidatorCompiler(({ schema, httpPart }) => toValidator(schema as Described, httpPart))
     scope.setSerializerCompiler(() => JSON.stringify)
     scope.setErrorHandler(answerError)
@@ -137,6 +141,7 @@ function declare(scope: FastifyInstance, route: AdminRoute): void {
     url,
     handler,
     isOriginal = false,
+    isRaw = false,
     bodyLimit = BODY_LIMIT,
     read,
     ...schema
@@ -146,9 +151,10 @@ function declare(scope: FastifyInstance, route: AdminRoute): void {
     url,
     bodyLimit,
     schema,
-    config: { ...OPEN, isOriginal },
+    config: { ...OPEN, isOriginal, isRaw },
+    ...(isRaw ? { validatorCompiler: () => () => true } : {}),
     preValidation: (request, _reply, done) => {
-      if (read !== undefined) request.body = read(request.body)
+      if (read !== undefined && !isRaw) request.body = read(request.body)
       done()
     },
     async handler(request, reply) {
@@ -223,9 +229,11 @@ function parseJson(scope: FastifyInstance) {
   const parse = scope.getDefaultJsonParser('error', 'error')
   return (
     request: FastifyRequest,
-    text: string,
+    bytes: Buffer,
     done: (error: Error | null, body?: unknown) => void
   ): void => {
+    if (request.routeOptions.config.isRaw) return done(null, bytes)
+    const text = bytes.toString()
     if (text === '') return done(null, undefined)
     parse(request, text, (error, body) => {
       if (error === null) done(null, body)

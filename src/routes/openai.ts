@@ -4,10 +4,11 @@ import { openai } from '../dialects/openai.ts'
 import { COMPLETION, EMBEDDING, RANKING } from '../dialects/prompt.ts'
 import { responses } from '../dialects/responses.ts'
 import { GatewayError } from '../errors.ts'
-import type { Endpoint, Exchange } from '../exchange.ts'
+import type { Endpoint, Exchange, Usage } from '../exchange.ts'
+import { Billed } from '../metering/billed.ts'
 import { DatabaseError } from '../store/sql.ts'
 import { forwarded } from './forwarded.ts'
-import { RESPONSES_FILE, StoredResponses } from './stored-responses.ts'
+import { RESPONSES_FILE, type StoredResponse, StoredResponses } from './stored-responses.ts'
 
 const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
   method: 'POST',
@@ -22,6 +23,7 @@ const STREAMS = { ...ANSWERS, asksForUsage: true } as const
 const COMPLETES = { ...STREAMS, prompt: COMPLETION } as const
 const EMBEDS = { spends: 'input', prompt: EMBEDDING } as const
 const RANKS = { spends: 'input', prompt: RANKING } as const
+const SHOWS = { dialect: responses, showsResponse: true } as const
 
 /** What OpenAI's API and its relatives (vLLM, SGLang, llama.cpp, TGI) offer. */
 const ENDPOINTS: Endpoint[] = [
@@ -41,10 +43,10 @@ const ENDPOINTS: Endpoint[] = [
   post('/v1/responses', { ...ANSWERS, dialect: responses, makesResponses: true }),
   post('/v1/responses/input_tokens', { dialect: responses }),
   post('/v1/responses/compact', { ...ANSWERS, dialect: responses, makesResponses: true }),
-  post('/v1/responses/:id/cancel', { dialect: responses, body: 'none' }),
+  post('/v1/responses/:id/cancel', { ...SHOWS, body: 'none' }),
   // Whatever else is under it is about one stored response.
   post('/v1/responses/:id/*', { dialect: responses }),
-  { method: 'GET', url: '/v1/responses/:id', dialect: responses, body: 'none' },
+  { method: 'GET', url: '/v1/responses/:id', ...SHOWS, body: 'none' },
   { method: 'GET', url: '/v1/responses/:id/*', dialect: responses, body: 'none' },
   { method: 'DELETE', url: '/v1/responses/:id', dialect: responses, body: 'none' }
 ]
@@ -52,39 +54,60 @@ const ENDPOINTS: Endpoint[] = [
 const openaiRoutes: FastifyPluginAsync = async function openaiRoutes(fastify) {
   const { dataDir, log, peers } = fastify
   const file = dataDir === undefined ? ':memory:' : resolve(dataDir, RESPONSES_FILE)
-  const stored = new StoredResponses(file, log)
+  const made = new StoredResponses(file, log)
+  /** In one process alone; several have one bill. */
+  const billed = new Billed()
 
-  // As a part of an id it would be a path at the backend that no route stands for.
-  fastify.addHook('onRequest', ({ exchange, raw }, _reply, done) => {
-    const isOdd = exchange.endpoint?.dialect === responses && /%(2f|5c)/i.test(raw.url ?? '')
-    done(isOdd ? new GatewayError('invalid_path', INVALID_ID) : undefined)
+  // Before the limits, which count what is billed of a stored response.
+  fastify.addHook('onRequest', (request, _reply, done) => {
+    const { exchange, raw } = request
+    if (exchange.endpoint?.dialect !== responses) return done()
+    // As a part of an id it would be a path at the backend that no route stands for.
+    if (/%(2f|5c)/i.test(raw.url ?? '')) throw new GatewayError('invalid_path', INVALID_ID)
+    const { id } = request.params as { id?: string }
+    bind(exchange, id).then(() => done(), done)
   })
   fastify.addHook('preHandler', (request, _reply, done) => {
     const { exchange, payload } = request
     if (exchange.endpoint?.dialect !== responses) return done()
-    const { id = payload?.previousResponseId } = request.params as { id?: string }
     if (exchange.endpoint.makesResponses) exchange.onAnswerId = id => learn(exchange, id)
-    if (id === undefined) return done()
-    bind(exchange, id).then(() => done(), done)
+    bind(exchange, payload?.previousResponseId).then(() => done(), done)
   })
 
   await forwarded(fastify, ENDPOINTS)
   peers?.onNews(news => {
-    if (news.kind === 'response') stored.hear(news.response)
+    if (news.kind === 'response') made.hear(news.response)
   })
-  fastify.addHook('onClose', () => stored.close())
+  fastify.addHook('onClose', () => made.close())
 
   function learn(exchange: Exchange, id: string): void {
-    const { backend, model, request } = exchange
+    const { backend, model, request, promptEstimate } = exchange
     const response = { id, backend: backend!, model, caller: request.caller?.id }
-    stored.add(response)
+    keep(response)
+    exchange.stored = {
+      promptTokens: promptEstimate,
+      bill(usage, isComplete) {
+        if (isComplete) return usage
+        keep({ ...response, unbilled: promptEstimate })
+        return usage && raise(id, usage)
+      }
+    }
+  }
+
+  function keep(response: StoredResponse): void {
+    made.add(response)
     peers?.tell({ kind: 'response', response })
   }
 
+  function raise(id: string, usage: Usage): Usage | Promise<Usage | undefined> | undefined {
+    return peers === undefined ? billed.raise(id, usage) : peers.bill(id, usage)
+  }
+
   /** Sends a request to the backend that has the response, if it belongs to the caller. */
-  async function bind(exchange: Exchange, id: string): Promise<void> {
+  async function bind(exchange: Exchange, id: string | undefined): Promise<void> {
+    if (id === undefined) return
     const caller = exchange.request.caller?.id
-    const found = await stored.find(id).catch(toUnavailable)
+    const found = await made.find(id).catch(toUnavailable)
     // Without keys there is nobody to protect, and another gateway may have made it.
     if (found === undefined && caller === undefined) return
     if (found === undefined || found.caller !== caller) {
@@ -92,6 +115,15 @@ const openaiRoutes: FastifyPluginAsync = async function openaiRoutes(fastify) {
     }
     exchange.pinned = found.backend
     exchange.heldModel = found.model
+    const { unbilled } = found
+    if (unbilled === undefined || !exchange.endpoint?.showsResponse) return
+    exchange.stored = {
+      promptTokens: unbilled,
+      bill(usage, isComplete) {
+        if (isComplete) keep({ ...found, unbilled: undefined })
+        return usage && raise(id, usage)
+      }
+    }
   }
 }
 

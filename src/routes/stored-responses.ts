@@ -9,6 +9,8 @@ export interface StoredResponse {
   model: string | undefined
   /** Id of the caller; undefined where no keys are checked. */
   caller: string | undefined
+  /** Not all of its usage is billed: tokens of its prompt, estimated. */
+  unbilled?: number | undefined
 }
 
 /** Name of the file in the data directory. */
@@ -17,7 +19,7 @@ export const RESPONSES_FILE = 'responses.db'
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS responses (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, caller TEXT NOT NULL,
-    backend TEXT NOT NULL, model TEXT
+    backend TEXT NOT NULL, model TEXT, unbilled REAL
   );
   CREATE INDEX IF NOT EXISTS responses_by_caller ON responses (caller, number);
 `
@@ -62,7 +64,7 @@ export class StoredResponses {
     this.#recent.set(response.id, response)
   }
 
-  /** Remembers a response, and writes it down. */
+  /** Remembers a response, or what has become of its bill, and writes it down. */
   add(response: StoredResponse): void {
     this.hear(response)
     const isPruned = ++this.#added % PRUNE_EVERY === 0
@@ -88,7 +90,8 @@ export class StoredResponses {
       id,
       backend: String(row.backend),
       model: row.model === null ? undefined : String(row.model),
-      caller: row.caller === '' ? undefined : String(row.caller)
+      caller: row.caller === '' ? undefined : String(row.caller),
+      ...(row.unbilled === null ? {} : { unbilled: Number(row.unbilled) })
     }
     this.hear(found)
     return found
@@ -99,12 +102,13 @@ export class StoredResponses {
     await this.#db.close()
   }
 
-  async #write({ id, backend, model, caller = '' }: StoredResponse, isPruned: boolean) {
+  async #write(response: StoredResponse, isPruned: boolean) {
+    const { id, backend, model, caller = '', unbilled } = response
     await this.#prepare()
     const insert = {
-      sql: `INSERT INTO responses (id, caller, backend, model) VALUES (?, ?, ?, ?)
-        ON CONFLICT (id) DO NOTHING`,
-      values: [id, caller, backend, model ?? null]
+      sql: `INSERT INTO responses (id, caller, backend, model, unbilled) VALUES (?, ?, ?, ?, ?)
+        ON CONFLICT (id) DO UPDATE SET unbilled = excluded.unbilled WHERE caller = excluded.caller`,
+      values: [id, caller, backend, model ?? null, unbilled ?? null]
     }
     const pruneCaller = {
       sql: `DELETE FROM responses WHERE caller = ?1 AND number <= (SELECT number FROM responses

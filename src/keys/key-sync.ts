@@ -1,0 +1,55 @@
+import { Type } from 'typebox'
+import type { Distinct } from '../issues.ts'
+import { checkOptions } from '../options.ts'
+import { keyFields, Time } from './fields.ts'
+import { KeyText, toHash } from './static.ts'
+import { type OwnedKey, toRows } from './stored-key.ts'
+
+/** A whole list of keys for the embedded store, as the original's admin API receives it. */
+
+export const OwnedSpec = Type.Object(
+  { key: KeyText, ...keyFields, starts_at: Time('Not valid before') },
+  { additionalProperties: false }
+)
+export const SyncOptions = Type.Object(
+  {
+    keys: Type.Array(OwnedSpec, {
+      distinct: [
+        { by: given => toHash(String((given as { key?: unknown }).key)), what: 'key' }
+      ] satisfies Distinct[]
+    }),
+    mode: Type.Enum(['full', 'incremental'], {
+      default: 'full',
+      description: 'full: keys that are not in the list are deleted'
+    }),
+    confirm: Type.Boolean({
+      default: false,
+      description: 'Must be true where an empty list deletes all keys'
+    })
+  },
+  { additionalProperties: false }
+)
+
+/** What is asked for, without the keys. */
+export interface SyncRequest {
+  mode: 'full' | 'incremental'
+  confirm: boolean
+  count: number
+}
+
+/**
+ * Reads the body of a request: what is asked for, and then the rows of its keys (see {@link toRows}).
+ *
+ * @throws {SyntaxError} when it is not JSON
+ * @throws {OptionsError}
+ */
+export function* readSync(body: Uint8Array): Generator<SyncRequest | string> {
+  const text = new TextDecoder().decode(body)
+  // An empty text says nothing.
+  const given = text === '' ? {} : JSON.parse(text, (_, each) => (each === '' ? undefined : each))
+  const { keys, mode, confirm } = checkOptions(SyncOptions, given) as SyncRequest & {
+    keys: OwnedKey[]
+  }
+  yield { mode, confirm, count: keys.length }
+  yield* toRows(keys)
+}
