@@ -11,17 +11,20 @@ import { type Member, membersOf } from './wire/json-scanner.ts'
 const FIELDS = new Set([
   // vLLM: the order of requests, ids of running requests, transfers between nodes, the key of the prefix cache.
   ...['priority', 'request_id', 'kv_transfer_params', 'cache_salt', 'vllm_xargs'],
+  'logits_processors',
   // SGLang: the same, sessions, nodes of a cluster, adapters, and code that runs in the server.
   ...['rid', 'extra_key', 'session_params', 'lora_path', 'custom_logit_processor'],
   ...['bootstrap_host', 'bootstrap_port', 'bootstrap_room', 'bootstrap_pair_key'],
   ...['data_parallel_rank', 'routed_dp_rank', 'disagg_prefill_dp_rank'],
   // llama.cpp: a slot and with it the cache of another caller, adapters.
   ...['id_slot', 'slot_id', 'lora'],
+  // NVIDIA Dynamo.
+  'nvext',
   // Ollama: when the model is unloaded.
   'keep_alive'
 ])
 
-/** Ollama's options that make it load the model anew, or take resources of others. */
+/** Ollama's options that make it reload the model, or take resources of others. */
 const OPTIONS = new Set([
   ...['num_gpu', 'main_gpu', 'num_thread', 'num_batch'],
   ...['use_mmap', 'use_mlock', 'numa', 'low_vram']
@@ -58,17 +61,9 @@ const HEADERS = new Set([
 /** All of them, for the description of the option. */
 export const ENGINE_CONTROLS = [...FIELDS, ...OPTIONS, ...HEADERS].sort()
 
-/**
- * Whether a header steers an engine. An underscore counts as a hyphen: Python's servers make the same variable of
- * both.
- *
- * @param name in lower case
- * @example
- * isControlHeader('x_forwarded_for') // true
- */
+/** Whether a header steers an engine. The name is in lower case, with hyphens. */
 export function isControlHeader(name: string): boolean {
-  const plain = name.includes('_') ? name.replaceAll('_', '-') : name
-  return HEADERS.has(plain) || plain.startsWith('x-forwarded-')
+  return HEADERS.has(name) || name.startsWith('x-forwarded-')
 }
 
 /**

@@ -91,6 +91,8 @@ export interface Endpoint {
   spends?: 'input' | 'input and output'
   /** How the model gets the request, where that differs from the dialect. */
   prompt?: PromptForm
+  /** Fields that limit the generated tokens in this API; `num_predict` stands in Ollama's `options`. */
+  limitedBy?: readonly string[]
   /** Ollama's native routes stream unless told not to. */
   streamsByDefault?: boolean
   /** Where the ids of stored responses stand, which bind later calls to the same backend. */

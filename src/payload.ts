@@ -31,7 +31,7 @@ export interface Payload extends Body {
   previousResponseId: string | undefined
 }
 
-/** Fields that limit the generated tokens, of all APIs: a backend may use any of them. */
+/** Fields that limit the generated tokens, of all APIs. */
 const MAX_TOKENS = [
   'max_tokens',
   'max_completion_tokens',
@@ -63,13 +63,19 @@ const READ = new Set([
   'system',
   'instructions',
   'background',
-  'previous_response_id'
+  'previous_response_id',
+  'conversation'
 ])
 const READ_IN_STREAM_OPTIONS = new Set(['include_usage', 'continuous_usage_stats'])
 const READ_IN_OPTIONS = new Set(['num_predict'])
 
 /** Maximum length of a model name (characters). State about models is kept by their names. */
 const MAX_MODEL = 1_000
+/** Maximum of a limit of tokens, and of the number of sequences: sums of them stay exact. */
+const MAX_LIMIT = 100_000_000
+const MAX_SEQUENCES = 100_000
+/** Maximum length of a number (characters). */
+const MAX_NUMBER = 64
 /** Maximum size (bytes) of a value that is parsed. */
 const MAX_PARSED = 64 * 1024
 const QUOTE = 0x22
@@ -86,11 +92,9 @@ export function toPayload(bytes: Buffer, members: readonly Member[], endpoint: E
   const fields = new Fields(bytes, members, READ)
   const options = fields.object('options', READ_IN_OPTIONS)
   const streamOptions = fields.object('stream_options', READ_IN_STREAM_OPTIONS)
-  const limits = MAX_TOKENS.map(name => fields.value(name))
-  const most = largest([...limits, options?.value('num_predict')])
+  const most = maxTokens(fields, options, endpoint)
   const prompts = fields.prompts()
   const sequences = perPrompt(fields) * prompts
-  const previous = fields.value('previous_response_id')
   return {
     bytes,
     members,
@@ -104,7 +108,7 @@ export function toPayload(bytes: Buffer, members: readonly Member[], endpoint: E
     sequences,
     prompts,
     echo: fields.value('echo') === true,
-    previousResponseId: typeof previous === 'string' ? previous : undefined
+    previousResponseId: previousOf(fields, endpoint)
   }
 }
 
@@ -115,17 +119,33 @@ function modelOf(fields: Fields, { dialect }: Endpoint): string | undefined {
   return model ?? (dialect.name === 'ollama' ? fields.model('name') || undefined : undefined)
 }
 
-/** The largest of several limits, because servers use different ones. A limit below 1 stands for no limit. */
-function largest(limits: unknown[]): number | undefined {
-  const set = limits.filter(limit => limit !== undefined).map(Number)
-  if (set.length === 0 || !set.every(limit => limit > 0)) return undefined
-  return Math.max(...set)
+/**
+ * The most tokens that a sequence can get; undefined: the request sets no limit that its API has. Of several limits the
+ * largest counts, because servers use different ones; one that is below 1 or no number is no limit for some of them.
+ */
+function maxTokens(fields: Fields, options: Fields | undefined, endpoint: Endpoint) {
+  const limits = new Map(MAX_TOKENS.map(name => [name, fields.number(name, MAX_LIMIT)]))
+  limits.set('num_predict', options?.number('num_predict', MAX_LIMIT))
+  const { limitedBy = [] } = endpoint
+  if (limitedBy.every(name => limits.get(name) === undefined)) return undefined
+  const set = [...limits.values()].filter(limit => limit !== undefined)
+  return set.every(limit => limit >= 1) ? Math.max(...set) : undefined
 }
 
 /** `n_cmpl` is llama.cpp's name of `n`. */
 function perPrompt(fields: Fields): number {
-  const counts = ['n', 'n_cmpl', 'best_of'].map(name => Number(fields.value(name)) || 1)
+  const counts = ['n', 'n_cmpl', 'best_of'].map(name => fields.number(name, MAX_SEQUENCES) || 1)
   return Math.max(1, ...counts.map(Math.floor))
+}
+
+function previousOf(fields: Fields, { dialect }: Endpoint): string | undefined {
+  if (dialect.name !== 'responses') return undefined
+  if (fields.value('conversation') !== undefined) {
+    throw invalid('conversation', 'the field is not supported; use "previous_response_id"')
+  }
+  const previous = fields.value('previous_response_id')
+  if (previous === undefined || typeof previous === 'string') return previous
+  throw invalid('previous_response_id', 'must be a string')
 }
 
 /** The fields of one object that are read. */
@@ -162,6 +182,24 @@ class Fields {
       throw invalid(name, `must not be longer than ${MAX_MODEL} characters`)
     }
     return model as string | undefined
+  }
+
+  /**
+   * Returns a number; NaN where the value is of another type, which servers read in different ways.
+   *
+   * @throws {GatewayError} for a number above `most`
+   */
+  number(name: string, most: number): number | undefined {
+    const member = this.#byName.get(name)
+    if (member === undefined) return undefined
+    const isNumber = this.#bytes[member.start] !== QUOTE
+    if (isNumber && member.end - member.start > MAX_NUMBER) {
+      throw invalid(name, `must be a number of at most ${MAX_NUMBER} characters`)
+    }
+    const value = this.value(name)
+    if (Number(value) > most) throw invalid(name, `must not exceed ${most}`)
+    if (value === undefined) return undefined
+    return typeof value === 'number' ? value : Number.NaN
   }
 
   boolean(name: string): boolean | undefined {

@@ -132,7 +132,8 @@ const BOUNDS: Record<string, Record<string, string>> = {
     READ: FIXED,
     READ_IN_STREAM_OPTIONS: FIXED,
     READ_IN_OPTIONS: FIXED,
-    '#byName': LOCAL
+    '#byName': LOCAL,
+    limits: LOCAL
   },
   'plugins/admin.ts': { '#byAddress': 'Client addresses with wrong admin tokens' },
   'plugins/auth.ts': { headerNames: CONFIG, sources: CONFIG, onChange: FIXED, closeSources: LOCAL },

@@ -8,7 +8,17 @@ import { openai } from '../src/dialects/openai.ts'
 import { toPayload } from '../src/payload.ts'
 import { sections } from '../src/server.ts'
 import { membersOf } from '../src/wire/json-scanner.ts'
-import { CHAT, chunk, DONE, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
+import {
+  CHAT,
+  chunk,
+  DONE,
+  fakeBackend,
+  post,
+  type RawClient,
+  rawClient,
+  rawPost,
+  startGateway
+} from './helper.ts'
 import { CLI, folder, start, writeConfig } from './process.ts'
 import { REDIS, uniqueName } from './servers.ts'
 
@@ -237,6 +247,19 @@ const SPENDING = [
   '/api/generate'
 ]
 
+test('previous_response_id is no way around the model, on any route', async t => {
+  const { gateway, sent } = await serving(t, ['one', 'two'])
+  for (const route of SPENDING) {
+    const response = await post(gateway.url + route, { previous_response_id: 'resp_x' })
+    assert.equal(response.status, 400, route)
+  }
+  for (const wrong of [{ previous_response_id: ['x'] }, { conversation: 'conv_x' }]) {
+    const response = await post(`${gateway.url}/v1/responses`, { model: 'one', ...wrong })
+    assert.equal(response.status, 400)
+  }
+  assert.equal(sent().length, 0)
+})
+
 test('a request without a model gets the only one there is, and its limits', async t => {
   const limits = { enabled: true, models: { one: { requests_per_minute: SPENDING.length * 4 } } }
   const { gateway, sent } = await serving(t, ['one'], {
@@ -317,30 +340,59 @@ test('a field that parsers read in different ways is a 400, whoever sends it', a
   assert.equal((await post(`${gateway.url}/v1/embeddings`, other)).status, 200)
 })
 
-function payload(text: string, dialect = openai) {
+function payload(text: string, dialect = openai, limitedBy: string[] = []) {
   const bytes = Buffer.from(text)
-  return toPayload(bytes, membersOf(bytes), { method: 'POST', url: '/', dialect, body: 'json' })
+  const endpoint = { method: 'POST', url: '/', dialect, body: 'json', limitedBy } as const
+  return toPayload(bytes, membersOf(bytes), endpoint)
 }
 
-test('the largest of several limits of tokens counts, for all sequences', () => {
-  const cases: [string, number | undefined][] = [
+const CHAT_LIMITS = ['max_tokens', 'max_completion_tokens']
+
+test('a limit of tokens counts where its API has it, the largest of several, for all sequences', () => {
+  const cases: [string, number | undefined, string[]?][] = [
     ['{"max_tokens":5}', 5],
     ['{"max_tokens":1,"max_completion_tokens":2000}', 2000],
-    ['{"max_output_tokens":1,"max_tokens":7}', 7],
+    ['{"max_output_tokens":7,"max_tokens":1}', 7],
     ['{"max_tokens":1,"n_predict":9}', 9],
     ['{"max_tokens":1,"n_predict":-1}', undefined],
-    ['{"max_tokens":"8"}', 8],
+    ['{"max_tokens":"8"}', undefined],
+    ['{"max_tokens":[1]}', undefined],
     ['{"max_tokens":null}', undefined],
     ['{"max_tokens":0}', undefined],
-    ['{"options":{"num_predict":6}}', 6],
-    ['{"options":{"num_predict":-2},"max_tokens":3}', undefined],
+    ['{"max_output_tokens":1}', undefined],
+    ['{"n_predict":1}', undefined],
+    ['{"max_new_tokens":1}', undefined],
+    ['{"options":{"num_predict":1}}', undefined],
+    ['{"max_completion_tokens":1}', undefined, ['max_tokens']],
+    ['{"max_tokens":1}', undefined, ['num_predict']],
+    ['{"options":{"num_predict":6}}', 6, ['num_predict']],
+    ['{"options":{"num_predict":-2},"max_tokens":3}', undefined, ['num_predict']],
     ['{"max_tokens":5,"n":3}', 15],
+    ['{"max_tokens":5,"n_cmpl":8}', 40],
     ['{"max_tokens":5,"n":2,"best_of":4}', 20],
     ['{"max_tokens":5,"prompt":["a","b"],"n":2}', 20],
     ['{"max_tokens":5,"prompt":[[1,2],[3]]}', 10],
     ['{"max_tokens":5,"prompt":[1,2,3]}', 5]
   ]
-  for (const [text, tokens] of cases) assert.equal(payload(text).maxTokens, tokens, text)
+  for (const [text, tokens, limitedBy = CHAT_LIMITS] of cases) {
+    assert.equal(payload(text, openai, limitedBy).maxTokens, tokens, text)
+  }
+})
+
+test('numbers that no request needs are rejected, with the name of the field', () => {
+  for (const text of [
+    '{"max_tokens":1e999}',
+    '{"max_tokens":100000001}',
+    '{"n_predict":1e300}',
+    '{"options":{"num_predict":1e999}}',
+    '{"n":1e999}',
+    '{"n":100001}',
+    '{"best_of":1e9}',
+    `{"n":5.${'0'.repeat(100)}}`
+  ]) {
+    const field = /"(\w+)":[\d.]/.exec(text)![1]!
+    assert.throws(() => payload(text), new RegExp(`^GatewayError: ${field}: must`), text)
+  }
 })
 
 test('Ollama’s older name of the model counts where there is no other', () => {
@@ -367,8 +419,11 @@ for (const storage of ['memory', 'redis'] as const) {
     })
     const head = (length: number) =>
       rawPost('/v1/embeddings', '').replace('content-length: 0', `content-length: ${length}`)
-    const slow = [await rawClient(t, gateway.port), await rawClient(t, gateway.port)]
-    for (const { socket } of slow) socket.write(`${head(1_000_000)}{"model":"m"`)
+    const burst = await Promise.all(Array.from({ length: 20 }, () => rawClient(t, gateway.port)))
+    for (const { socket } of burst) socket.write(`${head(1_000_000)}{"model":"m"`)
+    const refused = await settled(burst, 18)
+    const slow = burst.filter(each => !refused.includes(each))
+    assert.equal(slow.length, 2)
     while ((await gateway.metric('llmproxy_request_body_bytes')) < 2 * 12);
     for (const length of [10, 1_000_000]) {
       const late = await rawClient(t, gateway.port, head(length))
@@ -411,3 +466,18 @@ test('a client that leaves during its upload holds nothing', async t => {
   assert.equal(line.status, 499)
   assert.equal(await gateway.metric('llmproxy_request_body_bytes'), 0)
 })
+
+/** Resolves with the clients that have a response, when as many have. */
+async function settled(clients: RawClient[], count: number): Promise<RawClient[]> {
+  const responded: RawClient[] = []
+  await new Promise<void>(resolve => {
+    for (const client of clients) {
+      const add = () => {
+        if (responded.push(client) === count) resolve()
+      }
+      // The others close without one.
+      client.until(/\}\}/).then(add, () => {})
+    }
+  })
+  return responded
+}

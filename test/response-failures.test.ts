@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
+import { failureIn } from '../src/dialects/failure.ts'
 import { CHAT, DONE, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
 
 /** What a backend says inside a response with status 200: a failure, or nothing of the kind. */
@@ -430,4 +431,38 @@ test('a whole error after a heartbeat is an error event of its API', async t => 
     received.replaceAll(/\r\n[0-9a-f]+\r\n/g, '').includes(`event: error\ndata: ${error}\n\n`)
   )
   assert.equal((await gateway.logged({ msg: 'exchange' })).outcome, 'backend_failed')
+})
+
+test('the kind of an error decides before the words of its message', () => {
+  const report = (error: object, more: object = {}) => ({
+    error: JSON.stringify(error),
+    type: undefined,
+    object: undefined,
+    status: undefined,
+    message: undefined,
+    code: undefined,
+    errorType: undefined,
+    finishReasons: undefined,
+    hasChoices: false,
+    delta: false,
+    ...more
+  })
+  const cases: [object, string][] = [
+    [{ message: 'CUDA error: invalid device ordinal', type: 'InternalServerError' }, '5xx'],
+    [{ message: 'KV cache capacity exceeded', type: 'server_error' }, '5xx'],
+    [{ message: 'model not found on disk', type: 'server_error' }, '5xx'],
+    [{ message: 'max_tokens must be positive', type: 'BadRequestError' }, '4xx'],
+    [{ message: 'max_tokens must be positive' }, '4xx'],
+    [{ message: 'the engine died' }, '5xx'],
+    [{ message: 'slow down', type: 'overloaded_error' }, '429']
+  ]
+  for (const [error, kind] of cases) assert.equal(failureIn(report(error)), kind)
+  const generation = report(
+    {},
+    { error: '"CUDA error: invalid argument"', errorType: 'generation' }
+  )
+  assert.equal(failureIn(generation), '5xx')
+  const beside = { error: '"out of memory"', hasChoices: true }
+  assert.equal(failureIn(report({}, beside)), '5xx')
+  assert.equal(failureIn(report({}, { ...beside, error: '"none"' })), undefined)
 })

@@ -119,6 +119,8 @@ const STEERING = {
   custom_logit_processor: 'code'
 }
 const HEADERS = {
+  x_api_key: 'guess',
+  x_request_id: 'guess',
   x_forwarded_for: '1.2.3.4',
   'x-original-url': '/pause',
   'x-http-method-override': 'DELETE',
@@ -184,6 +186,7 @@ test('an operator can allow what steers an engine', async t => {
     options: { num_gpu: 1 }
   })
   assert.equal(seen.headers.via, '1.1 x')
+  assert.equal(seen.headers.x_api_key, undefined)
   assert.equal(seen.headers.x_forwarded_for, undefined)
 })
 
@@ -298,6 +301,21 @@ test('an encoded slash in the id of a response is a 400', async t => {
     assert.match(await response.text(), /invalid_path/)
   }
   assert.equal(backend.requests.length, 0)
+})
+
+test('an id that a backend gives twice stays with its first owner', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.setHeader('content-type', 'application/json')
+    response.end(JSON.stringify({ id: 'resp_1', status: 'completed', output: [] }))
+  })
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    auth: { enabled: true, keys: ['a', 'b'] }
+  })
+  for (const key of ['a', 'b']) await makeResponse(gateway.url, key)
+  assert.deepEqual(await statuses(gateway.url, 'resp_1', 'b'), FOREIGN)
+  assert.deepEqual(await statuses(gateway.url, 'resp_1', 'a'), OWN)
+  await gateway.logged({ msg: 'a backend gave the id of a response of another caller' })
 })
 
 test('many responses of one caller push out none of another', async t => {

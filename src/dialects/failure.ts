@@ -28,6 +28,8 @@ const ABORTED = ['abort', 'error']
 const NO_ERROR = /^(none|null|nil|undefined|false|no|no[ _-]?errors?|ok|okay|success)?$/i
 /** How servers name and describe an overload. */
 const BUSY = /overloaded|rate_limit|too_many|queue|busy/i
+/** How servers name an error of their own. */
+const BROKEN = /server|internal|generation|engine/i
 /** How servers name and describe a request that is at fault. */
 const CALLERS_FAULT =
   /bad_?request|invalid|validation|not_?found|not found|authentication|permission|exceed|context_length|content_filter|not support|too long|must be|required/i
@@ -56,8 +58,8 @@ export function failureIn(
 }
 
 /** Whether `error` reports one. Beside text of the model only an object with a message or a status does. */
-function saysError(error: unknown, { hasChoices, delta }: Report): boolean {
-  if (!hasChoices && !delta) return isSaid(error)
+function saysError(error: unknown, { delta }: Report): boolean {
+  if (!delta) return isSaid(error)
   return isObject(error) && (isSaid(error.message) || Number(error.code) >= 400)
 }
 
@@ -83,9 +85,13 @@ function kindOf(error: Record<string, unknown>): Failure {
   if (status === 429) return '429'
   if (status >= 500) return '5xx'
   if (status >= 400) return '4xx'
-  const said = `${error_type} ${code} ${message}`
-  if (CALLERS_FAULT.test(said)) return '4xx'
-  return BUSY.test(said) ? '429' : '5xx'
+  // Words of a message say less than the kind of error: "CUDA error: invalid argument" is no fault of the caller.
+  for (const said of [`${error_type} ${code}`, String(message)]) {
+    if (CALLERS_FAULT.test(said)) return '4xx'
+    if (BUSY.test(said)) return '429'
+    if (BROKEN.test(said)) return '5xx'
+  }
+  return '5xx'
 }
 
 function withoutNulls(object: Record<string, unknown>): Record<string, unknown> {

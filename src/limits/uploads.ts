@@ -22,11 +22,15 @@ export class Uploads {
     return this.#counts.get(idOf(account)) ?? 0
   }
 
-  /** Returns the account that has no slot left; only uploads are counted. */
-  refusal(accounts: readonly Account[]): Refusal | undefined {
+  /**
+   * Returns why an upload gets no slot; only uploads of this process are counted.
+   *
+   * @param processes that share the limits
+   */
+  refusal(accounts: readonly Account[], processes = 1): Refusal | undefined {
     for (const account of accounts) {
       const max = account.limits.max_concurrent
-      if (max > 0 && this.of(account) >= max) {
+      if (max > 0 && this.of(account) >= Math.ceil(max / processes)) {
         return { scope: account.scope, limit: 'max_concurrent', max, retryAfterMs: RETRY }
       }
     }

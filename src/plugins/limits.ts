@@ -138,17 +138,23 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     const accounts = accountsOf(askerOf(request), options)
     const { exchange } = request
     const length = lengthOf(request)
-    const begin = (refusal: Refusal | undefined) => {
+    const settle = (refusal: Refusal | undefined) => {
       if (refusal !== undefined) throw refuse(refusal, exchange)
-      // A client that has left meanwhile has no end to come.
-      if (length > 0 && !exchange.closed) exchange.uploading = uploads.begin(accounts)
       done()
     }
+    const others = accounts.map(account => uploads.of(account))
+    const count = (account: Account) => others[accounts.indexOf(account)]!
+    // Taken before the store is asked: of a burst all would be told that there is room.
+    if (length > 0) {
+      const refusal = uploads.refusal(accounts, fastify.peers?.count)
+      if (refusal !== undefined) return settle(refusal)
+      exchange.uploading = uploads.begin(accounts)
+    }
     // A round trip costs more than reading a small body.
-    if (!store.isLocal && length <= SMALL_BODY) return begin(uploads.refusal(accounts))
-    const refusal = store.look(accounts, account => uploads.of(account))
-    if (!(refusal instanceof Promise)) return begin(refusal)
-    refusal.then(begin).catch(done)
+    if (!store.isLocal && length <= SMALL_BODY) return settle(undefined)
+    const refusal = store.look(accounts, count)
+    if (!(refusal instanceof Promise)) return settle(refusal)
+    refusal.then(settle).catch(done)
   })
 
   function endUpload(exchange: Exchange): void {

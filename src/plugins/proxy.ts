@@ -202,10 +202,14 @@ function toBackend(
   allowed: ReadonlySet<string>
 ) {
   const kept: Headers & { [EXCHANGE]: Exchange } = { [EXCHANGE]: exchange }
-  for (const name in headers) {
-    if (NOT_TO_BACKEND.has(name) || (isControlHeader(name) && !allowed.has(name))) continue
-    if (name.startsWith('x-llmproxy-') || credentials.includes(name)) continue
-    kept[name] = headers[name]
+  const listed = connectionListed(exchange.request.headers.connection)
+  for (const given in headers) {
+    // Python's servers make the same variable of an underscore and a hyphen.
+    const name = given.includes('_') ? given.replaceAll('_', '-') : given
+    if (NOT_TO_BACKEND.has(name) || (isControlHeader(name) && !allowed.has(given))) continue
+    if (name.startsWith('x-llmproxy-') || name === 'x-request-id') continue
+    if (credentials.includes(name) || listed.includes(given)) continue
+    kept[given] = headers[given]
   }
   if (exchange.request.method === 'GET' || exchange.request.method === 'HEAD') {
     delete kept['content-length']

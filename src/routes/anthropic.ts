@@ -10,7 +10,8 @@ const anthropicRoutes: FastifyPluginAsync = fastify =>
       url: '/v1/messages',
       dialect: anthropic,
       body: 'json',
-      spends: 'input and output'
+      spends: 'input and output',
+      limitedBy: ['max_tokens']
     },
     { method: 'POST', url: '/v1/messages/count_tokens', dialect: anthropic, body: 'json' }
   ])

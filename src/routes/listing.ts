@@ -19,7 +19,7 @@ export function rewriteListings(
 ): void {
   fastify.answerHooks.push((exchange, answer) => {
     const { endpoint, reply } = exchange
-    if (!urls.includes(endpoint?.url ?? '') || reply.statusCode !== 200) return undefined
+    if (!urls.includes(endpoint?.url ?? '') || reply.statusCode > 299) return undefined
     reply.removeHeader('content-length')
     reply.header('content-type', 'application/json; charset=utf-8')
     let size = 0

@@ -24,7 +24,7 @@ const modelRoutes: FastifyPluginAsync = fastify => {
   const lists = ['/v1/models', '/models']
   rewriteListings(fastify, lists, body => {
     const { data } = Object(body) as { data?: unknown }
-    return { object: 'list', data: Array.isArray(data) ? data.map(toPublic) : [] }
+    return { object: 'list', data: Array.isArray(data) ? data.filter(isCard).map(toPublic) : [] }
   })
   rewriteListings(
     fastify,
@@ -49,6 +49,10 @@ const modelRoutes: FastifyPluginAsync = fastify => {
     if (card === undefined) throw modelNotFound(wanted)
     return reply.send(card)
   })
+}
+
+function isCard(value: unknown): value is ModelCard {
+  return typeof Object(value).id === 'string'
 }
 
 function mayUse({ caller }: FastifyRequest, model: string): boolean {

@@ -13,7 +13,11 @@ const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
   body: 'json',
   ...more
 })
-const GENERATES = { spends: 'input and output', streamsByDefault: true } as const
+const GENERATES = {
+  spends: 'input and output',
+  limitedBy: ['num_predict'],
+  streamsByDefault: true
+} as const
 const EMBEDS = { spends: 'input', prompt: EMBEDDING } as const
 const get = (url: string): Endpoint => ({ method: 'GET', url, dialect: ollama, body: 'none' })
 
@@ -23,13 +27,17 @@ const LISTED = [
   ...['expires_at', 'size_vram', 'context_length']
 ]
 
+function isListed(value: unknown): value is Record<string, unknown> & { name: string } {
+  return typeof Object(value).name === 'string'
+}
+
 /** The models of Ollama's list that the caller may use, by the names that callers use. */
 function ownModels(fastify: FastifyInstance, body: unknown, exchange: Exchange): unknown {
   const backend = fastify.backends.pool.backends.find(({ name }) => name === exchange.backend)
   const { models } = Object(body) as { models?: unknown }
   if (!Array.isArray(models)) return { models: [] }
   return {
-    models: models.flatMap((listed: Record<string, unknown>) => {
+    models: models.filter(isListed).flatMap(listed => {
       const names = backend === undefined ? [] : publicNames(backend, String(listed.name))
       const shown = Object.entries(listed).filter(([field]) => LISTED.includes(field))
       return names

@@ -3,7 +3,7 @@ import type { FastifyPluginAsync } from 'fastify'
 import { openai } from '../dialects/openai.ts'
 import { COMPLETION, EMBEDDING, RANKING } from '../dialects/prompt.ts'
 import { responses } from '../dialects/responses.ts'
-import { GatewayError } from '../errors.ts'
+import { GatewayError, modelMissing } from '../errors.ts'
 import type { Endpoint, Exchange, Usage } from '../exchange.ts'
 import { Billed } from '../metering/billed.ts'
 import { DatabaseError } from '../store/sql.ts'
@@ -18,19 +18,21 @@ const post = (url: string, more: Partial<Endpoint> = {}): Endpoint => ({
   ...more
 })
 
-const ANSWERS = { spends: 'input and output' } as const
-const STREAMS = { ...ANSWERS, asksForUsage: true } as const
-const COMPLETES = { ...STREAMS, prompt: COMPLETION } as const
+const GENERATES = { spends: 'input and output' } as const
+const RESPONDS = { ...GENERATES, dialect: responses, limitedBy: ['max_output_tokens'] } as const
+const TEXT = { ...GENERATES, asksForUsage: true } as const
+const CHATS = { ...TEXT, limitedBy: ['max_tokens', 'max_completion_tokens'] } as const
+const COMPLETES = { ...TEXT, prompt: COMPLETION, limitedBy: ['max_tokens'] } as const
 const EMBEDS = { spends: 'input', prompt: EMBEDDING } as const
 const RANKS = { spends: 'input', prompt: RANKING } as const
 const SHOWS = { dialect: responses, showsResponse: true } as const
 
 /** What OpenAI's API and its relatives (vLLM, SGLang, llama.cpp, TGI) offer. */
 const ENDPOINTS: Endpoint[] = [
-  post('/v1/chat/completions', STREAMS),
+  post('/v1/chat/completions', CHATS),
   post('/v1/completions', COMPLETES),
   post('/v1/embeddings', EMBEDS),
-  post('/chat/completions', { ...STREAMS, upstreamPrefix: '/v1' }),
+  post('/chat/completions', { ...CHATS, upstreamPrefix: '/v1' }),
   post('/completions', { ...COMPLETES, upstreamPrefix: '/v1' }),
   post('/embeddings', { ...EMBEDS, upstreamPrefix: '/v1' }),
   post('/v1/rerank', RANKS),
@@ -40,9 +42,9 @@ const ENDPOINTS: Endpoint[] = [
   post('/v1/audio/translations', { body: 'stream' }),
   post('/tokenize'),
   post('/detokenize'),
-  post('/v1/responses', { ...ANSWERS, dialect: responses, makesResponses: true }),
+  post('/v1/responses', { ...RESPONDS, makesResponses: true }),
   post('/v1/responses/input_tokens', { dialect: responses }),
-  post('/v1/responses/compact', { ...ANSWERS, dialect: responses, makesResponses: true }),
+  post('/v1/responses/compact', { ...RESPONDS, makesResponses: true }),
   post('/v1/responses/:id/cancel', { ...SHOWS, body: 'none' }),
   // Whatever else is under it is about one stored response.
   post('/v1/responses/:id/*', { dialect: responses }),
@@ -71,7 +73,7 @@ const openaiRoutes: FastifyPluginAsync = async function openaiRoutes(fastify) {
     const { exchange, payload } = request
     if (exchange.endpoint?.dialect !== responses) return done()
     if (exchange.endpoint.makesResponses) exchange.onAnswerId = id => learn(exchange, id)
-    bind(exchange, payload?.previousResponseId).then(() => done(), done)
+    bind(exchange, payload?.previousResponseId).then(() => done(nameModel(exchange)), done)
   })
 
   await forwarded(fastify, ENDPOINTS)
@@ -101,6 +103,15 @@ const openaiRoutes: FastifyPluginAsync = async function openaiRoutes(fastify) {
 
   function raise(id: string, usage: Usage): Usage | Promise<Usage | undefined> | undefined {
     return peers === undefined ? billed.raise(id, usage) : peers.bill(id, usage)
+  }
+
+  /** A request that continues an unknown response needs a model as any other does. */
+  function nameModel({ model, endpoint, request }: Exchange): GatewayError | undefined {
+    const { payload } = request
+    if (model !== undefined || payload === undefined || endpoint?.spends === undefined) return
+    payload.model = fastify.backends.pool.onlyModel
+    payload.isModelImplied = payload.model !== undefined
+    return payload.isModelImplied ? undefined : modelMissing()
   }
 
   /** Sends a request to the backend that has the response, if it belongs to the caller. */

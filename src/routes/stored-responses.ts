@@ -59,9 +59,12 @@ export class StoredResponses {
     this.#maxOfCaller = maxOfCaller
   }
 
-  /** Remembers a response that another process has written down. */
+  /** Remembers a response that another process has written down. The first owner of an id stays its owner. */
   hear(response: StoredResponse): void {
-    this.#recent.set(response.id, response)
+    const { id, caller } = response
+    const known = this.#recent.get(id)
+    if (known === undefined || known.caller === caller) this.#recent.set(id, response)
+    else this.#log.warn({ response: id }, 'a backend gave the id of a response of another caller')
   }
 
   /** Remembers a response, or what has become of its bill, and writes it down. */
