@@ -1,6 +1,7 @@
 import { readFileSync, unwatchFile, watchFile } from 'node:fs'
 import { type Server as HttpServer, STATUS_CODES } from 'node:http'
 import type { Server as TlsServer } from 'node:https'
+import { flushCompileCache } from 'node:module'
 import type { Socket } from 'node:net'
 import cors from '@fastify/cors'
 import Fastify, {
@@ -72,6 +73,8 @@ export async function startServer(
   // Of several workers the primary says this, once.
   const level = peers === undefined ? 'info' : 'debug'
   log[level](address, LISTENING)
+  // The end of the process is too late: it waits for no disk (`exit.ts`).
+  flushCompileCache()
   if (peers === undefined) sayDemo(log, gateway, url)
   const idle = giveMemoryBack(gateway.exchanges)
 

@@ -8,7 +8,7 @@ import { CLI, folder, start, writeConfig } from './process.ts'
 /** Random request bodies, valid and damaged, in random pieces: 10 minutes in `npm run test:long`. */
 
 const LONG = process.env.LONG === '1'
-const SECONDS = Number(process.env.FUZZ_SECONDS ?? (LONG ? 600 : 2))
+const SECONDS = Number(process.env.FUZZ_SECONDS ?? (LONG ? 600 : 1))
 const MAX_BYTES = LONG ? 8 * 1024 * 1024 : 256 * 1024
 /** Until V8 has compiled the code that is measured. */
 const WARM_UP = 100

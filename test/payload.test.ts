@@ -82,10 +82,8 @@ test('12 MB of JSON in any shape pass through a gateway with a heap of 48 MB', a
   }
   for (const [name, elements] of Object.entries(shapes)) {
     const body = `{"model":"m","messages":[${elements}0]}`
-    for (let time = 1; time <= 2; time++) {
-      const response = await post(`${gateway.url}/v1/chat/completions`, body)
-      assert.equal(response.status, 200, `${name}: ${await response.text()}`)
-    }
+    const response = await post(`${gateway.url}/v1/chat/completions`, body)
+    assert.equal(response.status, 200, `${name}: ${await response.text()}`)
     assert.equal(backend.requests.at(-1)!.body, body)
   }
   assert.equal(gateway.child.exitCode, null)
