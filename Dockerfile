@@ -24,7 +24,8 @@ COPY --from=build /build/node_modules ./node_modules
 COPY --from=build /build/dist ./dist
 RUN chmod 755 dist/cli.js && ln -s /opt/llmproxy/dist/cli.js /usr/local/bin/llmproxy
 
-USER llmproxy
+# Numeric: Kubernetes checks runAsNonRoot without the image's list of users.
+USER 1000:1000
 WORKDIR /home/llmproxy
 ENV LLMPROXY_DATA_DIR=/home/llmproxy/data
 VOLUME /home/llmproxy/data

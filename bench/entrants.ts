@@ -36,11 +36,18 @@ const here = (path: string) => fileURLToPath(new URL(path, import.meta.url))
 const PORTKEY = here('node_modules/@portkey-ai/gateway/')
 const KEY = 'sk-bench'
 const MANY = 1_000_000_000
+/** Held streams of the largest figure, and some more. */
+const MAX_CONNECTIONS = 12_000
 
 /** Everything on: auth, limits, metering, metrics, a usage event and a log line for each exchange. */
 function llmproxyConfig({ backendPort, sinkPort }: Surroundings, port: number) {
   return {
-    server: { listen: `127.0.0.1:${port}` },
+    // All clients of the benchmark come from one address.
+    server: {
+      listen: `127.0.0.1:${port}`,
+      max_connections: MAX_CONNECTIONS,
+      max_connections_per_address: MAX_CONNECTIONS
+    },
     log: { format: 'json' },
     backends: [{ name: 'bench', url: `http://127.0.0.1:${backendPort}` }],
     routing: { load_balance: 'least_connections', retry: { enabled: true } },

@@ -214,7 +214,6 @@ async function ttft({ targets, pairs }: Extract<Job, { kind: 'ttft' }>): Promise
   return times.map(spread)
 }
 
-/** How late the worst chunk of other streams comes while one large prompt passes. */
 /** JSON that costs a reader as much as JSON of that size (bytes) can, the last one beyond the gateway's bounds. */
 function hostile(bytes: number): Buffer[] {
   return ['0,', '"",', '[[[[0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0]]]],', '"\\n\\u00e9",', '{},'].map(
@@ -225,6 +224,7 @@ function hostile(bytes: number): Buffer[] {
   )
 }
 
+/** How late the worst chunk of other streams comes while one large prompt passes. */
 async function blocking(job: Extract<Job, { kind: 'blocking' }>): Promise<Spread> {
   const bodies = job.isHostile ? hostile(job.bytes) : [prompt(job.bytes, '')]
   const small = prompt(512, '100000,2')

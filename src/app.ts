@@ -1,3 +1,4 @@
+import './check-node.ts'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { isDeepStrictEqual } from 'node:util'
 import type { Registry } from '@prometheus-io/client'
@@ -9,7 +10,8 @@ import type {
   RegisterOptions
 } from 'fastify'
 import { type Static, Type } from 'typebox'
-import { allOrNothing, type Changes, takeOver } from './changes.ts'
+import { allOrNothing, takeOver } from './changes.ts'
+import { DataDirWatch } from './data-dir-watch.ts'
 import { anthropic } from './dialects/anthropic.ts'
 import type { Dialect } from './dialects/dialect.ts'
 import { ollama } from './dialects/ollama.ts'
@@ -18,10 +20,13 @@ import { DiscoveryOptions, discoveryIssues } from './discovery/sources.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
 import { type Exchanges, withExchanges } from './exchange.ts'
 import type { Issue } from './issues.ts'
+import { keyFile } from './keys/key-store.ts'
 import { keyQuotaIssues, looksIntoStore, sourceIssues } from './keys/sources.ts'
 import { LimitsOptions, limitIssues } from './limits/policy.ts'
+import { closeInStages } from './lingering.ts'
 import { masked } from './masked.ts'
 import { checkOptions, Duration, type Given, OptionsError } from './options.ts'
+import { share } from './parts.ts'
 import type { Peers } from './peers.ts'
 import admin, { AdminOptions } from './plugins/admin.ts'
 import auth, { AuthOptions, type GivenAuthOptions } from './plugins/auth.ts'
@@ -46,6 +51,9 @@ import modelRoutes from './routes/models.ts'
 import ollamaRoutes from './routes/ollama.ts'
 import openaiRoutes from './routes/openai.ts'
 import { StorageOptions } from './store/storage.ts'
+
+export type { Caller, Endpoint, Exchange, Exchanges, Usage } from './exchange.ts'
+export type { Payload } from './payload.ts'
 
 /** What the gateway can be told, in a file and in code alike. */
 export const GatewayOptions = Type.Object(
@@ -97,28 +105,27 @@ export type GivenOptions = Given<Omit<GatewayOptions, 'auth'>> & {
   peers?: Peers
   /** What the admin API shows in front of the gateway's own options. */
   settings?: () => object
-  /** Reads the configuration again for the admin API, if there is something to read. */
-  reload?: () => Promise<Changes> | undefined
+  /** Reads the configuration again for the admin API, if there is something to read; returns the changes as JSON. */
+  reload?: () => Promise<string> | undefined
   /** Where usage records are kept until they are delivered; without it, in memory. */
   dataDir?: string
 }
 
-interface Lifecycle {
+export interface Lifecycle {
   /** The server is about to close: nobody should send it anything more. */
   isLeaving: boolean
   /** New calls are refused. */
   isDraining: boolean
-}
-
-declare module 'fastify' {
-  interface FastifyInstance {
-    lifecycle: Lifecycle
-  }
+  /** Called as soon as the server is about to close. */
+  readonly onLeaving: (() => void)[]
 }
 
 const DRAIN_TIMEOUT = 30_000
 const FLUSH_TIMEOUT = 5_000
 const MAX_SWALLOWED = 256 * 1024
+const NO_WEBSOCKET = 'WebSockets are not supported here. Send a POST.'
+/** Paths that clients open with a WebSocket first. Codex uses POST after a 426, and retries for seconds after a 404. */
+const WEBSOCKETS = /\/responses\/?(\?|$)/
 
 /**
  * The whole gateway as one plugin. It keeps its hooks, decorators, errors and routes in its own
@@ -153,10 +160,15 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
       'llmproxy'
     )
   }
-  const lifecycle: Lifecycle = { isLeaving: false, isDraining: false }
-  fastify.decorate('lifecycle', lifecycle)
-  fastify.decorate('peers', peers)
-  fastify.decorate('dataDir', dataDir)
+  const lifecycle: Lifecycle = { isLeaving: false, isDraining: false, onLeaving: [] }
+  share(fastify, 'lifecycle', lifecycle)
+  if (peers !== undefined) share(fastify, 'peers', peers)
+  if (dataDir !== undefined) {
+    const keys = looksIntoStore(options.auth) ? keyFile(dataDir, options.auth.db_path) : undefined
+    const watch = new DataDirWatch(dataDir, fastify.log, keys)
+    share(fastify, 'dataDirWatch', watch)
+    fastify.addHook('onClose', async () => watch.close())
+  }
 
   // A request passes the plugins from top to bottom. First it becomes an exchange, so that whatever
   // happens to it is counted and logged; then what no route should see is turned away.
@@ -169,6 +181,9 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     if (request.headers.host === undefined && request.raw.httpVersion === '1.1') {
       throw new GatewayError('invalid_request', 'The Host header is missing.')
     }
+    if (hasTwoHosts(request.raw.rawHeaders)) {
+      throw new GatewayError('invalid_request', 'There must not be more than one Host header.')
+    }
     if (lifecycle.isDraining && request.exchange.endpoint !== undefined) {
       reply.header('connection', 'close')
       throw new GatewayError('shutting_down', 'This server is shutting down.')
@@ -179,17 +194,18 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   // Can it be served at all? Before anything is spent on it.
   await fastify.register(overload, options.overload ?? {})
   // Who is it? Before the body is read: a stranger costs nothing.
-  await fastify.register(auth, { ...options.auth, storage: options.storage })
+  await fastify.register(auth, { ...options.auth, storage: options.storage, dataDir })
   // What is asked? The body stays the bytes that came.
   await fastify.register(payload)
   // Does anybody have that model?
   let pool = poolOf(options)
   await fastify.register(backends, pool)
-  await fastify.register(discovery, { ...options.discovery, storage: options.storage })
+  await fastify.register(discovery, { ...options.discovery, storage: options.storage, dataDir })
   // May it be asked now? The last question, so that a refused call has cost nothing.
   await fastify.register(limits, {
     ...options.rate_limit,
     caches: options.storage.caches,
+    dataDir,
     // Whoever shares the limits may have changed keys; from the first call on that counts here too.
     onKeyNews: news => fastify.keys.hear(news)
   })
@@ -198,13 +214,13 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   await fastify.register(proxy, options.proxy ?? {})
   // What did it cost? Read from the answer as it passes, and reported when it is over.
   await fastify.register(metering)
-  await fastify.register(usage, { ...options.usage, storage: options.storage })
+  await fastify.register(usage, { ...options.usage, storage: options.storage, dataDir })
   // What happened? Counted and logged after everything else.
   await fastify.register(metrics, options.metrics)
   await fastify.register(log)
-  await fastify.register(logging, { ...options.logging, storage: options.storage })
+  await fastify.register(logging, { ...options.logging, storage: options.storage, dataDir })
 
-  await fastify.register(openaiRoutes)
+  await fastify.register(openaiRoutes, { dataDir })
   await fastify.register(anthropicRoutes)
   await fastify.register(ollamaRoutes)
   await fastify.register(modelRoutes)
@@ -236,9 +252,14 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   })
 
   // Closing: not ready any more, then no new calls; running answers may finish, what remains is ended honestly.
-  const closeIdle = () => fastify.server.closeIdleConnections?.()
+  const closeIdle = () => {
+    // Node treats a connection as idle although a slow client has not read all of its response.
+    const isSending = exchanges.open.some(({ reply }) => reply.raw.writableEnded)
+    if (!isSending) fastify.server.closeIdleConnections?.()
+  }
   fastify.addHook('preClose', async () => {
     lifecycle.isLeaving = true
+    for (const listener of lifecycle.onLeaving) listener()
     if (options.drain_delay) await sleep(options.drain_delay)
     lifecycle.isDraining = true
     const sweep = setInterval(closeIdle, 250).unref()
@@ -359,15 +380,24 @@ export function answerError(error: unknown, request: FastifyRequest, reply: Fast
     .send(JSON.stringify(dialect.error(gatewayError, id)))
 }
 
-/** A refused body is not worth reading to its end, unless it is about to end anyway. */
+/** The connection of a rejected request is closed, unless the rest of its body is small. */
 function refuseRest(request: FastifyRequest, reply: FastifyReply): void {
   const length = Number(request.headers['content-length'] ?? Number.POSITIVE_INFINITY)
-  if (length > MAX_SWALLOWED) reply.header('connection', 'close')
+  if (length <= MAX_SWALLOWED) return
+  reply.header('connection', 'close')
+  closeInStages(reply.raw)
 }
 
-/** Answers whatever is no route. The path stays out of it, and out of the log. */
+/** Responds to a request for an unknown route. The path stays out of the response and of the log. */
 function answerNotFound(request: FastifyRequest, reply: FastifyReply): void {
-  answerError(new GatewayError('not_found', 'There is no such route.'), request, reply)
+  const { upgrade } = request.headers
+  const error =
+    upgrade?.toLowerCase() === 'websocket' && WEBSOCKETS.test(request.url)
+      ? new GatewayError('upgrade_not_supported', NO_WEBSOCKET, {
+          headers: { upgrade: 'HTTP/1.1', connection: 'upgrade' }
+        })
+      : new GatewayError('not_found', 'There is no such route.')
+  answerError(error, request, reply)
 }
 
 function dialectOf(url: string): Dialect {
@@ -375,6 +405,17 @@ function dialectOf(url: string): Dialect {
   return url.includes('/api/') ? ollama : openai
 }
 
+/** @param headers names and values by turns */
+function hasTwoHosts(headers: readonly string[]): boolean {
+  let hosts = 0
+  for (let at = 0; at < headers.length; at += 2) {
+    const name = headers[at]!
+    if (name.length === HOST.length && name.toLowerCase() === HOST) hosts++
+  }
+  return hosts > 1
+}
+
+const HOST = 'host'
 const ODD = /^[^/]|\/\/|\\|%(?:2e|5c|25|00)|(?:\/|%2f)\.{1,2}(?:\/|%2f|$)/i
 
 /** Paths that two servers could read differently reach no backend. */

@@ -1,7 +1,8 @@
 import { once } from 'node:events'
-import { parentPort, type Transferable, Worker } from 'node:worker_threads'
+import { parentPort, type Transferable } from 'node:worker_threads'
 import type { Issue } from './issues.ts'
 import { OptionsError } from './options.ts'
+import { startThread, type ThreadName } from './thread.ts'
 
 /**
  * Work that would block the event loop runs in a thread of its own, and its results arrive a batch at a time: a
@@ -16,23 +17,23 @@ interface Failure {
 type Reply<T> = { value: T } | { isDone: true } | { error: Failure }
 
 interface ThreadOptions {
-  /** What {@link handOut} receives. */
+  /** Input of {@link handOut}. */
   data: unknown
   transfer?: Transferable[]
   signal?: AbortSignal
 }
 
 /**
- * Runs a module that calls {@link handOut}, and yields its batches. The next one is asked for when the last one has
+ * Runs a thread that calls {@link handOut}, and yields its batches. The next one is asked for when the last one has
  * been used.
  *
- * @throws what the module has thrown, by its name and message
+ * @throws what the thread has thrown, by its name and message
  */
 export async function* batchesOf<T>(
-  module: URL,
+  name: ThreadName,
   { data, transfer = [], signal }: ThreadOptions
 ): AsyncGenerator<T> {
-  const thread = new Worker(module, { workerData: data, transferList: transfer, execArgv: [] })
+  const thread = startThread(name, { workerData: data, transferList: transfer })
   try {
     for (;;) {
       thread.postMessage('next')

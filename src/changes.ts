@@ -146,14 +146,14 @@ function pairs({ distinct }: SchemaNode, before: Mapping[], after: Mapping[]): P
   const namesBefore = before.map(item => rule?.by(item))
   const namesAfter = after.map(item => rule?.by(item))
   if ([...namesBefore, ...namesAfter].includes(undefined)) return byPlace(before, after)
+  const itemsBefore = new Map(namesBefore.map((name, at) => [name, before[at]]))
+  const itemsAfter = new Map(namesAfter.map((name, at) => [name, after[at]]))
   const all = [...new Set([...namesBefore, ...namesAfter])]
-  const found = all.map((name): Pair => {
-    const [one, other] = [before[namesBefore.indexOf(name)], after[namesAfter.indexOf(name)]]
-    return [`[${name}]`, one, other]
-  })
-  const stayed = (names: unknown[], others: unknown[]) =>
-    names.filter(each => others.includes(each))
-  const order = [stayed(namesBefore, namesAfter), stayed(namesAfter, namesBefore)] as const
+  const found = all.map((name): Pair => [`[${name}]`, itemsBefore.get(name), itemsAfter.get(name)])
+  const order = [
+    namesBefore.filter(name => itemsAfter.has(name)),
+    namesAfter.filter(name => itemsBefore.has(name))
+  ] as const
   return isDeepStrictEqual(...order) ? found : [...found, ['', ...order]]
 }
 

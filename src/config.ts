@@ -1,11 +1,13 @@
 import { createPrivateKey, X509Certificate } from 'node:crypto'
 import { existsSync, readFileSync } from 'node:fs'
-import { readFile, stat } from 'node:fs/promises'
+import { readFile } from 'node:fs/promises'
 import { availableParallelism } from 'node:os'
 import { basename } from 'node:path'
+import { getAsset, isSea } from 'node:sea'
+import { fileURLToPath } from 'node:url'
 import { type Static, Type } from 'typebox'
 import { backendIssues, GatewayOptions, optionIssues } from './app.ts'
-import { batchesOf } from './batches.ts'
+import { freeze } from './fragments.ts'
 import { formatPath, type Issue } from './issues.ts'
 import { isNetwork } from './keys/key.ts'
 import { DEFAULT_STORE } from './keys/key-store.ts'
@@ -27,6 +29,12 @@ const texts = (description: string, fallback: string[] = []) =>
   Type.Array(Type.String(), { default: fallback, description })
 
 const MAX_WORKERS = 128
+/** Name of the default configuration inside the single binary, which has no files beside it. */
+export const BUILT_IN = 'built-in llmproxy.yaml'
+/** The configuration that applies where no file is named. */
+export const DEFAULT_CONFIG = isSea()
+  ? BUILT_IN
+  : fileURLToPath(new URL('../config/llmproxy.yaml', import.meta.url))
 /** Sections that must be right before it is asked whether they find what they name. */
 const COMPARED = [
   'backends',
@@ -62,7 +70,7 @@ const ServerOptions = Section(
     write_timeout: Duration('60s', 'How long a client may let bytes wait; 0: for ever', 0),
     heartbeat: Duration(
       '15s',
-      'How long a stream may wait in silence for its answer; then it gets 200, comments and errors as events; 0: for ever',
+      'How long a stream may be silent before the client gets a comment; before the response it gets 200 as well, and errors as events then; 0: for ever',
       0
     ),
     idle_timeout: Duration('120s', 'How long an idle connection is kept'),
@@ -109,8 +117,10 @@ const ServerOptions = Section(
           }),
           allowed_origins: texts('Origins, or * for all'),
           allowed_methods: texts('Methods', ['GET', 'POST', 'PUT', 'DELETE', 'OPTIONS']),
-          allowed_headers: texts('Request headers', ['Authorization', 'Content-Type', 'X-API-Key']),
-          expose_headers: texts('Response headers that scripts may read'),
+          allowed_headers: texts('Request headers; an empty list: all that a browser asks for'),
+          expose_headers: texts(
+            'Response headers that scripts may read, beside those of ids, limits and retries'
+          ),
           allow_credentials: Type.Boolean({ default: false, description: 'Cookies and the like' }),
           max_age: Type.Integer({
             minimum: 0,
@@ -178,28 +188,11 @@ export class ConfigError extends Error {
 export async function loadConfig(file: string, env = process.env): Promise<Config> {
   let yaml: string
   try {
-    yaml = await readFile(file, 'utf8')
+    yaml = file === BUILT_IN ? getAsset(file, 'utf8') : await readFile(file, 'utf8')
   } catch (error) {
     throw new ConfigError(`${file}: cannot be read (${(error as NodeJS.ErrnoException).code})`)
   }
   return parseConfig(yaml, basename(file), env)
-}
-
-const THREAD = new URL(`./config-thread${import.meta.url.slice(-3)}`, import.meta.url)
-/** Maximum size (bytes) of a file that is read again without a thread: that takes a few milliseconds. */
-const SMALL = 8 * 1024
-
-/**
- * The same for a gateway that is running: a long list of keys or prices does not block the event loop.
- *
- * @throws {ConfigError}
- */
-export async function loadConfigAgain(file: string): Promise<Config> {
-  const { size } = await stat(file).catch(() => ({ size: 0 }))
-  if (size <= SMALL) return loadConfig(file)
-  let config: Config | undefined
-  for await (const each of batchesOf<Config>(THREAD, { data: file })) config = each
-  return freeze(config) as Config
 }
 
 /**
@@ -220,6 +213,7 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
   completeUnits(schema, root)
   issues.push(...numbersWithoutUnit(schema, root, []))
   withoutFile(root as RootMapping)
+  const given = Object.keys((root as RootMapping).server ?? {})
   const known = new Set(issues.map(issue => formatPath(issue.path)))
   issues.push(...findIssues(ConfigSchema, root).filter(({ path }) => !known.has(formatPath(path))))
   const isWrong = issues.some(({ path }) => COMPARED.includes(String(path[0])))
@@ -227,9 +221,10 @@ export function parseConfig(yaml: string, name: string, env: NodeJS.ProcessEnv):
   if (issues.length === 0) issues.push(...shareIssues(root as Config))
   const isUnclear = issues.some(({ path }) => path[0] === 'backends' || path[0] === 'discovery')
   if (!isUnclear) issues.push(...backendIssues(root as Config))
+  completeTimeouts(root as Config, given)
   issues.push(...incomplete(root as Config), ...takeOverStore(root as Config))
   if (issues.length > 0) throw new ConfigError(complaintsOf(file, name).join('\n'))
-  return freeze(root) as Config
+  return freeze(root as Config)
 }
 
 /** How many processes the configuration asks for. */
@@ -257,6 +252,13 @@ function takeOverStore({ admin, auth }: Config): Issue[] {
   }
   auth.db_path = path
   return []
+}
+
+/** A timeout that is set is more than the default of the other one. */
+function completeTimeouts({ server }: Config, given: readonly string[]): void {
+  if (!(server?.read_timeout < server?.header_timeout)) return
+  if (!given.includes('header_timeout')) server.header_timeout = server.read_timeout
+  else if (!given.includes('read_timeout')) server.read_timeout = server.header_timeout
 }
 
 /** Rules between members, which the schema can't say. */
@@ -308,6 +310,7 @@ interface Outlet {
   file?: unknown
 }
 interface RootMapping {
+  server?: object | null
   log?: Outlet | null
   logging?: { access?: Outlet | null } | null
 }
@@ -381,12 +384,4 @@ interface SchemaNode {
   bare?: 'MB' | 'd'
   items?: SchemaNode
   properties?: Record<string, SchemaNode>
-}
-
-function freeze(value: unknown): unknown {
-  if (typeof value === 'object' && value !== null && !Object.isFrozen(value)) {
-    Object.values(value).forEach(freeze)
-    Object.freeze(value)
-  }
-  return value
 }

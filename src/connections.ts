@@ -1,6 +1,7 @@
 import type { Server } from 'node:http'
-import { type BlockList, isIP, type Socket } from 'node:net'
+import type { BlockList, Socket } from 'node:net'
 import type { FastifyBaseLogger } from 'fastify'
+import { addressOf, isListed } from './address.ts'
 import { descriptorLimit, isAmongLast, servableConnections } from './descriptors.ts'
 import { networksOf } from './keys/key.ts'
 import { Complaint } from './logs/complaint.ts'
@@ -18,15 +19,23 @@ const REASONS = {
   max_connections: 'connections closed: server.max_connections is reached',
   max_connections_per_address:
     'connections closed: server.max_connections_per_address is reached; list a front proxy in server.trust_proxy',
+  admin_connections:
+    'connections closed: the share of admin.listen in server.max_connections is reached',
   descriptors: 'connections closed: few file descriptors are left; raise "ulimit -n"',
   accept: 'connections could not be accepted'
 }
 export type RefusalReason = keyof typeof REASONS
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    connections?: Connections
-  }
+/** Connections of the admin API's own port: an eighth of all, and no more than this. */
+const MAX_ADMIN = 64
+
+/** A port with bounds of its own, so that connections to one port leave the other one reachable. */
+class Port {
+  open = 0
+  /** Open connections of each address. */
+  readonly byAddress = new Map<string, number>()
+  max = Number.POSITIVE_INFINITY
+  maxPerAddress = Number.POSITIVE_INFINITY
 }
 
 /**
@@ -46,11 +55,13 @@ export class Connections {
   /** Processes that share the bounds. */
   readonly #processes: number
   readonly #sockets = new Set<Socket>()
-  /** Open connections of each address. */
-  readonly #byAddress = new Map<string, number>()
   readonly #complaints = new Map<RefusalReason, Complaint>()
+  readonly #clients = new Port()
+  /** The port of the admin API, if it has one of its own. */
+  #admin: Port | undefined
+  /** Maximum number of connections to all ports. */
   #max = Number.POSITIVE_INFINITY
-  #maxPerAddress = Number.POSITIVE_INFINITY
+  #maxPerAddress: ConnectionBounds['max_connections_per_address'] = 0
   #trusted: BlockList | 'all' | undefined
 
   constructor(log: FastifyBaseLogger, processes: number) {
@@ -67,9 +78,8 @@ export class Connections {
     const servable = servableConnections()
     this.#max = max_connections === 'auto' ? servable : share(max_connections)
     this.#maxPerAddress =
-      max_connections_per_address === 'auto'
-        ? Math.ceil(this.#max / 2)
-        : share(max_connections_per_address) || Number.POSITIVE_INFINITY
+      max_connections_per_address === 'auto' ? 'auto' : share(max_connections_per_address)
+    this.#share()
     if (typeof trust_proxy === 'boolean') this.#trusted = trust_proxy ? 'all' : undefined
     else this.#trusted = networksOf(trust_proxy)
     if (this.#max <= servable) return
@@ -79,9 +89,12 @@ export class Connections {
     )
   }
 
-  /** Counts and bounds what a server accepts. */
-  watch(server: Server): void {
-    server.prependListener('connection', (socket: Socket) => this.#enter(socket))
+  /** Counts and bounds what a server accepts; `isAdmin`: it is the admin API's own. */
+  watch(server: Server, isAdmin = false): void {
+    if (isAdmin) this.#admin ??= new Port()
+    this.#share()
+    const port = isAdmin ? this.#admin! : this.#clients
+    server.prependListener('connection', (socket: Socket) => this.#enter(socket, port))
     server.on('error', (error: NodeJS.ErrnoException) => {
       if (error.syscall === 'accept') this.refuse('accept', 1, error.code)
     })
@@ -106,11 +119,23 @@ export class Connections {
     for (const each of this.#complaints.values()) each.end()
   }
 
-  #enter(socket: Socket): void {
-    const address = toIpv4(socket.remoteAddress ?? '')
+  /** Divides the maximum among the ports. */
+  #share(): void {
+    const ofAdmin = this.#admin && Math.min(Math.ceil(this.#max / 8), MAX_ADMIN)
+    this.#clients.max = Math.max(1, this.#max - (ofAdmin ?? 0))
+    const all = this.#maxPerAddress
+    this.#clients.maxPerAddress =
+      all === 'auto' ? Math.ceil(this.#clients.max / 2) : all || Number.POSITIVE_INFINITY
+    if (this.#admin === undefined || ofAdmin === undefined) return
+    this.#admin.max = ofAdmin
+    this.#admin.maxPerAddress = Math.ceil(ofAdmin / 2)
+  }
+
+  #enter(socket: Socket, port: Port): void {
+    const address = addressOf({ ip: socket.remoteAddress })
     const group = groupOf(address)
-    const ofGroup = this.#byAddress.get(group) ?? 0
-    const reason = this.#reasonAgainst(socket, address, ofGroup)
+    const ofGroup = port.byAddress.get(group) ?? 0
+    const reason = this.#reasonAgainst(socket, port, address, ofGroup)
     if (reason !== undefined) {
       this.refuse(reason, 1, address)
       // The server's own listener, which comes next, expects an open one.
@@ -118,39 +143,41 @@ export class Connections {
       return
     }
     this.#sockets.add(socket)
-    this.#byAddress.set(group, ofGroup + 1)
-    socket.once('close', () => this.#leave(socket, group))
+    port.open++
+    port.byAddress.set(group, ofGroup + 1)
+    socket.once('close', () => this.#leave(socket, port, group))
   }
 
-  #leave(socket: Socket, group: string): void {
+  #leave(socket: Socket, port: Port, group: string): void {
     this.#sockets.delete(socket)
-    const left = this.#byAddress.get(group)! - 1
-    if (left > 0) this.#byAddress.set(group, left)
-    else this.#byAddress.delete(group)
+    port.open--
+    const left = port.byAddress.get(group)! - 1
+    if (left > 0) port.byAddress.set(group, left)
+    else port.byAddress.delete(group)
   }
 
-  #reasonAgainst(socket: Socket, address: string, ofGroup: number): RefusalReason | undefined {
-    if (this.open >= this.#max) return 'max_connections'
+  #reasonAgainst(
+    socket: Socket,
+    port: Port,
+    address: string,
+    ofGroup: number
+  ): RefusalReason | undefined {
+    const isAdmin = port === this.#admin
+    if (port.open >= port.max) return isAdmin ? 'admin_connections' : 'max_connections'
     if (isAmongLast(descriptorOf(socket))) return 'descriptors'
-    if (ofGroup < this.#maxPerAddress || this.#trusts(address)) return undefined
-    return 'max_connections_per_address'
+    if (ofGroup < port.maxPerAddress || this.#trusts(address)) return undefined
+    return isAdmin ? 'admin_connections' : 'max_connections_per_address'
   }
 
   #trusts(address: string): boolean {
     const trusted = this.#trusted
     if (trusted === 'all' || trusted === undefined) return trusted === 'all'
-    const family = isIP(address)
-    return family > 0 && trusted.check(address, family === 6 ? 'ipv6' : 'ipv4')
+    return isListed(trusted, address)
   }
 }
 
 function descriptorOf(socket: Socket): number {
   return (socket as Socket & { _handle?: { fd?: number } })._handle?.fd ?? -1
-}
-
-/** An IPv4 address as such, where a socket of IPv6 shows it. */
-function toIpv4(address: string): string {
-  return address.startsWith('::ffff:') ? address.slice(7) : address
 }
 
 /** Addresses that one caller has: a single one of IPv4, a network of 64 bits of IPv6. */

@@ -20,8 +20,14 @@ const FIELDS = new Set([
   ...['id_slot', 'slot_id', 'lora'],
   // NVIDIA Dynamo.
   'nvext',
-  // Ollama: when the model is unloaded.
-  'keep_alive'
+  // Ollama and LM Studio: when the model is unloaded; another model that is loaded beside it.
+  ...['keep_alive', 'ttl', 'draft_model'],
+  // TGI: adapters.
+  'adapter_id',
+  // OpenRouter, LiteLLM: other models and servers than the gateway has checked.
+  ...['models', 'fallbacks', 'route', 'preset', 'context_window_fallbacks'],
+  ...['content_policy_fallbacks', 'model_list', 'user_config', 'custom_llm_provider'],
+  ...['api_base', 'base_url', 'extra_body', 'extra_headers']
 ])
 
 /** Ollama's options that make it reload the model, or take resources of others. */
@@ -29,41 +35,40 @@ const OPTIONS = new Set([
   ...['num_gpu', 'main_gpu', 'num_thread', 'num_batch'],
   ...['use_mmap', 'use_mlock', 'numa', 'low_vram']
 ])
+/** The same of TGI's parameters. */
+const PARAMETERS = new Set(['adapter_id'])
+/** Objects that have fields which steer an engine. */
+const WITHIN: [name: string, fields: ReadonlySet<string>][] = [
+  ['options', OPTIONS],
+  ['parameters', PARAMETERS]
+]
 
 /** Headers that steer an engine or a router in front of it, or say who the client is and what it asks for. */
 const HEADERS = new Set([
-  'forwarded',
-  'via',
-  'x-real-ip',
-  'x-client-ip',
-  'x-cluster-client-ip',
-  'true-client-ip',
-  'cf-connecting-ip',
-  'x-original-url',
-  'x-original-host',
-  'x-rewrite-url',
-  'x-host',
-  'x-http-method',
-  'x-http-method-override',
-  'x-method-override',
-  'x-conversation-id',
-  'x-data-parallel-rank',
-  'x-vllm-priority',
-  'x-session-token',
-  'x-gateway-destination-endpoint',
-  'x-prefiller-host-port',
-  'x-smg-target-worker',
-  'x-smg-routing-key',
-  'routing-strategy',
+  ...['forwarded', 'x-forwarded', 'via', 'client-ip', 'x-real-ip', 'x-client-ip'],
+  ...['x-cluster-client-ip', 'true-client-ip', 'x-originating-ip', 'x-remote-addr', 'x-remote-ip'],
+  ...['x-remote-host', 'x-remote-user', 'remote-user', 'proxy-client-ip', 'wl-proxy-client-ip'],
+  // Cloudflare, Fastly, Azure, Google, Amazon, Fly.io, Netlify, DigitalOcean.
+  ...['cf-connecting-ip', 'cf-connecting-ipv6', 'cf-pseudo-ipv4', 'fastly-client-ip'],
+  ...['x-azure-clientip', 'x-azure-socketip', 'x-appengine-user-ip', 'cloudfront-viewer-address'],
+  ...['fly-client-ip', 'x-nf-client-connection-ip', 'do-connecting-ip'],
+  ...['x-original-url', 'x-original-uri', 'x-original-host', 'x-original-forwarded-for'],
+  ...['x-rewrite-url', 'x-host', 'x-http-method', 'x-http-method-override', 'x-method-override'],
+  ...['x-conversation-id', 'x-data-parallel-rank', 'x-vllm-priority', 'x-session-token'],
+  ...['x-gateway-destination-endpoint', 'x-prefiller-host-port'],
+  ...['x-smg-target-worker', 'x-smg-routing-key', 'routing-strategy'],
   'endpoint-load-metrics-format'
 ])
+
+/** Beginnings of such headers. */
+const HEADER_PREFIXES = ['x-forwarded-', 'x-original-', 'x-envoy-', 'x-smg-']
 
 /** All of them, for the description of the option. */
 export const ENGINE_CONTROLS = [...FIELDS, ...OPTIONS, ...HEADERS].sort()
 
 /** Whether a header steers an engine. The name is in lower case, with hyphens. */
 export function isControlHeader(name: string): boolean {
-  return HEADERS.has(name) || name.startsWith('x-forwarded-')
+  return HEADERS.has(name) || HEADER_PREFIXES.some(prefix => name.startsWith(prefix))
 }
 
 /**
@@ -73,18 +78,19 @@ export function isControlHeader(name: string): boolean {
  */
 export function dropControls(body: Body, allowed: ReadonlySet<string>): void {
   const { bytes, members } = body
-  const options = members.find(({ name, start }) => name === 'options' && bytes[start] === BRACE)
-  if (options !== undefined && options.end - options.start <= MAX_OPTIONS) {
-    const inside = bytes.subarray(options.start, options.end)
-    blank(inside, membersOf(inside), OPTIONS, allowed)
+  for (const [outer, names] of WITHIN) {
+    const object = members.find(({ name, start }) => name === outer && bytes[start] === BRACE)
+    if (object === undefined || object.end - object.start > MAX_OBJECT) continue
+    const inside = bytes.subarray(object.start, object.end)
+    blank(inside, membersOf(inside), names, allowed)
   }
   body.members = blank(bytes, members, FIELDS, allowed)
 }
 
 const BRACE = 0x7b
 const SPACE = 0x20
-/** Larger options (bytes) are rejected before. */
-const MAX_OPTIONS = 64 * 1024
+/** Larger objects (bytes) are rejected before. */
+const MAX_OBJECT = 64 * 1024
 
 /** Returns the members that are left. */
 function blank(

@@ -7,6 +7,7 @@ const STATUS = {
   invalid_request: 400,
   invalid_json: 400,
   invalid_path: 400,
+  model_required: 400,
   missing_api_key: 401,
   missing_admin_token: 401,
   invalid_api_key: 401,
@@ -26,6 +27,7 @@ const STATUS = {
   body_too_large: 413,
   unsupported_encoding: 415,
   unknown_expectation: 417,
+  upgrade_not_supported: 426,
   invalid_config: 422,
   rate_limit_exceeded: 429,
   insufficient_quota: 429,
@@ -55,7 +57,7 @@ export type ErrorCode = keyof typeof STATUS
 export class GatewayError extends Error {
   readonly code: ErrorCode
   readonly statusCode: number
-  /** Response headers that go with it, such as `retry-after`. */
+  /** Response headers that go with it, such as `retry-after`. SDKs follow `x-should-retry`. */
   readonly headers: Record<string, string>
 
   constructor(
@@ -67,8 +69,18 @@ export class GatewayError extends Error {
     this.name = 'GatewayError'
     this.code = code
     this.statusCode = options.statusCode ?? STATUS[code]
-    this.headers = options.headers ?? {}
+    this.headers = isFinal(this.statusCode)
+      ? { 'x-should-retry': 'false', ...options.headers }
+      : (options.headers ?? {})
   }
+}
+
+/** Client errors that are not a matter of time. */
+const TEMPORARY = [408, 409, 425, 429, 499]
+
+/** Whether the same request would be rejected again. */
+function isFinal(status: number): boolean {
+  return status < 500 && !TEMPORARY.includes(status)
 }
 
 /**
@@ -106,7 +118,7 @@ const MAX_NAME = 200
 /** The request names no model, and there is not exactly one to take. */
 export function modelMissing(): GatewayError {
   return new GatewayError(
-    'invalid_request',
+    'model_required',
     'model: the field is missing. Name a model; GET /v1/models lists those you may use.'
   )
 }

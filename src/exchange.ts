@@ -1,5 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
+import { addressOf } from './address.ts'
 import { BodyBudget } from './body-budget.ts'
 import type { Dialect } from './dialects/dialect.ts'
 import { openai } from './dialects/openai.ts'
@@ -9,14 +10,17 @@ import type { Framing } from './http.ts'
 import { matchesModel } from './keys/key.ts'
 import type { OwnLimits } from './limits/limits.ts'
 import type { Account, Lease, LimitStore } from './limits/store.ts'
+import type { Upload } from './limits/uploads.ts'
 import type { UnbilledResponse } from './metering/billed.ts'
 import type { Meter } from './metering/meter.ts'
 import type { PromptText } from './metering/prompt.ts'
+import { part, share } from './parts.ts'
 import type { UsageField } from './payload-edits.ts'
 import type { Wanted } from './pool/lineup.ts'
 import { type Prefixes, prefixesOf } from './pool/prefixes.ts'
 import type { Priority } from './pool/queue.ts'
 import type { Affinity } from './pool/strategies.ts'
+import { type Settlement, Settlements } from './settlement.ts'
 import { Turns } from './turns.ts'
 import { free } from './wire/gathered.ts'
 
@@ -87,8 +91,13 @@ export interface Endpoint {
   body: 'none' | 'json' | 'stream'
   /** The backend can be asked for usage with `stream_options.include_usage`. */
   asksForUsage?: boolean
-  /** What tokens are for, where the backend does not say how many: `input` is only read. Absent: none are spent. */
+  /**
+   * What tokens are for, where the backend does not report how many: `input` is only read. Absent: they cannot be
+   * estimated, and what a backend reports counts.
+   */
   spends?: 'input' | 'input and output'
+  /** It counts or describes something, and runs no model: reported usage counts nothing. */
+  isFree?: boolean
   /** How the model gets the request, where that differs from the dialect. */
   prompt?: PromptForm
   /** Fields that limit the generated tokens in this API; `num_predict` stands in Ollama's `options`. */
@@ -99,6 +108,11 @@ export interface Endpoint {
   makesResponses?: boolean
   /** Its response is a stored one: with its usage, once that is known. */
   showsResponse?: boolean
+  /**
+   * Limits that may reject it, where those are not all: what a stored response spends is reserved already, and a caller
+   * without a budget must be able to stop it.
+   */
+  rejectedBy?: 'rates' | 'nothing'
 }
 
 /** What runs for an exchange and must stop with it. */
@@ -118,8 +132,8 @@ export class Exchange {
   readonly request: FastifyRequest
   readonly reply: FastifyReply
   readonly endpoint: Endpoint | undefined
-  /** Asked at once: a socket that is closed does not know it any more. */
-  readonly clientIp: string | undefined
+  /** The client's address, read immediately: a closed socket has none. */
+  readonly clientIp: string
   /** Wall clock (Unix ms) and monotonic clock (ms) at the beginning. */
   readonly time = Date.now()
   readonly startedAt = performance.now()
@@ -143,6 +157,8 @@ export class Exchange {
   /** Code of the error the gateway answered with, or ended the stream with. */
   errorCode: string | undefined
   usage: Usage | undefined
+  /** Tokens that backends reported in error responses. Its caller does not pay for them. */
+  failed: { input: number; output: number } | undefined
   /** How a streaming response must be asked for usage, and how the backend that responds was. */
   question: { wanted: readonly UsageField[]; asked: readonly UsageField[] } | undefined
   /** The backend this exchange must go to (name), because it holds the state the call is about. */
@@ -153,17 +169,24 @@ export class Exchange {
   onAnswerId: ((id: string) => void) | undefined
   /** The stored response that it makes, or shows while not all of its usage is billed. */
   stored: UnbilledResponse | undefined
+  /** The gateway itself makes this request. */
+  settlement: Settlement | undefined
   /** Resolves when it is known what is billed, where that is not known at once. */
   settling: Promise<void> | undefined
   /** What the plugins hold for it until it ends. */
   meter: Meter | undefined
-  /** Accounts in which its upload has a slot, until its body is read. */
-  uploading: readonly Account[] | undefined
+  /** The caller for which the accounts were made, and these accounts. */
+  limited: { caller: Caller | undefined; accounts: readonly Account[] } | undefined
+  /** Has slots until its body is read. */
+  upload: Upload | undefined
   reservation: { store: LimitStore; lease: Lease } | undefined
   /** Resolves when a crash cannot give back what it spent of a quota; absent: there is none. */
   booked: Promise<void> | undefined
-  /** Somebody wants the request body when it is over. */
-  keepsBody = false
+  /** Whether its usage record and its row in the request log have the request body: it is kept until then. */
+  recordsBody = false
+  logsBody = false
+  /** Size (bytes) of the request body, where its record has to do without it. */
+  omittedBody: number | undefined
   /** A backend has the request, or some of it, and nothing came of it yet. */
   isWaiting = false
   /** Its client got a head, and heartbeats, before there was an answer. */
@@ -194,7 +217,7 @@ export class Exchange {
     this.request = request
     this.reply = reply
     this.endpoint = request.routeOptions.config.endpoint
-    this.clientIp = request.ip
+    this.clientIp = addressOf(request)
   }
 
   /** The model that is asked for, as the client names it. */
@@ -281,9 +304,11 @@ export class Exchange {
     return this.endpoint?.dialect ?? openai
   }
 
-  /** The last event of a stream that breaks. */
-  lastWords(error: GatewayError): string {
-    return this.dialect.errorEvent(error, this.id)
+  /** The last events of a stream that breaks, and whether they end it. */
+  lastWords(error: GatewayError): { events: string; isEnd: boolean } {
+    const { dialect, id: requestId, meter, model } = this
+    const position = { requestId, responseId: meter?.id, model, sequence: meter?.sequence ?? 0 }
+    return { events: dialect.errorEvents(error, position), isEnd: dialect.endsWithError }
   }
 
   get durationMs(): number {
@@ -318,10 +343,11 @@ export class Exchange {
     this.#held += bytes
   }
 
-  /** Drops a body that will not be sent again; with `isSent` nobody refers to it any more. */
+  /** Drops a body that will not be sent again; with `isSent` nothing refers to it any more. */
   forgetBody(isSent = false): void {
     const { payload } = this.request
-    if (this.keepsBody || payload === undefined || payload.bytes === NOTHING) return
+    if (this.recordsBody || this.logsBody) return
+    if (payload === undefined || payload.bytes === NOTHING) return
     this.request.body = undefined
     if (isSent) free(payload.bytes)
     payload.bytes = NOTHING
@@ -362,18 +388,6 @@ export class Exchange {
   }
 }
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    exchanges: Exchanges
-  }
-  interface FastifyRequest {
-    exchange: Exchange
-  }
-  interface FastifyContextConfig {
-    endpoint?: Endpoint
-  }
-}
-
 /** All open exchanges, and what is done at their end. */
 export class Exchanges {
   /**
@@ -383,6 +397,7 @@ export class Exchanges {
   readonly open: Exchange[] = []
   /** The request bodies that are kept at the moment. */
   readonly bodies = new BodyBudget()
+  readonly settlements = new Settlements()
   /** How many of forwarded routes have begun since the start. */
   forwarded = 0
   readonly turns: Turns
@@ -414,6 +429,8 @@ export class Exchanges {
     const exchange = new Exchange(request, reply, this)
     exchange.place = this.open.push(exchange) - 1
     if (exchange.endpoint !== undefined) this.forwarded++
+    exchange.settlement = this.settlements.of(request.headers)
+    if (exchange.settlement !== undefined) exchange.settlement.exchange = exchange
     reply.raw.once('close', () => this.#end(exchange))
     return exchange
   }
@@ -481,11 +498,10 @@ export class Exchanges {
  * first call in a scope does anything.
  */
 export function withExchanges(fastify: FastifyInstance): Exchanges {
-  if (fastify.hasDecorator('exchanges') && fastify.exchanges instanceof Exchanges) {
-    return fastify.exchanges
-  }
+  const known = part(fastify, 'exchanges')
+  if (known !== undefined) return known
   const exchanges = new Exchanges(fastify.log)
-  fastify.decorate('exchanges', exchanges)
+  share(fastify, 'exchanges', exchanges)
   if (!fastify.hasRequestDecorator('exchange')) {
     fastify.decorateRequest('exchange', null as unknown as Exchange)
   }

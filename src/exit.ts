@@ -2,6 +2,13 @@ import { Worker } from 'node:worker_threads'
 
 /** Ways to end this process that nothing can hold up. */
 
+/** A reader that has read enough ends a command, and is no error (`llmproxy keys list | head -1`). */
+export function endWithReader(): void {
+  process.stdout.on('error', ({ code }: NodeJS.ErrnoException) => {
+    process.exit(code === 'EPIPE' ? 0 : 1)
+  })
+}
+
 export const NOT_STOPPED = 'not stopped in time: ending immediately'
 
 /** The thread that watches leaves this much time (ms) to the main one, which can say why. */

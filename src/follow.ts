@@ -1,22 +1,22 @@
 import { unwatchFile, watchFile } from 'node:fs'
-import { type Changes, compare, takeOver } from './changes.ts'
-import { type Config, ConfigSchema, loadConfigAgain } from './config.ts'
+import type { Changes } from './changes.ts'
+import { BUILT_IN, type Config } from './config.ts'
 import { GatewayError } from './errors.ts'
+import { reread, toJson } from './reread.ts'
 import type { Server } from './server.ts'
 
 /** The configuration file of a server that runs: read again when it changes, and when somebody asks. */
 
 const WATCH_INTERVAL = 1_000
-/** The log names no more members than this. */
-const MAX_NAMED = 50
 
 export interface Following {
   /**
    * Reads the file again. What is refused changes nothing.
    *
+   * @returns what has changed, as JSON of {@link Changes}
    * @throws {GatewayError} `invalid_config`: the file is wrong, or something that it names cannot be used
    */
-  reload(): Promise<Changes>
+  reload(): Promise<string>
   /** Resolves when no reload is under way; there will be none any more. */
   stop(): Promise<void>
 }
@@ -25,11 +25,12 @@ export interface Following {
 export function followFile(file: string, running: Config, server: Server): Following {
   const { log } = server
   let latest: Promise<unknown> = Promise.resolve()
-  let next: Promise<Changes> | undefined
+  let next: Promise<string> | undefined
+  let json = toJson(running)
   let isStopped = false
 
   /** One after the other; who asks while one is waiting for its turn waits for the same. */
-  function reload(): Promise<Changes> {
+  function reload(): Promise<string> {
     if (next === undefined) {
       const turn = latest.then(() => {
         next = undefined
@@ -41,15 +42,14 @@ export function followFile(file: string, running: Config, server: Server): Follo
     return next
   }
 
-  async function take(): Promise<Changes> {
+  async function take(): Promise<string> {
     if (isStopped) throw new GatewayError('shutting_down', 'This server is shutting down.')
     try {
-      const wanted = await loadConfigAgain(file)
-      const changes = compare(ConfigSchema, running, wanted)
-      const config = takeOver(ConfigSchema, running, wanted)
-      await server.reload(config)
-      running = config
-      const { changed, restart_needed } = namesOf(changes)
+      const read = await reread(file, running, json)
+      await server.reload(read.config)
+      running = read.config
+      json = read.json
+      const { changes, changed, restart_needed } = read
       const level = restart_needed.length > 0 ? 'warn' : 'info'
       log[level]({ config: file, changed, restart_needed }, 'configuration reloaded')
       return changes
@@ -61,7 +61,7 @@ export function followFile(file: string, running: Config, server: Server): Follo
 
   // What went wrong is in the log.
   const onChange = () => void reload().catch(() => {})
-  watchFile(file, { interval: WATCH_INTERVAL, persistent: false }, onChange)
+  if (file !== BUILT_IN) watchFile(file, { interval: WATCH_INTERVAL, persistent: false }, onChange)
   server.onReload(reload)
   return {
     reload,
@@ -73,17 +73,15 @@ export function followFile(file: string, running: Config, server: Server): Follo
   }
 }
 
-function namesOf({ changed, restart_needed }: Changes) {
-  const names = (changes: { path: string }[]) => {
-    const paths = changes.slice(0, MAX_NAMED).map(({ path }) => path)
-    const more = changes.length - paths.length
-    return more === 0 ? paths : [...paths, `and ${more} more`]
-  }
-  return { changed: names(changed), restart_needed: names(restart_needed) }
-}
-
 /** Errors that say all there is to say, and where. */
-const PLAIN = new Set(['ConfigError', 'OptionsError', 'KeyFileError'])
+const PLAIN = new Set([
+  'ConfigError',
+  'OptionsError',
+  'KeyFileError',
+  'KeyStoreError',
+  'NewerFormatError',
+  'DataDirError'
+])
 
 export function isPlain({ name }: Error): boolean {
   return PLAIN.has(name)

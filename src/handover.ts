@@ -6,7 +6,7 @@ import { isAmongLast } from './descriptors.ts'
  * scarce. Both functions lean on messages and handles that Node does not document.
  */
 
-/** What node:cluster sends with a connection. */
+/** Message that node:cluster sends with a connection. */
 interface Handover {
   cmd: string
   msg?: { act?: string; seq: number }

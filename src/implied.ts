@@ -1,4 +1,4 @@
-/** What options imply: a section that lists something is switched on, and a type without settings needs no block. */
+/** Settings that options imply: a section that lists something is switched on, and a type without settings needs no block. */
 
 export interface SchemaNode {
   enabledBy?: readonly string[]

@@ -1,5 +1,6 @@
 import type { ErrorObject } from 'ajv'
 import { closest, distance } from 'fastest-levenshtein'
+import { maskedUrl } from './masked.ts'
 
 /** What is wrong with options, in words: the member, what was expected, and what was there. */
 
@@ -7,6 +8,24 @@ import { closest, distance } from 'fastest-levenshtein'
 export interface Issue {
   path: (string | number)[]
   message: string
+}
+
+/** Maximum number of issues that an error names. */
+export const MAX_NAMED = 20
+
+/**
+ * Returns a line for each of the first items, and one with the number of the others.
+ *
+ * @example
+ * firstOf(['a', 'b'], each => `${each} is wrong`) // ['a is wrong', 'b is wrong']
+ */
+export function firstOf<T>(all: readonly T[], toLine: (each: T) => string): string[] {
+  return andMore(all.slice(0, MAX_NAMED).map(toLine), all.length)
+}
+
+/** Adds a line with the number of items that have none. */
+export function andMore(lines: string[], count: number): string[] {
+  return lines.length === count ? lines : [...lines, `and ${count - lines.length} more`]
 }
 
 /** `['backends', 0, 'url']` as `backends[0].url:` */
@@ -91,7 +110,10 @@ export function toIssue(error: ErrorObject, root: object): Issue {
     case 'minItems':
       return { path, message: `must be ${expected(schema)}` }
     default:
-      return { path, message: `must be ${expected(schema)}${got(schema, error.data, isSecret)}` }
+      return {
+        path,
+        message: `must be ${expected(schema)}${bound(schema, error.data)}${got(schema, error.data, isSecret)}`
+      }
   }
 }
 
@@ -126,7 +148,9 @@ function unknownMember(
 interface Described {
   type?: string | string[]
   unit?: 'ms' | 'bytes'
+  most?: number
   secret?: true
+  secretPath?: true
   enum?: unknown[]
   minimum?: number
   maximum?: number
@@ -143,6 +167,8 @@ interface Described {
   distinct?: Distinct[]
   later?: readonly string[]
 }
+
+const DAY = 24 * 60 * 60 * 1000
 
 /** What a schema asks for, in words. */
 export function expected(schema: Described): string {
@@ -172,6 +198,11 @@ export function expected(schema: Described): string {
   }
 }
 
+/** The longest duration that is possible, where the value is beyond it. */
+function bound({ unit, most = Number.POSITIVE_INFINITY }: Described, value: unknown): string {
+  return unit === 'ms' && Number(value) > most ? `, at most ${Math.floor(most / DAY)}d` : ''
+}
+
 function expectedNumber(schema: Described): string {
   const noun = schema.type === 'integer' ? 'integer' : 'number'
   if (schema.minimum !== undefined && schema.maximum !== undefined) {
@@ -190,7 +221,9 @@ function got(schema: Described, value: unknown, isSecret: boolean): string {
   if (typeof value === 'string' && value.includes('@')) {
     return ', without a user or a password (use api_key or headers)'
   }
-  const text = JSON.stringify(value)
+  const text = JSON.stringify(
+    typeof value === 'string' ? maskedUrl(value, schema.secretPath) : value
+  )
   return text.length > 80 ? '' : ` (got ${text})${suggestion(schema, value)}`
 }
 

@@ -1,12 +1,14 @@
 import cluster from 'node:cluster'
 import { existsSync } from 'node:fs'
-import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import closeWithGrace from 'close-with-grace'
-import { CommandError } from './commands/command.ts'
-import { loadConfig, workerCount } from './config.ts'
-import { endSoon, endWithin, exitWithoutWaiting, NOT_STOPPED } from './exit.ts'
-import { type Following, followFile, isPlain } from './follow.ts'
+import { toFailure } from './commands/failure.ts'
+import { type Config, DEFAULT_CONFIG, loadConfig, workerCount } from './config.ts'
+import { DATA_DIR } from './data-dir.ts'
+import { dataFiles, findIncomplete, INCOMPLETE, leaveWhole } from './data-files.ts'
+import { endSoon, endWithin, endWithReader, exitWithoutWaiting, NOT_STOPPED } from './exit.ts'
+import { type Following, followFile } from './follow.ts'
+import { looksIntoStore } from './keys/sources.ts'
 import { type Server, startServer, stopTimeout } from './server.ts'
 import { handleSignals, releaseSignals, SIGNALS, stop } from './signals.ts'
 import { VERSION } from './version.ts'
@@ -20,6 +22,7 @@ Usage
   llmproxy diff OLD NEW [--json]     what differs, and what of it needs a restart; exits with 0 if nothing, else 1
   llmproxy keys ...                  make, list, change and revoke API keys; see llmproxy keys --help
   llmproxy usage ...                 export usage records, report them again; see llmproxy usage --help
+  llmproxy backup DIR                copy the databases of a gateway, which may run; see llmproxy backup --help
   llmproxy --version
   llmproxy --help
 
@@ -27,38 +30,45 @@ Configuration file, the first of
   --config FILE
   the environment variable LLMPROXY_CONFIG
   /home/llmproxy/config.yaml, if it is there (the container's place)
-  config/llmproxy.yaml of this package, with a built-in demo backend
+  config/llmproxy.yaml of this package (the single binary has it inside), with a built-in demo backend
 
 Whatever the gateway writes goes below LLMPROXY_DATA_DIR (default: ./data).
 `
 
-/** What ends by itself. */
-const COMMANDS = ['keys', 'usage', 'diff', 'check']
+/** Commands that end by themselves. */
+const COMMANDS = ['keys', 'usage', 'backup', 'diff', 'check']
 /** How often (ms) npm is looked for, when it has started this process. */
 const PARENT_INTERVAL = 500
-const DATA_DIR = process.env.LLMPROXY_DATA_DIR ?? './data'
+const dataDir = process.env.LLMPROXY_DATA_DIR ?? DATA_DIR
 const CONTAINER_CONFIG = '/home/llmproxy/config.yaml'
-const DEFAULT_CONFIG = fileURLToPath(new URL('../config/llmproxy.yaml', import.meta.url))
 
 try {
-  if (cluster.isWorker) runWorker(DATA_DIR)
+  if (cluster.isWorker) runWorker(dataDir)
   else process.exitCode = await run(process.argv.slice(2))
 } catch (error) {
-  console.error(explain(error as Error))
-  process.exit(isMisuse(error) ? 2 : 1)
+  const { message, exitCode } = toFailure(error as Error)
+  console.error(message)
+  process.exit(exitCode)
 }
 
 /** @returns the exit code, or undefined while the server runs */
 async function run(args: string[]): Promise<number | undefined> {
-  if (COMMANDS.includes(args[0] ?? '')) releaseSignals()
-  // What serves does not need the commands, and they take memory.
+  if (COMMANDS.includes(args[0] ?? '')) {
+    releaseSignals()
+    endWithReader()
+  }
+  // A server does not need the commands, and they take memory.
   if (args[0] === 'keys') {
     const { runKeys } = await import('./commands/keys.ts')
-    return runKeys(args.slice(1), DATA_DIR, defaultConfig())
+    return runKeys(args.slice(1), dataDir, defaultConfig())
   }
   if (args[0] === 'usage') {
     const { runUsage } = await import('./commands/usage.ts')
-    return runUsage(args.slice(1), DATA_DIR, defaultConfig())
+    return runUsage(args.slice(1), dataDir, defaultConfig()).finally(leaveDataWhole)
+  }
+  if (args[0] === 'backup') {
+    const { runBackup } = await import('./commands/backup.ts')
+    return runBackup(args.slice(1), dataDir, defaultConfig()).finally(leaveDataWhole)
   }
   if (args[0] === 'diff') {
     const { runDiff } = await import('./commands/diff.ts')
@@ -93,19 +103,34 @@ async function serve(file: string): Promise<void> {
   exitWithoutWaiting()
   handleSignals({ stop: () => process.exit(0), stopNow: () => process.exit(1), reload() {} })
   const config = await loadConfig(file)
+  if (keepsFiles(config)) {
+    const { takeDataDir } = await import('./data-dir-lock.ts')
+    const lock = takeDataDir(dataDir)
+    process.once('exit', () => lock.close())
+  }
+  const incomplete = await findIncomplete(dataFiles(dataDir, config.auth))
   const start = workerCount(config) === 1 ? startServer : startWorkers
-  const starting = start(config, DATA_DIR)
+  const starting = start(config, dataDir)
   const following = starting.then(server => followFile(file, config, server))
-  stopInOrder(starting, following, stopTimeout(config.server))
+  stopInOrder(starting, following, stopTimeout(config.server), config.auth)
   await following
+  const { log } = await starting
+  for (const each of incomplete) log.error({ file: each }, INCOMPLETE)
   stopWithNpm()
+}
+
+/** Whether it needs a directory for records, keys or quotas: a file system that is read-only is enough for all else. */
+function keepsFiles({ usage, auth, rate_limit: limits }: Config): boolean {
+  const hasQuota = limits.enabled && limits.storage === 'memory' && limits.per_key.total_quota > 0
+  return hasQuota || (usage.enabled && usage.reporters.length > 0) || looksIntoStore(auth)
 }
 
 /** The gateway's own drain timeout ends a close; a second signal, or the deadline, ends the process. */
 function stopInOrder(
   starting: Promise<Server>,
   following: Promise<Following>,
-  untilStarted: number
+  untilStarted: number,
+  auth: Config['auth']
 ): void {
   let log: Pick<Server['log'], 'error' | 'fatal'> = { error: console.error, fatal: console.error }
   let server: Server | undefined
@@ -126,6 +151,7 @@ function stopInOrder(
       const running = await starting
       await (await following).stop()
       await running.close()
+      await leaveWhole(dataFiles(dataDir, auth))
     }
   )
   handleSignals({
@@ -134,7 +160,7 @@ function stopInOrder(
       log.error({ signal }, 'second signal: ending immediately')
       endSoon(1)
     },
-    // What went wrong is in the log.
+    // The log has the reason.
     reload: () => void following.then(each => each.reload()).catch(() => {})
   })
 }
@@ -148,6 +174,10 @@ function stopWithNpm(): void {
     clearInterval(watch)
     stop('SIGHUP')
   }, PARENT_INTERVAL).unref()
+}
+
+async function leaveDataWhole(): Promise<void> {
+  await leaveWhole(dataFiles(dataDir))
 }
 
 function defaultConfig(): string {
@@ -164,17 +194,4 @@ function print(text: string): number {
 function misused(complaint: string): number {
   console.error(`llmproxy: ${complaint}; see llmproxy --help`)
   return 2
-}
-
-/** An error of the operating system in a line; anything else with its stack, for a report. */
-function explain(error: NodeJS.ErrnoException): string {
-  if (isPlain(error)) return error.message
-  if (isMisuse(error)) return `llmproxy: ${error.message.split('. ')[0]}; see llmproxy --help`
-  if (error instanceof CommandError) return `llmproxy: ${error.message}`
-  return `llmproxy: ${error.code?.startsWith('E') ? error.message : error.stack}`
-}
-
-function isMisuse(error: unknown): boolean {
-  if (error instanceof CommandError) return error.exitCode === 2
-  return String((error as NodeJS.ErrnoException).code).startsWith('ERR_PARSE_ARGS')
 }

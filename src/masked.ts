@@ -2,6 +2,7 @@
 
 interface SchemaNode {
   secret?: true
+  secretPath?: true
   unit?: 'ms' | 'bytes'
   anyOf?: SchemaNode[]
   items?: SchemaNode
@@ -20,7 +21,8 @@ const TIMES = [
 
 /**
  * What is secret, and everything inside of it, is `***`; of what its schema does not know nothing is shown.
- * Times have a unit, as in a file.
+ * So are the secrets of URLs: user and password, the query, and the path where `secretPath` says so. Times have a
+ * unit, as in a file.
  *
  * @param schema made with the keywords of `options.ts`
  * @example
@@ -28,12 +30,13 @@ const TIMES = [
  * masked(schema, { token: 'abc', timeout: 90_000, other: 1 }) // { token: '***', timeout: '90s' }
  */
 export function masked(schema: object, value: unknown): unknown {
-  const { secret, unit, items, properties, patternProperties } = alternativeFor(
+  const { secret, secretPath, unit, items, properties, patternProperties } = alternativeFor(
     schema as SchemaNode,
     value
   )
   if (secret) return withoutLeaves(value)
   if (unit === 'ms' && typeof value === 'number') return toText(value)
+  if (typeof value === 'string') return maskedUrl(value, secretPath)
   if (Array.isArray(value)) return value.map(item => masked(items ?? {}, item))
   if (typeof value !== 'object' || value === null) return value
   const other = Object.values(patternProperties ?? {})[0]
@@ -55,6 +58,30 @@ export function alternativeFor<T extends object>(schema: T, value: unknown): T {
       ? items !== undefined
       : isMapping === ((properties ?? patternProperties) !== undefined)
   return (anyOf.find(fits) ?? {}) as T
+}
+
+/** Scheme, user and password, host, path, query and fragment; a path alone has no scheme. */
+const URL_PARTS = /^(?:([a-z][a-z\d+.-]*:\/\/)(.*@)?([^/?#@]*))?(\/[^?#]*)?(\?[^#]*)?(#.*)?$/is
+
+/**
+ * A URL, or a path, without its secrets. Any other text stays as it is.
+ *
+ * @param secretPath whether the path is secret, too
+ * @example
+ * maskedUrl('redis://user:abc@host/1?token=abc', undefined) // 'redis://***@host/1?***'
+ */
+export function maskedUrl(text: string, secretPath: true | undefined): string {
+  const parts = URL_PARTS.exec(text)
+  if (parts === null || (parts[1] === undefined && parts[4] === undefined)) return text
+  const [, scheme = '', user, host = '', path = '', query, fragment] = parts
+  return [
+    scheme,
+    user === undefined ? '' : `${MASK}@`,
+    host,
+    secretPath && path !== '/' && path !== '' ? `/${MASK}` : path,
+    query === undefined ? '' : `?${MASK}`,
+    fragment === undefined ? '' : `#${MASK}`
+  ].join('')
 }
 
 function withoutLeaves(value: unknown): unknown {

@@ -1,9 +1,11 @@
 import { validateHeaderName, validateHeaderValue } from 'node:http'
-import { Ajv, type FuncKeywordDefinition } from 'ajv'
+import { Ajv, type ErrorObject, type FuncKeywordDefinition, type ValidateFunction } from 'ajv'
 import { type Static, type TSchema, type TUnsafe, Type } from 'typebox'
+import { completeEmpty } from './defaults.ts'
 import { addImplied } from './implied.ts'
-import { type Distinct, findRepeated, formatPath, type Issue, toIssue } from './issues.ts'
+import { type Distinct, findRepeated, firstOf, formatPath, type Issue, toIssue } from './issues.ts'
 import { dropSwitchedOff, isSwitchedOn, type SchemaNode } from './not-built.ts'
+import { parseQuantity } from './quantity.ts'
 
 /**
  * Options are described once, as JSON Schema made with TypeBox: the type, the check, the defaults,
@@ -11,32 +13,30 @@ import { dropSwitchedOff, isSwitchedOn, type SchemaNode } from './not-built.ts'
  * JSON Schema can't: `unit` (text such as `30s` or `64MB`), `bare` (what a number without one is in a file), `notBuilt` and `later` (parts and values
  * that this version doesn't have), `shorthand` (text that stands for an object with that one member),
  * `distinct`, `partOfType`, `enabledBy`, `check` (a function) with `expects` (what it wants, in words), `hashed`,
- * `secret` (never shown, nor anything inside), and `restart` (a running gateway cannot take over another value, nor
+ * `secret` (never shown, nor anything inside), `secretPath` (a URL whose path is not shown either), and `restart` (a running gateway cannot take over another value, nor
  * anything inside; see `changes.ts`).
  */
 
-const UNITS = {
-  ms: { ms: 1, s: 1000, m: 60_000, h: 3_600_000, d: 86_400_000 },
-  bytes: { b: 1, kb: 1024, mb: 1024 ** 2, gb: 1024 ** 3 }
-} as const
-
-/** The longest time (ms) that a timer can take. */
+/** The longest time (ms) that a timer can take: 24 days. */
 export const LONGEST = 2 ** 31 - 1
+/** The longest age (ms): it is compared with a clock, so no timer has to take it. */
+export const LONGEST_AGE = 365 * 24 * 60 * 60 * 1000
 
 /**
  * A length of time: text with a unit in a file (`100ms`, `30s`, `1m30s`), milliseconds in code.
- * `least` is 0 where 0 has a meaning of its own.
+ * `least` is 0 where 0 has a meaning of its own; `most` is {@link LONGEST_AGE} where no timer is set.
  */
 export function Duration(
   defaultValue: string | undefined,
   description: string,
-  least: 0 | 1 = 1
+  least: 0 | 1 = 1,
+  most: typeof LONGEST | typeof LONGEST_AGE = LONGEST
 ): TUnsafe<number> {
   return Type.Unsafe<number>({
     type: ['string', 'number'],
     unit: 'ms',
     least,
-    most: LONGEST,
+    most,
     description,
     ...(defaultValue === undefined ? {} : { default: defaultValue })
   })
@@ -78,9 +78,10 @@ export function Size(
   })
 }
 
-/** An http or https URL. */
-export function Url(description: string) {
+/** An http or https URL; `secretPath`: whoever knows its path may use it, as with many webhooks. */
+export function Url(description: string, more: { secretPath?: true } = {}) {
   return Type.String({
+    ...more,
     pattern: '^https?://',
     check: isHttpUrl,
     expects: 'a URL such as http://host:8000',
@@ -165,34 +166,14 @@ export function Section<T extends Record<string, TSchema>>(
   })
 }
 
-/**
- * Reads a quantity such as `1m30s` or `64MB`.
- *
- * @returns milliseconds or bytes; undefined when the text isn't one.
- * @example
- * parseQuantity('1m30s', 'ms') // 90000
- * parseQuantity('64MB', 'bytes') // 67108864
- */
-export function parseQuantity(text: string, unit: 'ms' | 'bytes'): number | undefined {
-  const factors: Record<string, number> = UNITS[unit]
-  if (text === '0') return 0
-  let total = 0
-  let matched = 0
-  for (const [part, number, suffix] of text.matchAll(/(\d+(?:\.\d+)?)([a-z]+)/gi)) {
-    const factor = factors[suffix!.toLowerCase()]
-    if (factor === undefined) return undefined
-    total += Number(number) * factor
-    matched += part.length
-  }
-  return matched > 0 && matched === text.length ? total : undefined
-}
-
 /** Thrown by {@link checkOptions}: all that is wrong, a line each. */
 export class OptionsError extends Error {
   readonly issues: Issue[]
 
   constructor(issues: Issue[], name = 'options') {
-    super(issues.map(issue => `${name}: ${formatPath(issue.path)} ${issue.message}`).join('\n'))
+    super(
+      firstOf(issues, ({ path, message }) => `${name}: ${formatPath(path)} ${message}`).join('\n')
+    )
     this.name = 'OptionsError'
     this.issues = issues
   }
@@ -203,7 +184,7 @@ const keywords: FuncKeywordDefinition[] = [
     keyword: 'shorthand',
     modifying: true,
     errors: false,
-    validate: (member: string, value: unknown, _schema?: unknown, at?: DataContext) => {
+    validate: (member: string, value: unknown, _schema?: unknown, at?: Place) => {
       if (typeof value === 'string') at!.parentData[at!.parentDataProperty] = { [member]: value }
       return true
     }
@@ -212,7 +193,7 @@ const keywords: FuncKeywordDefinition[] = [
     keyword: 'unit',
     modifying: true,
     errors: false,
-    validate: (unit: 'ms' | 'bytes', value: unknown, schema?: unknown, at?: DataContext) => {
+    validate: (unit: 'ms' | 'bytes', value: unknown, schema?: unknown, at?: Place) => {
       const quantity = typeof value === 'string' ? parseQuantity(value, unit) : value
       const { least, most } = schema as { least: number; most: number }
       if (typeof quantity !== 'number') return false
@@ -252,34 +233,107 @@ const keywords: FuncKeywordDefinition[] = [
     keyword: 'hashed',
     modifying: true,
     errors: false,
-    validate: (hash: (text: string) => string, text: unknown, _?: unknown, at?: DataContext) => {
+    validate: (hash: (text: string) => string, text: unknown, _?: unknown, at?: Place) => {
       if (typeof text === 'string') at!.parentData[at!.parentDataProperty] = hash(text)
       return true
     }
   }
 ]
 
-interface DataContext {
-  parentData: Record<string | number, unknown>
-  parentDataProperty: string | number
+/** Where a value is. */
+type Place = NonNullable<Parameters<ValidateFunction>[1]>
+
+/** The compiled check of a schema, without its parts: they have a check of their own. */
+interface Checker {
+  check: ValidateFunction
+  /** Compiles the parts. */
+  ajv: Ajv
+  members: [string, SectionSchema][]
+  items: SectionSchema | undefined
 }
 
-function compile(schema: TSchema) {
+interface SectionSchema extends TSchema {
+  properties?: Record<string, SectionSchema>
+  items?: SectionSchema
+  default?: unknown
+  secret?: true
+  shorthand?: string
+}
+
+const checkers = new WeakMap<TSchema, Checker>()
+
+/**
+ * Compiles a section when it first says something, and once: the file, the gateway and its plugins have sections in
+ * common. Compiling all of it for each takes half of the time of a start.
+ */
+function checkerOf(schema: SectionSchema, ajv: Ajv | undefined): Checker {
+  const known = checkers.get(schema)
+  if (known !== undefined) return known
+  const { properties, items, ...own } = schema
+  // A value that is secret, or may be text, has one check for all that is in it.
+  const isWhole = schema.secret || schema.shorthand !== undefined
+  const members = isWhole ? [] : Object.entries(properties ?? {}).filter(([, each]) => isPart(each))
+  const hasParts = !isWhole && items !== undefined && isPart(items)
+  const others = members.map(([name, each]) => [name, { default: each.default }])
+  const compiler = ajv ?? newAjv()
+  const checker = {
+    check: compiler.compile({
+      ...own,
+      ...(properties && { properties: { ...properties, ...Object.fromEntries(others) } }),
+      ...(items && !hasParts && { items })
+    }),
+    ajv: compiler,
+    members,
+    items: hasParts ? items : undefined
+  }
+  checkers.set(schema, checker)
+  return checker
+}
+
+function isPart({ properties, items }: SectionSchema): boolean {
+  return properties !== undefined || items !== undefined
+}
+
+/** An error, and the schema that its `schemaPath` begins at. */
+type Fault = [ErrorObject, TSchema]
+
+function errorsOf(schema: SectionSchema, value: unknown, at?: Place, ajv?: Ajv): Fault[] {
+  const checker = checkerOf(schema, ajv)
+  const { check, members, items } = checker
+  const errors: Fault[] = check(value, at) ? [] : check.errors!.map(error => [error, schema])
+  const look = (part: SectionSchema, inside: object, name: string | number) => {
+    const found = (inside as Record<string | number, unknown>)[name]
+    if (found === undefined || (isMapping(found) && completeEmpty(part, found))) return
+    const instancePath = `${at?.instancePath ?? ''}/${name}`
+    const where = { parentData: inside, parentDataProperty: name, rootData: inside }
+    const place = { instancePath, ...where, dynamicAnchors: {} }
+    for (const each of errorsOf(part, found, place, checker.ajv)) errors.push(each)
+  }
+  if (isMapping(value)) for (const [name, part] of members) look(part, value, name)
+  if (items && Array.isArray(value)) for (const index of value.keys()) look(items, value, index)
+  return errors
+}
+
+function isMapping(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null && !Array.isArray(value)
+}
+
+function newAjv(): Ajv {
   const ajv = new Ajv({
     allErrors: true,
     useDefaults: true,
     verbose: true,
     strict: false,
+    // JSON reads 1e999 as Infinity.
+    strictNumbers: true,
     // A start takes half as long without: the schemas are our own, and their code runs once.
     meta: false,
     validateSchema: false,
     code: { optimize: false }
   })
   for (const keyword of keywords) ajv.addKeyword({ ...keyword })
-  return ajv.compile(schema)
+  return ajv
 }
-
-const compiled = new WeakMap<TSchema, ReturnType<typeof compile>>()
 
 /**
  * Checks options against their schema, fills in the defaults, turns quantities into numbers.
@@ -299,22 +353,16 @@ export function checkOptions<T extends TSchema>(schema: T, given: unknown, name?
 
 /** The issues of `options`, which is completed in place. */
 export function findIssues(schema: TSchema, options: unknown): Issue[] {
-  let validate = compiled.get(schema)
-  if (validate === undefined) {
-    validate = compile(schema)
-    compiled.set(schema, validate)
-  }
   dropSwitchedOff(schema as SchemaNode, options, false)
   addImplied(schema as SchemaNode, options)
-  if (validate(options)) return []
-  const errors = validate.errors ?? []
+  const errors = errorsOf(schema, options)
   // Where no alternative fits, what is wrong with each of them only confuses.
-  const unions = errors.filter(({ keyword }) => keyword === 'anyOf').map(each => each.instancePath)
+  const unions = errors.filter(([{ keyword }]) => keyword === 'anyOf')
   const seen = new Set<string>()
-  return errors.flatMap(error => {
-    const isPart = unions.some(path => error.instancePath.startsWith(path))
+  return errors.flatMap(([error, root]) => {
+    const isPart = unions.some(([{ instancePath }]) => error.instancePath.startsWith(instancePath))
     if (isPart && error.keyword !== 'anyOf') return []
-    const issue = toIssue(error, schema)
+    const issue = toIssue(error, root)
     const id = formatPath(issue.path)
     if (seen.has(id)) return []
     seen.add(id)

@@ -1,4 +1,4 @@
-import { hash } from 'node:crypto'
+import crypto from 'node:crypto'
 import type { Body } from './payload.ts'
 import { type Edit, edited, type Pieces } from './wire/edits.ts'
 import { membersOf } from './wire/json-scanner.ts'
@@ -48,7 +48,7 @@ export function nameModel(body: Body, model: string): Change {
 
 /** Gives a caller its own part of the prefix cache. */
 export function saltCache(body: Body, caller: string): Change {
-  return setString(body, 'cache_salt', hash('sha256', `cache_salt\n${caller}`, 'base64url'))
+  return setString(body, 'cache_salt', crypto.hash('sha256', `cache_salt\n${caller}`, 'base64url'))
 }
 
 function setString({ members }: Body, name: string, value: string): Change {

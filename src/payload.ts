@@ -1,3 +1,4 @@
+import { FORMS, type PromptForm } from './dialects/prompt.ts'
 import { GatewayError } from './errors.ts'
 import type { Endpoint } from './exchange.ts'
 import { type Member, membersOf } from './wire/json-scanner.ts'
@@ -28,21 +29,26 @@ export interface Payload extends Body {
   prompts: number
   /** The response repeats the prompt (completions). */
   echo: boolean
+  /** The response is made after the request has ended (Responses API). Backends take other values for true, too. */
+  isBackground: boolean
   previousResponseId: string | undefined
+  /** The request refers to a prompt that is stored at the backend (Responses API). */
+  hasStoredPrompt: boolean
 }
 
-/** Fields that limit the generated tokens, of all APIs. */
+/** Fields that limit the generated tokens, of all APIs; Ollama's `num_predict` stands in its `options`. */
 const MAX_TOKENS = [
   'max_tokens',
   'max_completion_tokens',
   'max_output_tokens',
   'max_new_tokens',
-  'n_predict'
+  'n_predict',
+  'num_predict'
 ]
 
 /**
- * Fields on which a decision of the gateway depends. They must be spelled exactly and stand there once: Go's JSON
- * parser ignores case, and parsers disagree about which of two equal names counts.
+ * Fields on which a decision of the gateway depends. They must be spelled exactly and occur once: Go's JSON parser
+ * ignores case, and parsers disagree about which of two equal names counts.
  */
 const READ = new Set([
   ...MAX_TOKENS,
@@ -52,22 +58,21 @@ const READ = new Set([
   'stream_options',
   'include_reasoning',
   'options',
+  'parameters',
   'n',
   'n_cmpl',
   'best_of',
   'echo',
-  'messages',
   'prompt',
-  'input',
-  'tools',
-  'system',
-  'instructions',
+  'prompt_embeds',
   'background',
   'previous_response_id',
-  'conversation'
+  'conversation',
+  ...FORMS.flatMap(namesOf)
 ])
 const READ_IN_STREAM_OPTIONS = new Set(['include_usage', 'continuous_usage_stats'])
 const READ_IN_OPTIONS = new Set(['num_predict'])
+const READ_IN_PARAMETERS = new Set(['adapter_id'])
 
 /** Maximum length of a model name (characters). State about models is kept by their names. */
 const MAX_MODEL = 1_000
@@ -78,8 +83,11 @@ const MAX_SEQUENCES = 100_000
 const MAX_NUMBER = 64
 /** Maximum size (bytes) of a value that is parsed. */
 const MAX_PARSED = 64 * 1024
+const IS_FOLDED = /^[a-z0-9_]*$/
 const QUOTE = 0x22
 const BRACE = 0x7b
+/** First byte of null. */
+const NULL = 0x6e
 
 /**
  * Reads the facts from a request body.
@@ -89,8 +97,12 @@ const BRACE = 0x7b
  * @throws {GatewayError} `invalid_request`; the message names the field
  */
 export function toPayload(bytes: Buffer, members: readonly Member[], endpoint: Endpoint): Payload {
-  const fields = new Fields(bytes, members, READ)
+  const form = endpoint.prompt ?? endpoint.dialect.prompt
+  // A host may declare routes with forms of its own.
+  const read = FORMS.includes(form) ? READ : new Set([...READ, ...namesOf(form)])
+  const fields = new Fields(bytes, members, read)
   const options = fields.object('options', READ_IN_OPTIONS)
+  fields.object('parameters', READ_IN_PARAMETERS)
   const streamOptions = fields.object('stream_options', READ_IN_STREAM_OPTIONS)
   const most = maxTokens(fields, options, endpoint)
   const prompts = fields.prompts()
@@ -108,8 +120,15 @@ export function toPayload(bytes: Buffer, members: readonly Member[], endpoint: E
     sequences,
     prompts,
     echo: fields.value('echo') === true,
-    previousResponseId: previousOf(fields, endpoint)
+    isBackground: Boolean(fields.value('background')),
+    previousResponseId: previousOf(fields, endpoint),
+    hasStoredPrompt: endpoint.dialect.name === 'responses' && fields.has('prompt')
   }
+}
+
+/** Returns the fields that reach the model. */
+function namesOf({ fields, optional = [] }: PromptForm): readonly string[] {
+  return [...fields, ...optional]
 }
 
 /** An empty name is no name: servers with one model use that one. */
@@ -124,27 +143,38 @@ function modelOf(fields: Fields, { dialect }: Endpoint): string | undefined {
  * largest counts, because servers use different ones; one that is below 1 or no number is no limit for some of them.
  */
 function maxTokens(fields: Fields, options: Fields | undefined, endpoint: Endpoint) {
-  const limits = new Map(MAX_TOKENS.map(name => [name, fields.number(name, MAX_LIMIT)]))
-  limits.set('num_predict', options?.number('num_predict', MAX_LIMIT))
-  const { limitedBy = [] } = endpoint
-  if (limitedBy.every(name => limits.get(name) === undefined)) return undefined
-  const set = [...limits.values()].filter(limit => limit !== undefined)
-  return set.every(limit => limit >= 1) ? Math.max(...set) : undefined
+  let most = 0
+  let isLimited = false
+  for (const name of MAX_TOKENS) {
+    const from = name === 'num_predict' ? options : fields
+    const limit = from?.number(name, MAX_LIMIT)
+    if (limit === undefined) continue
+    if (!(limit >= 1)) return undefined
+    most = Math.max(most, limit)
+    isLimited ||= endpoint.limitedBy?.includes(name) === true
+  }
+  return isLimited ? most : undefined
 }
 
-/** `n_cmpl` is llama.cpp's name of `n`. */
+/** `n_cmpl` is llama.cpp's name of `n`. vLLM takes "100" for 100, and other servers do not. */
 function perPrompt(fields: Fields): number {
-  const counts = ['n', 'n_cmpl', 'best_of'].map(name => fields.number(name, MAX_SEQUENCES) || 1)
-  return Math.max(1, ...counts.map(Math.floor))
+  const counts = ['n', 'n_cmpl', 'best_of'].map(name => {
+    const count = fields.number(name, MAX_SEQUENCES) ?? 1
+    if (Number.isNaN(count)) throw invalid(name, 'must be a number')
+    return Math.floor(count)
+  })
+  return Math.max(1, ...counts)
 }
 
 function previousOf(fields: Fields, { dialect }: Endpoint): string | undefined {
   if (dialect.name !== 'responses') return undefined
-  if (fields.value('conversation') !== undefined) {
+  if (fields.has('conversation')) {
     throw invalid('conversation', 'the field is not supported; use "previous_response_id"')
   }
   const previous = fields.value('previous_response_id')
-  if (previous === undefined || typeof previous === 'string') return previous
+  if (typeof previous === 'string' || !fields.has('previous_response_id')) {
+    return previous as string | undefined
+  }
   throw invalid('previous_response_id', 'must be a string')
 }
 
@@ -157,7 +187,7 @@ class Fields {
   constructor(bytes: Buffer, members: readonly Member[], read: ReadonlySet<string>) {
     this.#bytes = bytes
     for (const member of members) {
-      const name = folded(member.name)
+      const name = read.has(member.name) ? member.name : folded(member.name)
       if (!read.has(name)) continue
       if (name !== member.name) throw invalid(member.name, `unknown field; use "${name}"`)
       if (this.#byName.has(name)) throw invalid(name, 'the field must not be repeated')
@@ -170,6 +200,12 @@ class Fields {
     const member = this.#byName.get(name)
     if (member === undefined || member.end - member.start > MAX_PARSED) return undefined
     return JSON.parse(this.#bytes.toString('utf8', member.start, member.end)) ?? undefined
+  }
+
+  /** Whether the field is there and not null. */
+  has(name: string): boolean {
+    const member = this.#byName.get(name)
+    return member !== undefined && this.#bytes[member.start] !== NULL
   }
 
   model(name: string): string | undefined {
@@ -192,14 +228,16 @@ class Fields {
   number(name: string, most: number): number | undefined {
     const member = this.#byName.get(name)
     if (member === undefined) return undefined
-    const isNumber = this.#bytes[member.start] !== QUOTE
-    if (isNumber && member.end - member.start > MAX_NUMBER) {
+    // A string may have any length: parsers that read numbers from strings ignore spaces.
+    if (this.#bytes[member.start] === QUOTE) return Number.NaN
+    if (member.end - member.start > MAX_NUMBER) {
       throw invalid(name, `must be a number of at most ${MAX_NUMBER} characters`)
     }
     const value = this.value(name)
-    if (Number(value) > most) throw invalid(name, `must not exceed ${most}`)
     if (value === undefined) return undefined
-    return typeof value === 'number' ? value : Number.NaN
+    if (typeof value !== 'number') return Number.NaN
+    if (value > most) throw invalid(name, `must not exceed ${most}`)
+    return value
   }
 
   boolean(name: string): boolean | undefined {
@@ -219,19 +257,22 @@ class Fields {
     return new Fields(bytes, membersOf(bytes), read)
   }
 
-  /** Returns the number of prompts in a list of them; 1 where there is a single one. */
+  /** Returns the number of prompts, at least 1. vLLM takes those of `prompt_embeds` in addition to `prompt`. */
   prompts(): number {
-    const prompt = this.#byName.get('prompt')
-    if (prompt === undefined || prompt.elements < 2) return 1
+    return Math.max(1, this.#prompts('prompt') + this.#prompts('prompt_embeds'))
+  }
+
+  #prompts(name: string): number {
+    const member = this.#byName.get(name)
+    if (member === undefined || !this.has(name)) return 0
     // A list of numbers is one prompt, as tokens.
-    const isTokens = isDigit(this.#bytes[prompt.last])
-    return isTokens ? 1 : prompt.elements
+    return isDigit(this.#bytes[member.last]) ? 1 : Math.max(1, member.elements)
   }
 }
 
 /** Returns a name as parsers compare it that ignore case, the long s and the Kelvin sign included. */
 export function folded(name: string): string {
-  return name.toUpperCase().toLowerCase()
+  return IS_FOLDED.test(name) ? name : name.toUpperCase().toLowerCase()
 }
 
 function isDigit(byte: number | undefined): boolean {

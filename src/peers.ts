@@ -1,6 +1,5 @@
-import type { Changes } from './changes.ts'
-import type { Usage } from './exchange.ts'
 import type { LimitStore } from './limits/store.ts'
+import type { Say } from './logs/shared-lines.ts'
 import type { Explanation } from './pool/decisions.ts'
 import type { Sink } from './reporters/posts.ts'
 import type { StoredResponse } from './routes/stored-responses.ts'
@@ -13,17 +12,17 @@ export interface Peers {
   metrics(): Promise<string>
   /** Tells the others something that goes through JSON. */
   tell(news: News): void
+  /** Writes a log line that the others write, too. */
+  say: Say
   /** Where usage records go: one process writes them down for all. */
   readonly usage: Sink
   /** What one process counts for all, where limits are kept in memory. */
   readonly limits: LimitStore
   /** How that one fares; of what waits there one of the others tells, so that the sum is right. */
   readonly outbox: OutboxState
-  /** What of this usage of a stored response no process has billed before; undefined: nothing. */
-  bill(response: string, usage: Usage): Promise<Usage | undefined>
   onNews(listener: (news: News) => void): void
-  /** Reads the configuration again, in all processes. */
-  reload(): Promise<Changes>
+  /** Reads the configuration again, in all processes, and returns the changes as JSON. */
+  reload(): Promise<string>
 }
 
 export interface OutboxState {
@@ -45,6 +44,8 @@ export type News =
 export interface ResponseMade {
   kind: 'response'
   response: StoredResponse
+  /** It is billed or lost: nothing stays reserved for it. */
+  isSettled?: boolean
 }
 
 /** Keys of the builtin store were changed: what is remembered of them is old. */
@@ -73,10 +74,4 @@ export interface ExplanationGiven {
   kind: 'explained'
   question: string
   explanation: Explanation | null
-}
-
-declare module 'fastify' {
-  interface FastifyInstance {
-    peers: Peers | undefined
-  }
 }

@@ -11,17 +11,20 @@ import Fastify, {
   type FastifyRequest,
   LogController
 } from 'fastify'
+import { addressOf, trusting } from './address.ts'
 import gateway, { answerError, type Gateway } from './app.ts'
-import { allOrNothing, type Changes } from './changes.ts'
+import { allOrNothing } from './changes.ts'
 import { type Config, ConfigSchema } from './config.ts'
 import { Connections } from './connections.ts'
 import { openaiError } from './dialects/openai.ts'
 import { GatewayError, toGatewayError } from './errors.ts'
+import { networksOf } from './keys/key.ts'
 import { listen, serversOf } from './listen.ts'
 import { Log } from './logs/log.ts'
 import { masked } from './masked.ts'
 import { giveMemoryBack, keepYoung } from './memory.ts'
 import { LONGEST } from './options.ts'
+import { share } from './parts.ts'
 import type { Peers } from './peers.ts'
 import { VERSION } from './version.ts'
 
@@ -34,8 +37,8 @@ export interface Server {
    * Members that need a restart must be as they were (see `takeOver` in `changes.ts`).
    */
   reload(config: Config): Promise<void>
-  /** Who reads the configuration again when the admin API asks for that. */
-  onReload(read: () => Promise<Changes>): void
+  /** Sets the function that reads the configuration again for the admin API and returns the changes as JSON. */
+  onReload(read: () => Promise<string>): void
   /** Lets running answers finish, then stops. */
   close(): Promise<void>
   /** Longest time (ms) that this may take. */
@@ -132,7 +135,7 @@ interface Surroundings {
   dataDir?: string | undefined
   peers?: Peers | undefined
   /** Reads the configuration again. */
-  reload?: () => Promise<Changes> | undefined
+  reload?: () => Promise<string> | undefined
 }
 
 /** The gateway in a Fastify server of its own, as the configuration has it, not listening yet. */
@@ -164,7 +167,9 @@ export async function createApp(
     requestTimeout: server.read_timeout,
     keepAliveTimeout: server.idle_timeout,
     bodyLimit: server.max_body_size,
-    trustProxy: server.trust_proxy,
+    trustProxy: Array.isArray(server.trust_proxy)
+      ? trusting(networksOf(server.trust_proxy))
+      : server.trust_proxy,
     requestIdHeader: false,
     forceCloseConnections: true,
     return503OnClosing: false,
@@ -176,14 +181,15 @@ export async function createApp(
       else answerRaw(socket, refuseEarly(toClientError(error), socket.remoteAddress))
     },
     frameworkErrors: (error: unknown, request: FastifyRequest, reply: FastifyReply) => {
-      const refused = refuseEarly(toGatewayError(error), request.ip)
+      const refused = refuseEarly(toGatewayError(error), addressOf(request))
       reply
         .code(refused.error.statusCode)
         .headers(idHeaders(refused.id))
         .type(JSON_TYPE)
         .send(JSON.stringify(openaiError(refused.error)))
     },
-    routerOptions: { maxParamLength: 500 },
+    routerOptions: { maxParamLength: 500, ignoreTrailingSlash: true },
+    rewriteUrl: ({ url }: { url?: string }) => withoutOrigin(url ?? '/'),
     // A large file of keys may take longer to read than plugins usually may.
     pluginTimeout: 0,
     exposeHeadRoutes: true
@@ -191,7 +197,7 @@ export async function createApp(
   const connections = new Connections(log, peers?.count ?? 1)
   connections.update(server)
   connections.watch(fastify.server as HttpServer)
-  fastify.decorate('connections', connections)
+  share(fastify, 'connections', connections)
   fastify.addHook('onListen', async () => {
     for (const other of serversOf(fastify).slice(1)) connections.watch(other)
   })
@@ -245,6 +251,13 @@ export async function createApp(
   }
 }
 
+/** The target of a request that was written for a proxy (absolute form, RFC 9112, section 3.2.2) names this server. */
+function withoutOrigin(target: string): string {
+  if (target.startsWith('/')) return target
+  const rest = target.replace(/^https?:\/\/[^/?#]*/i, '')
+  return rest.startsWith('?') || rest === '' ? `/${rest}` : rest
+}
+
 /** The gateway logs a line for each exchange itself; Fastify's own would hold URLs with their queries. */
 class QuietLog extends LogController {
   override streamError(): void {}
@@ -280,6 +293,17 @@ function readTls(tls: Config['server']['tls']) {
   }
 }
 
+/** Headers that SDKs read: ids, limits, and whether and when to retry. */
+const EXPOSED = [
+  ...['x-request-id', 'request-id', 'x-llmproxy-request-id', 'x-llmproxy-attempts'],
+  ...['retry-after', 'retry-after-ms', 'x-should-retry'],
+  ...['limit', 'remaining', 'reset'].flatMap(name =>
+    ['requests', 'tokens'].map(unit => `x-ratelimit-${name}-${unit}`)
+  ),
+  ...['limit', 'remaining', 'reset'].flatMap(name =>
+    ['requests', 'tokens'].map(unit => `anthropic-ratelimit-${unit}-${name}`)
+  )
+]
 const CORS_METHODS = ['GET', 'POST', 'PUT', 'DELETE', 'OPTIONS']
 
 function corsOptions(options: Config['server']['cors']) {
@@ -288,7 +312,7 @@ function corsOptions(options: Config['server']['cors']) {
     origin: all && !options.allow_credentials ? '*' : all ? true : options.allowed_origins,
     methods: options.allowed_methods.length > 0 ? options.allowed_methods : CORS_METHODS,
     ...(options.allowed_headers.length > 0 ? { allowedHeaders: options.allowed_headers } : {}),
-    exposedHeaders: options.expose_headers,
+    exposedHeaders: [...EXPOSED, ...options.expose_headers],
     credentials: options.allow_credentials,
     ...(options.max_age > 0 ? { maxAge: options.max_age } : {})
   }

@@ -3,18 +3,19 @@ import { once } from 'node:events'
 import { isDeepStrictEqual } from 'node:util'
 import { AggregatorRegistry } from '@prometheus-io/client'
 import closeWithGrace from 'close-with-grace'
-import { allOrNothing, type Changes } from './changes.ts'
+import { allOrNothing } from './changes.ts'
 import { type Config, workerCount } from './config.ts'
 import { GatewayError, reasonOf } from './errors.ts'
-import type { Usage } from './exchange.ts'
 import { endWithin, exitWithoutWaiting, NOT_STOPPED } from './exit.ts'
+import { Assembly, type Fragment, fragmentsOf } from './fragments.ts'
 import { acknowledgeLost, guardAccepting } from './handover.ts'
 import { openMemoryStore } from './limits/memory.ts'
 import { Periods } from './limits/period.ts'
 import { type LimitAnswer, type LimitQuestion, RemoteLeases, RemoteStore } from './limits/remote.ts'
+import { Uploads } from './limits/uploads.ts'
 import { Log } from './logs/log.ts'
+import { type SharedLine, SharedLines } from './logs/shared-lines.ts'
 import { collectGarbage } from './memory.ts'
-import { Billed } from './metering/billed.ts'
 import type { News, OutboxState, Peers } from './peers.ts'
 import { toKeeping, usageFile } from './plugins/usage.ts'
 import type { Delivery } from './reporters/courier.ts'
@@ -33,9 +34,10 @@ import { VERSION } from './version.ts'
 
 /** What the primary says to a worker. */
 type Order =
-  | { kind: 'serve' | 'reload'; config: Config }
+  // Without a fragment: those of another configuration follow.
+  | { kind: Purpose; fragment?: Fragment | undefined }
   | { kind: 'close' }
-  | { kind: 'answer'; id: number; value?: Value | undefined; error?: Failure }
+  | { kind: 'answer'; id: number; value?: string | undefined; error?: Failure }
   | { kind: 'news'; news: News }
   | { kind: 'recorded' }
   | { kind: 'limited'; answer: LimitAnswer }
@@ -43,19 +45,20 @@ type Order =
   | { kind: 'delivered'; result: Delivery; records: number }
   | { kind: 'refused'; connections: number }
 
+/** Action of a worker when it has the whole configuration. */
+type Purpose = 'serve' | 'reload'
+
 /** What a worker says to the primary. */
 type Message =
   | { kind: 'records'; entries: string[] }
   | { kind: 'limit'; question: LimitQuestion }
   | { kind: 'serves'; url: string }
   | { kind: 'failed'; error: Failure }
-  | { kind: 'reloaded'; error?: Failure }
+  // A fragment, and if it was the last one of a reload, all of it.
+  | { kind: 'took'; purpose: Purpose; error?: Failure | undefined }
   | { kind: 'question'; id: number; what: 'metrics' | 'reload' }
-  | { kind: 'bill'; id: number; response: string; usage: Usage }
   | { kind: 'news'; news: News }
-
-/** What a worker gets for a question. */
-type Value = string | Changes | Usage
+  | { kind: 'line'; line: SharedLine }
 
 /** An error on its way to another process. */
 interface Failure {
@@ -84,18 +87,20 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
   let wait = FIRST_WAIT
   const out = new Log(config.log, dataDir)
   const log = out.logger
-  let read: (() => Promise<Changes>) | undefined
+  let read: (() => Promise<string>) | undefined
   const all = new AggregatorRegistry()
   const reporters = ({ usage, storage }: Config) => toReporters(usage, { storage, dataDir, log })
   const outbox = new Outbox(
     usageFile(dataDir),
-    reporters(config),
+    await reporters(config),
     toKeeping(config.usage),
     log,
     countDelivery
   )
-  const billed = new Billed()
+  await outbox.open()
   const limits = await openMemoryStore(config.rate_limit.time_zone, dataDir, log)
+  const uploads = new Uploads()
+  const lines = new SharedLines()
   cluster.setupPrimary({ args: [] })
   let refused = 0
   guardAccepting(() => refused++)
@@ -123,17 +128,16 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
         reject(error)
         return replaceLater({ reason: reasonOf(error as Error) })
       }
-      const leases = new RemoteLeases(limits, answer => send(worker, { kind: 'limited', answer }))
+      const limited = (answer: LimitAnswer) => send(worker, { kind: 'limited', answer })
+      const leases = new RemoteLeases(limits, limited, uploads)
       worker.on('message', (message: Message) => {
         if (message.kind === 'serves') resolve(message.url)
         else if (message.kind === 'failed') {
           reject(toError(message.error))
         } else if (message.kind === 'news') tellOthers(worker, message.news)
+        else if (message.kind === 'line') write(worker, message.line)
         else if (message.kind === 'question') void answer(worker, message)
-        else if (message.kind === 'bill') {
-          const value = billed.raise(message.response, message.usage)
-          send(worker, { kind: 'answer', id: message.id, value })
-        } else if (message.kind === 'limit') void leases.hear(message.question)
+        else if (message.kind === 'limit') void leases.hear(message.question)
         else if (message.kind === 'records') void record(worker, message.entries)
       })
       // A process that could not be started, as when no descriptors are left, does not exit.
@@ -149,7 +153,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
         if (performance.now() - startedAt > STABLE_AFTER) wait = FIRST_WAIT
         replaceLater({ pid: worker.process.pid, code, signal })
       })
-      send(worker, { kind: 'serve', config })
+      void sendConfig(worker, 'serve', config)
     })
   }
 
@@ -169,6 +173,10 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     )
   }
 
+  function write(worker: Worker, line: SharedLine): void {
+    if (lines.isNew(worker, line)) log[line.level](line.fields, line.msg)
+  }
+
   function tellOthers(teller: Worker, news: News): void {
     for (const worker of workers()) if (worker !== teller) send(worker, { kind: 'news', news })
   }
@@ -185,7 +193,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     if (worker !== undefined) send(worker, { kind: 'delivered', result, records })
   }
 
-  /** What the primary knows, and a worker counts. */
+  /** State that the primary has, and a worker counts. */
   function tellState(): void {
     const [first] = workers()
     if (refused > 0 && first !== undefined) {
@@ -212,7 +220,7 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     return all.clusterMetrics()
   }
 
-  async function reread(): Promise<Changes> {
+  async function reread(): Promise<string> {
     if (read === undefined) throw new Error('nobody follows the configuration yet')
     return read()
   }
@@ -224,15 +232,9 @@ export async function startWorkers(started: Config, dataDir: string): Promise<Se
     await out.update(changed.log)
     limits.update({ periods: new Periods(changed.rate_limit.time_zone) })
     if (!isDeepStrictEqual([changed.usage, changed.storage], [usage, storage])) {
-      await outbox.update(reporters(changed), toKeeping(changed.usage))
+      await outbox.update(await reporters(changed), toKeeping(changed.usage))
     }
-    const errors = await Promise.all(
-      workers().map(worker => {
-        const answer = reloaded(worker)
-        send(worker, { kind: 'reload', config: changed })
-        return answer
-      })
-    )
+    const errors = await Promise.all(workers().map(worker => sendConfig(worker, 'reload', changed)))
     const error = errors.find(each => each !== undefined)
     if (error !== undefined) throw toError(error)
   }
@@ -289,13 +291,35 @@ function toError({ message, name, code }: Failure): Error {
   return Object.assign(new Error(message), { name, code })
 }
 
-/** Resolves when a worker has taken over a configuration, or with what went wrong. */
-function reloaded(worker: Worker): Promise<Failure | undefined> {
+/** Resolves when a worker has taken all fragments of a configuration, or with what went wrong. */
+async function sendConfig(
+  worker: Worker,
+  purpose: Purpose,
+  config: Config
+): Promise<Failure | undefined> {
+  let error = await sendFragment(worker, { kind: purpose })
+  for (const fragment of fragmentsOf(config)) {
+    if (error !== undefined) break
+    error = await sendFragment(worker, { kind: purpose, fragment })
+  }
+  return error
+}
+
+/** The same for one fragment, or for the beginning. */
+function sendFragment(
+  worker: Worker,
+  order: Order & { kind: Purpose }
+): Promise<Failure | undefined> {
   return new Promise(resolve => {
+    if (!worker.isConnected()) return resolve(undefined)
     const silent = { message: `worker ${worker.process.pid} does not answer`, name: 'Error' }
-    const timer = setTimeout(() => done({ ...silent, code: undefined }), RELOAD_TIMEOUT)
+    // A start may take any time.
+    const timer =
+      order.kind === 'reload'
+        ? setTimeout(() => done({ ...silent, code: undefined }), RELOAD_TIMEOUT)
+        : undefined
     const listen = (message: Message) => {
-      if (message.kind === 'reloaded') done(message.error)
+      if (message.kind === 'took' && message.purpose === order.kind) done(message.error)
     }
     const stopped = () => done(undefined)
     const done = (error: Failure | undefined) => {
@@ -306,11 +330,12 @@ function reloaded(worker: Worker): Promise<Failure | undefined> {
     }
     worker.on('message', listen)
     worker.once('exit', stopped)
+    send(worker, order)
   })
 }
 
-/** What the primary answers, without the number by which the worker tells answers apart. */
-type Question = Omit<Message & { kind: 'question' }, 'id'> | Omit<Message & { kind: 'bill' }, 'id'>
+/** The primary's reply, without the number by which the worker tells answers apart. */
+type Question = Omit<Message & { kind: 'question' }, 'id'>
 
 /** The life of a worker: it does as the primary says. */
 export function runWorker(dataDir: string): void {
@@ -320,33 +345,34 @@ export function runWorker(dataDir: string): void {
   const usage = new Posts(entries => tell({ kind: 'records', entries }))
   const limits = new RemoteStore(question => tell({ kind: 'limit', question }))
   let lastId = 0
-  let serving: Promise<void> | undefined
+  const serving = Promise.withResolvers<void>()
+  const assemblies: Partial<Record<Purpose, Assembly<Config>>> = {}
+  let running: Config | undefined
   let server: Awaited<ReturnType<typeof startServer>> | undefined
   const peers = {
     count: 1,
-    metrics: () => ask<string>({ kind: 'question', what: 'metrics' }),
+    metrics: () => ask({ kind: 'question', what: 'metrics' }),
     tell: news => tell({ kind: 'news', news }),
+    say: (level, fields, msg) => tell({ kind: 'line', line: { level, fields, msg } }),
     usage,
     limits,
     outbox: { pending: 0, trouble: undefined },
     onNews: listener => newsListeners.push(listener),
-    reload: () => ask<Changes>({ kind: 'question', what: 'reload' }),
-    bill: (response, usage) => ask<Usage | undefined>({ kind: 'bill', response, usage })
+    reload: () => ask({ kind: 'question', what: 'reload' })
   } satisfies Peers
 
-  async function ask<T extends Value | undefined>(question: Question): Promise<T> {
+  async function ask(question: Question): Promise<string> {
     const id = ++lastId
     tell({ ...question, id })
     const { value, error } = await new Promise<Order & { kind: 'answer' }>(resolve => {
       asked.set(id, resolve)
     })
     if (error !== undefined) throw toError(error)
-    return value as T
+    return value!
   }
 
   process.on('message', async (order: Order) => {
-    if (order.kind === 'serve') serving = serve(order.config)
-    else if (order.kind === 'reload') await reload(order.config)
+    if (order.kind === 'serve' || order.kind === 'reload') await take(order.kind, order.fragment)
     else if (order.kind === 'recorded') usage.settle()
     else if (order.kind === 'limited') limits.hear(order.answer)
     else if (order.kind === 'outbox') Object.assign(peers.outbox, order.state)
@@ -364,11 +390,21 @@ export function runWorker(dataDir: string): void {
 
   acknowledgeLost(() => server?.connections.refuse('accept', 1, 'EMFILE'))
 
+  async function take(purpose: Purpose, fragment: Fragment | undefined): Promise<void> {
+    if (fragment === undefined) assemblies[purpose] = new Assembly(running)
+    const config = fragment && assemblies[purpose]!.add(fragment)
+    if (config !== undefined) delete assemblies[purpose]
+    const error = config && purpose === 'reload' ? await reload(config) : undefined
+    tell({ kind: 'took', purpose, error })
+    if (config !== undefined && purpose === 'serve') serving.resolve(serve(config))
+  }
+
   async function serve(config: Config): Promise<void> {
     try {
       peers.count = workerCount(config)
       const started = await startServer(config, dataDir, peers)
       server = started
+      running = config
       AggregatorRegistry.setRegistries(started.gateway.metricsRegistry)
       new AggregatorRegistry()
       closeWithGrace({ delay: false, logger: started.log, skip: [...SIGNALS] }, async ({ err }) => {
@@ -384,13 +420,14 @@ export function runWorker(dataDir: string): void {
     }
   }
 
-  async function reload(config: Config): Promise<void> {
+  async function reload(config: Config): Promise<Failure | undefined> {
     try {
-      await serving
+      await serving.promise
       await server?.reload(config)
-      tell({ kind: 'reloaded' })
+      running = config
+      return undefined
     } catch (error) {
-      tell({ kind: 'reloaded', error: toFailure(error) })
+      return toFailure(error)
     }
   }
 }

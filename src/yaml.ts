@@ -9,7 +9,7 @@ import {
   type Pair,
   parseDocument
 } from 'yaml'
-import { formatPath, type Issue } from './issues.ts'
+import { andMore, firstOf, formatPath, type Issue, MAX_NAMED } from './issues.ts'
 import { offsetIn, visitJson } from './json.ts'
 
 /** A YAML file as plain values, and the places of all of them. */
@@ -68,7 +68,8 @@ export function readYaml(
     const { line, col: column } = lines.linePos(offset)
     return { line: line + firstLine - 1, column }
   }
-  const errors = [...document.errors, ...document.warnings].map(
+  const errors = firstOf(
+    [...document.errors, ...document.warnings],
     ({ pos, message }) => `${name}:${toText(place(pos[0]))} ${message}`
   )
   if (errors.length === 0) {
@@ -85,18 +86,21 @@ export function readYaml(
   return { ...reading, root: root ?? {}, errors, placeOf }
 }
 
-/** The issues in the order of the file, each with its name, line and column. */
+/** The first issues in the order of the file, each with its name, line and column. */
 export function complaintsOf({ issues, fromEnv, placeOf }: YamlFile, name: string): string[] {
-  return issues
+  const lines = issues
+    // Finding a place takes as long as reading the file.
+    .slice(0, MAX_NAMED)
     .map(issue => ({ ...issue, place: placeOf(issue.path) }))
     .sort(({ place: a }, { place: b }) => a.line - b.line || a.column - b.column)
     .map(({ path, message, place }) => {
-      // What came from the environment may be a secret.
+      // A value from the environment may be a secret.
       const shown = fromEnv.has(formatPath(path))
         ? message.replace(/ \(got .*\)$/s, ' (got the value of an environment variable)')
         : message
       return `${name}:${toText(place)} ${formatPath(path)} ${shown}`
     })
+  return andMore(lines, issues.length)
 }
 
 function toText({ line, column }: Place): string {
@@ -118,10 +122,14 @@ function readJson(json: object, text: string, name: string, reading: Reading): Y
     const lines = text.slice(0, offset).split('\n')
     return { line: lines.length, column: lines.at(-1)!.length + 1 }
   }
-  const errors: string[] = []
+  const repeated: number[] = []
   visitJson(text, (_, offset, isRepeated) => {
-    if (isRepeated) errors.push(`${name}:${toText(place(offset))} Map keys must be unique`)
+    if (isRepeated) repeated.push(offset)
   })
+  const errors = firstOf(
+    repeated,
+    offset => `${name}:${toText(place(offset))} Map keys must be unique`
+  )
   const root = errors.length > 0 ? {} : filled(json, [], reading)
   return { ...reading, root, errors, placeOf: path => place(offsetIn(text, path)) }
 }

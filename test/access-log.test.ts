@@ -9,19 +9,20 @@ import { parseConfig } from '../src/config.ts'
 import { toLine } from '../src/logs/access.ts'
 import type { RequestRow } from '../src/logs/row.ts'
 import logging from '../src/plugins/logging.ts'
-import { linesOf, oldOnes, until } from './disk.ts'
+import { linesOf, oldOnes } from './disk.ts'
 import {
   answerChat,
   CHAT,
   chunk,
   closedPort,
+  eventually,
   fakeBackend,
   post,
   rawClient,
   rawPost,
   startGateway
 } from './helper.ts'
-import { CLI, folder, start, writeConfig } from './process.ts'
+import { CLI, commandLine, folder, start, writeConfig } from './process.ts'
 
 /** A line for each request. */
 
@@ -34,7 +35,7 @@ const toFile = (path: string, access: object = {}, file: object = {}) => ({
 
 /** The lines, when there are so many. */
 async function lines(path: string, count: number): Promise<string[]> {
-  await until(() => linesOf(path).length >= count)
+  await eventually(() => linesOf(path).length >= count)
   assert.equal(linesOf(path).length, count)
   return linesOf(path)
 }
@@ -258,13 +259,15 @@ test('several processes write to one file: no line is lost or torn', async t => 
     backends: [{ url: backend.url }],
     ...toFile('access.log', { format: 'json' }, { max_size: '10KB', max_files: 0 })
   })
-  const child = spawn(process.execPath, [CLI, '--config', config], {
+  const child = spawn(...commandLine([CLI, '--config', config]), {
     env: { ...process.env, LLMPROXY_DATA_DIR: home },
     stdio: 'inherit'
   })
   t.after(() => child.kill('SIGKILL'))
   const url = `http://127.0.0.1:${port}`
-  await until(() => linesOf(join(home, 'llmproxy.log')).some(line => line.includes('is listening')))
+  await eventually(() =>
+    linesOf(join(home, 'llmproxy.log')).some(line => line.includes('is listening'))
+  )
   const call = async () => {
     const headers = { connection: 'close', 'user-agent': 'x'.repeat(150) }
     const response = await post(`${url}/v1/chat/completions`, CHAT, headers)

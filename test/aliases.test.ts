@@ -64,6 +64,15 @@ for (const [route, say] of ROUTES) {
   })
 }
 
+test('a whole answer has one name, whatever its pieces are', () => {
+  const bytes = Buffer.from('{"model":"old","response":{"model":"other"}}')
+  for (let at = 0; at <= bytes.length; at++) {
+    const renamed = new Renamed(undefined, 'json', 'new')
+    const parts = [bytes.subarray(0, at), bytes.subarray(at)].map(each => renamed.pass(each))
+    assert.equal(parts.join(''), '{"model":"new","response":{"model":"other"}}', `split at ${at}`)
+  }
+})
+
 test('only the name of the answer itself is changed, wherever the chunks are cut', () => {
   const input = { model: 'm', message: { model: 'm' } }
   const event = (data: object) => `event: x\r\ndata: ${JSON.stringify(data)}\r\n\r\n`
@@ -83,12 +92,15 @@ test('only the name of the answer itself is changed, wherever the chunks are cut
   const cr = (model: string) =>
     `event: x\rdata: {"model":"${model}","x":\rdata:  {"model":"m"},\rdata: "y":"{"}\r\rdata:{"model":"${model}"}\r\r`
   const old = stream('m') + cr('m')
+  const expected = (stream('new') + cr('new')).replace('"model" :\t"m\n', '"model" :\t"new"\n')
   for (let cut = 0; cut < old.length; cut++) {
     const renamed = new Renamed(undefined, 'sse', 'new')
     const parts = [old.slice(0, cut), old.slice(cut)].map(part => renamed.pass(Buffer.from(part)))
-    const expected = (stream('new') + cr('new')).replace('"model" :\t"m\n', '"model" :\t"new"\n')
     assert.equal(parts.join(''), expected, `cut at ${cut}`)
   }
+  const renamed = new Renamed(undefined, 'sse', 'new')
+  const parts = Array.from(Buffer.from(old), byte => renamed.pass(Buffer.from([byte])))
+  assert.equal(Buffer.concat(parts.map(part => part ?? Buffer.alloc(0))).toString(), expected)
 })
 
 test('a stored response has the name that it was asked for by, whenever it is read', async t => {

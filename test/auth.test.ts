@@ -76,8 +76,8 @@ test('auth off: any key is accepted, and not forwarded', async t => {
   assert.equal(backend.requests[0]!.headers.authorization, undefined)
 })
 
-test('enabled without any key it starts, warns and admits nobody', async t => {
-  const { bearer, gateway } = await start(t, { enabled: true })
+test('enabled with a store in memory it starts, warns and admits nobody', async t => {
+  const { bearer, gateway } = await start(t, { enabled: true, db_path: ':memory:' })
   assert.equal((await bearer('sk-1')).status, 401)
   assert.ok(gateway.lines.some(line => /nobody will be admitted/.test(String(line.msg))))
 })
@@ -96,6 +96,29 @@ test('skip_paths are whole segments', async t => {
   assert.equal(await status('/metrics'), 401, 'not in the list')
   assert.equal(await status('/healthy'), 401)
   assert.equal(await status('/health/../v1/models'), 401)
+})
+
+test('a path in skip_paths covers the other names of its routes', async t => {
+  const { gateway } = await start(t, {
+    enabled: true,
+    keys: ['sk-1'],
+    skip_paths: ['/health', '/v1/models']
+  })
+  const status = async (path: string) => (await fetch(gateway.url + path)).status
+  const open = ['/health', '/healthz', '/livez', '/health/ready', '/readyz', '/readyz/', '/models']
+  for (const path of open) assert.equal(await status(path), 200, path)
+  for (const path of ['/metrics', '/livez/x', '/v1/healthz']) {
+    assert.equal(await status(path), 401, path)
+  }
+})
+
+test('a skipped alias does not open what is below the name it stands for', async t => {
+  const { gateway } = await start(t, { enabled: true, keys: ['sk-1'], skip_paths: ['/livez'] })
+  const status = async (path: string) => (await fetch(gateway.url + path)).status
+  assert.equal(await status('/livez'), 200)
+  for (const path of ['/health', '/health/ready', '/readyz']) {
+    assert.equal(await status(path), 401, path)
+  }
 })
 
 test('a key may be given as its hash or from the environment, and is kept as a hash only', async t => {
@@ -190,7 +213,7 @@ test('models of a key', async t => {
   assert.equal((await bearer('k', { model: 'qwen-coder' })).status, 200)
   assert.equal((await bearer('k', { model: 'llama' })).status, 200)
   assert.equal((await bearer('k', { model: 'llama-2' })).code, 'model_not_allowed')
-  assert.equal((await bearer('k', { input: 'x' })).code, 'invalid_request')
+  assert.equal((await bearer('k', { input: 'x' })).code, 'model_required')
   const key = { authorization: 'Bearer k' }
   const count = backend.requests.length
   for (const body of [
@@ -258,6 +281,8 @@ const WEBHOOK: [string, number, unknown, number, string | undefined][] = [
   ['one address as text', 200, { allowed_ips: '10.0.0.1' }, 403, 'ip_not_allowed'],
   ['an unreadable address', 200, { allowed_ips: ['10.0.0.0/99'] }, 403, 'ip_not_allowed'],
   ['an empty address', 200, { allowed_ips: [''] }, 403, 'ip_not_allowed'],
+  ['an unreadable denied address', 200, { denied_ips: ['10.0.0.1:80'] }, 403, 'key_refused'],
+  ['an empty denied address', 200, { denied_ips: '10.0.0.1,' }, 200, undefined],
   ['no addresses', 200, { allowed_ips: [], denied_ips: [] }, 200, undefined],
   ['other models', 200, { models: ['x'] }, 403, 'model_not_allowed'],
   ['models that are no texts', 200, { models: [null] }, 403, 'model_not_allowed'],
@@ -284,7 +309,7 @@ test('the webhook decides by its status and what it says', async t => {
   const unreadable = gateway.lines.filter(({ msg }) => msg === 'a member of a key is unreadable')
   assert.deepEqual(
     unreadable.map(({ member }) => member),
-    ['expires_at', 'expires_at', 'expires_at', 'total_quota']
+    ['expires_at', 'expires_at', 'expires_at', 'total_quota', 'denied_ips']
   )
   const [request] = hook.requests
   assert.equal(request!.method, 'POST')

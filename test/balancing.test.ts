@@ -202,12 +202,12 @@ test('latency_based compares streams with streams, not with whole answers', asyn
   const backend = (delay: number) =>
     fakeBackend(t, async (request, response) => {
       const isStream = request.body.includes('"stream":true')
-      await sleep(isStream ? delay : 300)
+      await sleep(isStream ? delay : 600)
       if (!isStream) return response.end('{}')
       response.writeHead(200, { 'content-type': 'text/event-stream' })
       return response.end(chunk('Hi') + DONE)
     })
-  const [fast, slow] = [await backend(0), await backend(60)]
+  const [fast, slow] = [await backend(0), await backend(200)]
   const gateway = await startGateway(t, {
     backends: [{ url: fast.url }, { url: slow.url }],
     routing: { load_balance: 'latency_based' }

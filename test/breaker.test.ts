@@ -1,6 +1,5 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
-import { setTimeout as sleep } from 'node:timers/promises'
 import { Breaker, type BreakerPolicy, type CircuitTurn } from '../src/pool/breaker.ts'
 import { RetryBudget } from '../src/pool/budget.ts'
 import {
@@ -9,6 +8,7 @@ import {
   CHAT,
   chunk,
   closedPort,
+  eventually,
   fakeBackend,
   post,
   rawClient,
@@ -286,7 +286,7 @@ test('a backend that recovers gets one probe, and then more and more of its shar
   fake.answer = (request, response, raw) => {
     held.push(() => answerChat(request, response, raw))
   }
-  while ((await state(gateway)) !== 1) await sleep(5)
+  await eventually(async () => (await state(gateway)) === 1)
   const probe = Promise.all([call(gateway), call(gateway)])
   await bads.request(5)
   await call(gateway, 5)
@@ -307,7 +307,7 @@ test('a probe that the client leaves is none: the next call is another one', asy
   })
   await call(gateway, 10)
   fake.answer = () => {}
-  while ((await state(gateway)) !== 1) await sleep(5)
+  await eventually(async () => (await state(gateway)) === 1)
   const text = rawPost('/v1/chat/completions', JSON.stringify(CHAT))
   while (bads.requests.length < 6) {
     const client = await rawClient(t, gateway.port, text)
@@ -324,13 +324,13 @@ test('a probe that the client leaves is none: the next call is another one', asy
 test('a probe that fails doubles the open time', async t => {
   const { bads, gateway } = await pair(t, refuse(500), { circuit_breaker: { open_time: '20ms' } })
   await call(gateway, 10)
-  while ((await state(gateway)) !== 1) await sleep(5)
+  await eventually(async () => (await state(gateway)) === 1)
   await call(gateway, 2)
   assert.equal(bads.requests.length, 6)
   await gateway.logged({ msg: 'circuit opened', reason: 'probe_failed', ms: 40 })
 })
 
-for (const status of [400, 401, 404, 422, 429, 501]) {
+for (const status of [400, 404, 422, 429, 501]) {
   test(`a ${status} never counts against a backend`, async t => {
     const { bads, gateway } = await pair(t, refuse(status))
     await call(gateway, 30)
@@ -338,6 +338,13 @@ for (const status of [400, 401, 404, 422, 429, 501]) {
     assert.equal(await state(gateway), 0)
   })
 }
+
+test('a 401 counts: the gateway has no key that the backend takes', async t => {
+  const { bads, gateway } = await pair(t, refuse(401))
+  await call(gateway, 30)
+  assert.equal(bads.requests.length, 5)
+  await gateway.logged({ msg: 'circuit opened' })
+})
 
 test('clients that leave never count, neither before an answer nor in it', async t => {
   let count = 0
@@ -429,7 +436,7 @@ for (const status of [429, 503]) {
     fake.answer = answerChat
     assert.deepEqual(await call(gateway, 4), [200, 200, 200, 200])
     assert.equal(bads.requests.length, 1)
-    while ((await state(gateway)) === 2) await sleep(20)
+    await eventually(async () => (await state(gateway)) !== 2)
     await call(gateway, 2)
     assert.equal(bads.requests.length, 2)
     assert.equal(await state(gateway), 0)
@@ -459,9 +466,11 @@ test('a backend that is alone is never kept from work', async t => {
   const gateway = await startGateway(t, { backends: [{ name: 'only', url: only.url }] })
   assert.deepEqual(await call(gateway, 20), Array(20).fill(500))
   assert.equal(only.requests.length, 20)
-  assert.equal(await state(gateway, 'only'), 0)
+  assert.equal(await state(gateway, 'only'), 2)
+  assert.equal((await fetch(`${gateway.url}/health/ready`)).status, 503)
   status = 200
   assert.deepEqual(await call(gateway), [200])
+  assert.equal((await fetch(`${gateway.url}/health/ready`)).status, 200)
 })
 
 test('at most half of the pool is kept from work', async t => {
@@ -648,7 +657,7 @@ test('a probe that is a request at fault is none: the next call is another one',
     circuit_breaker: { open_time: '20ms' }
   })
   await call(gateway, 10)
-  while ((await state(gateway)) !== 1) await sleep(5)
+  await eventually(async () => (await state(gateway)) === 1)
   // Its body does not come to an end.
   fake.answer = (_request, response) => response.writeHead(404).write('no')
   const text = rawPost('/v1/chat/completions', JSON.stringify(CHAT))

@@ -6,10 +6,10 @@ import { pino } from 'pino'
 import { parseConfig } from '../src/config.ts'
 import { Builtin, builtinFile } from '../src/reporters/builtin.ts'
 import type { UsageRecord } from '../src/reporters/record.ts'
-import { forgetBefore, prepareStore, readSums, SUMS } from '../src/reporters/usage-store.ts'
+import { forgetBefore, openUsageStore, readSums, SUMS } from '../src/reporters/usage-store.ts'
 import { createApp } from '../src/server.ts'
 import { Sqlite } from '../src/store/sqlite.ts'
-import { answerChat, CHAT, fakeBackend, post } from './helper.ts'
+import { answerChat, CHAT, eventually, fakeBackend, post } from './helper.ts'
 import { folder } from './process.ts'
 
 /** The embedded store: sums that are always right, and days that go when it is time. */
@@ -19,9 +19,8 @@ const SIGNAL = new AbortController().signal
 const log = pino({ level: 'silent' })
 
 async function storeFor(t: TestContext, file: string) {
-  const db = new Sqlite(file, 20_000)
+  const db = openUsageStore(file)
   t.after(() => db.close())
-  await prepareStore(db)
   const count = async (table: string) => {
     const [row] = await db.run(`SELECT count(*) AS n FROM ${table}`, [])
     return Number(row!.n)
@@ -180,8 +179,11 @@ test('days that are older than retention_days go, at the start, records and sums
   assert.equal(await count('usage_records'), 2502)
   await keeps.close()
 
-  builtinFor(t, file, 10)
-  while ((await count('usage_records')) > 2 || (await readSums(db, { by: 'user' })).length > 1);
+  await builtinFor(t, file, 10).open()
+  await eventually(
+    async () =>
+      (await count('usage_records')) <= 2 && (await readSums(db, { by: 'user' })).length <= 1
+  )
   const kept = await db.run('SELECT id FROM usage_records ORDER BY id', [])
   assert.deepEqual(
     kept.map(({ id }) => id),

@@ -1,12 +1,13 @@
 import assert from 'node:assert/strict'
-import { execFile } from 'node:child_process'
 import { mkdirSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { test } from 'node:test'
 import { stringify } from 'yaml'
 import { type Change, compare, takeOver } from '../src/changes.ts'
+import { runDiff } from '../src/commands/diff.ts'
 import { ConfigSchema, parseConfig } from '../src/config.ts'
-import { CLI, folder } from './process.ts'
+import { runCommand, runProgram } from './command.ts'
+import { folder } from './process.ts'
 
 /** What differs between two configurations, and when it takes effect. */
 
@@ -54,6 +55,12 @@ test('members have their path, their values as in a file, and when they take eff
   const trust = (...networks: string[]) => ({ server: { trust_proxy: networks } })
   assert.deepEqual(changes({}, trust('10.0.0.0/8')).restart_needed, [
     { path: 'server.trust_proxy', before: false, after: ['10.0.0.0/8'] }
+  ])
+  const reporting = (url: string) => ({
+    usage: { enabled: true, reporters: [{ name: 'w', type: 'webhook', webhook: { url } }] }
+  })
+  assert.deepEqual(changes(reporting('http://w/a'), reporting('http://w/b')).changed, [
+    { path: 'usage.reporters[w].webhook.url', before: 'http://w/***', after: 'http://w/***' }
   ])
   const off = { hooks: { enabled: false, on_request: {} } }
   assert.deepEqual(paths({}, off), [], 'what is not built makes no difference')
@@ -157,12 +164,7 @@ test('llmproxy diff: lines for people, JSON for programs; 0 is no difference, 1 
     writeFileSync(file, typeof config === 'string' ? config : stringify(config))
     return file
   }
-  const diff = (...args: string[]) =>
-    new Promise<{ status: unknown; stdout: string; stderr: string }>(resolve => {
-      execFile(process.execPath, [CLI, 'diff', ...args], (error, stdout, stderr) => {
-        resolve({ status: error?.code ?? 0, stdout, stderr })
-      })
-    })
+  const diff = (...args: string[]) => runCommand(() => runDiff(args))
   const old = write('old', {
     server: { listen: ':1' },
     backends: [
@@ -185,15 +187,13 @@ test('llmproxy diff: lines for people, JSON for programs; 0 is no difference, 1 
     '  server.listen: ":1" -> ":2"'
   ]
   const none = join(path, 'none.yaml')
-  const [nothing, text, json, refused, missing, few, unknown] = await Promise.all([
-    diff(write('base', BASE), same),
-    diff(old, next),
-    diff(old, next, '--json'),
-    diff(old, bad),
-    diff(none, old),
-    diff(old),
-    diff(old, next, '--nonsense')
-  ])
+  const nothing = await diff(write('base', BASE), same)
+  const text = await runProgram(['diff', old, next])
+  const json = await diff(old, next, '--json')
+  const refused = await runProgram(['diff', old, bad])
+  const missing = await diff(none, old)
+  const few = await diff(old)
+  const unknown = await diff(old, next, '--nonsense')
   assert.deepEqual(nothing, { status: 0, stdout: '', stderr: '' })
   text.stdout = text.stdout.replace(/(removed .*?:1",).*\}/, '$1...}')
   assert.deepEqual(text, { status: 1, stdout: `${lines.join('\n')}\n`, stderr: '' })

@@ -19,7 +19,7 @@ import {
  * left over, and the healthy one serves whatever can still be served. LONG=1: more of it.
  */
 
-const CALLS = process.env.LONG ? 400 : 40
+const CALLS = process.env.LONG ? 400 : 20
 const CALLERS = 4
 const WORDS = ['one ', 'two ', 'three']
 const STREAM = [...WORDS.map(word => chunk(word)), chunk('', { finish_reason: 'stop' }), DONE].join(

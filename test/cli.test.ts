@@ -6,12 +6,12 @@ import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { test } from 'node:test'
+import { CLI, commandLine } from './process.ts'
 
-const CLI = new URL('../src/cli.ts', import.meta.url).pathname
 const { version } = JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8'))
 
 function run(...args: string[]) {
-  const { status, stdout, stderr } = spawnSync(process.execPath, [CLI, ...args], {
+  const { status, stdout, stderr } = spawnSync(...commandLine([CLI, ...args]), {
     encoding: 'utf8',
     timeout: 20_000,
     env: { ...process.env, LLMPROXY_CONFIG: '' }
@@ -32,13 +32,15 @@ test('--version, --help and misuse', () => {
   ]) {
     assert.ok(help.stdout.includes(word), word)
   }
-  assert.equal(run('fly').status, 2)
-  assert.match(run('fly').stderr, /no command "fly"/)
-  assert.match(run('check').stdout, /config\/llmproxy\.yaml is valid\n$/, 'the default file')
+  const fly = run('fly')
+  assert.equal(fly.status, 2)
+  assert.match(fly.stderr, /no command "fly"/)
+  assert.match(run('check').stdout, /llmproxy\.yaml is valid\n$/, 'the default file')
   assert.match(run('-config', '/none.yaml').stderr, /none\.yaml: cannot be read/, 'as the original')
   assert.equal(run('--config=').status, 2)
-  assert.equal(run('--nonsense').status, 2)
-  assert.match(run('--nonsense').stderr, /nonsense/)
+  const nonsense = run('--nonsense')
+  assert.equal(nonsense.status, 2)
+  assert.match(nonsense.stderr, /nonsense/)
 })
 
 test('check says whether a file is valid; serve exits with 1 and says why, within two seconds', t => {

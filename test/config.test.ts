@@ -3,9 +3,14 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { test } from 'node:test'
+import { Ajv } from 'ajv'
 import fc from 'fast-check'
-import { ConfigError, parseConfig } from '../src/config.ts'
-import { checkOptions, Duration, OptionsError, parseQuantity, Section } from '../src/options.ts'
+import { stringify } from 'yaml'
+import { ConfigError, ConfigSchema, parseConfig } from '../src/config.ts'
+import { completeEmpty, type DefaultsNode } from '../src/defaults.ts'
+import { checkOptions, Duration, OptionsError, Section } from '../src/options.ts'
+import { AuthOptions } from '../src/plugins/auth.ts'
+import { parseQuantity } from '../src/quantity.ts'
 import { substitute } from '../src/yaml.ts'
 
 const parse = (yaml: string, env: NodeJS.ProcessEnv = {}) => parseConfig(yaml, 'config.yaml', env)
@@ -276,6 +281,35 @@ test('quantities', () => {
   )
 })
 
+test('an empty section comes to what its compiled check makes of it', () => {
+  let sections = 0
+  const compare = (schema: DefaultsNode) => {
+    const section = {}
+    if (completeEmpty(schema, section)) {
+      sections++
+      assert.deepEqual(section, checkOptions(compiled(schema) as never, {}))
+    }
+    for (const member of Object.values(schema.properties!)) if (member.properties) compare(member)
+  }
+  compare(ConfigSchema as DefaultsNode)
+  assert.ok(sections > 30, `${sections}`)
+})
+
+/** A keyword that could reject an empty section: its check is compiled, and those of all that is in it. */
+function compiled(schema: DefaultsNode): DefaultsNode {
+  if (schema.properties === undefined) return schema
+  const members = Object.entries(schema.properties).map(([name, each]) => [name, compiled(each)])
+  return { ...schema, properties: Object.fromEntries(members), check: () => true } as DefaultsNode
+}
+
+test('a section that needs something is not completed', () => {
+  const section = {}
+  assert.equal(completeEmpty({ properties: { url: {} }, required: ['url'] }, section), false)
+  assert.deepEqual(section, {})
+  // A mapping where a list belongs stays wrong.
+  assert.equal(completeEmpty({ default: [] }, section), false)
+})
+
 test('options in code take text and milliseconds, and complain the same way', () => {
   const Options = Section({ wait: Duration('3s', 'a wait') }, 'an example')
   assert.deepEqual(checkOptions(Options, {}), { wait: 3000 })
@@ -419,9 +453,19 @@ const WRONG = [
   ['server: {max_body_size: 0.2}', 'server.max_body_size: must be a size'],
   ['server: {trust_proxy: [nonsense]}', 'server.trust_proxy: must be true, false, or a list'],
   ['server: {trust_proxy: 10.0.0.0/8}', 'server.trust_proxy: must be true, false, or a list'],
-  ['server: {read_timeout: 1s}', 'server.read_timeout: must not be shorter than header_timeout'],
+  [
+    'server: {read_timeout: 1s, header_timeout: 2s}',
+    'server.read_timeout: must not be shorter than header_timeout'
+  ],
   ['server: {listen: ":99999"}', 'server.listen: must be an address'],
-  ['server: {drain_timeout: 30d}', 'server.drain_timeout: must be a duration'],
+  [
+    'server: {drain_timeout: 30d}',
+    'server.drain_timeout: must be a duration such as 500ms, 30s or 1m30s, at most 24d'
+  ],
+  [
+    'usage: {reporters: [{type: builtin, max_age: 366d}]}',
+    'usage.reporters[0].max_age: must be a duration such as 500ms, 30s or 1m30s, at most 365d'
+  ],
   ['health_check: {interval: 0}', 'health_check.interval: must be a duration'],
   ['health_check: {timeout: 0s}', 'health_check.timeout: must be a duration'],
   ['metrics: {path: /health}', 'metrics.path: must be a path such as /metrics that no other'],
@@ -501,6 +545,25 @@ test('the dialect’s other parts may stay in a file where they are switched off
     config.auth.pipeline.map(({ type }) => type),
     ['static']
   )
+})
+
+test('an age may be longer than a timer can be', () => {
+  const { usage, auth, storage } = parseConfig(
+    `${BACKEND}
+usage: {reporters: [{type: builtin, max_age: 30d}]}
+auth: {pipeline: [{type: webhook, webhook: {url: "http://a"}, cache: {ttl: 90d, negative_ttl: 90d, stale_if_error: 365d}}]}
+storage: {databases: [{name: a, driver: sqlite, conn_max_lifetime: 30d}], caches: [{name: b, driver: redis, ttl: 30d}]}`,
+    'test.yaml',
+    {}
+  )
+  const DAY = 86_400_000
+  assert.equal(usage.reporters[0]!.max_age, 30 * DAY)
+  assert.deepEqual(auth.pipeline[0]!.cache, {
+    ttl: 90 * DAY,
+    negative_ttl: 90 * DAY,
+    stale_if_error: 365 * DAY
+  })
+  assert.equal(storage.databases[0]!.conn_max_lifetime, 30 * DAY)
 })
 
 test('files of logs rotate as the dialect has it, where a bare number is MB or days', () => {
@@ -585,4 +648,37 @@ test('a type whose settings all have defaults needs no block', () => {
   assert.deepEqual(complaint(`${BACKEND}usage: {reporters: [{type: webhook}]}`), [
     'config.yaml:3:21 usage.reporters[0].webhook: is missing'
   ])
+})
+
+test('a section is compiled once, for the file and for its plugin', t => {
+  parse(BACKEND)
+  const compile = t.mock.method(Ajv.prototype, 'compile')
+  checkOptions(AuthOptions, {})
+  assert.equal(compile.mock.callCount(), 0)
+  assert.throws(() => checkOptions(AuthOptions, { status_codes: { disabled: 'x' } }), {
+    message: /^options: status_codes\.disabled: must be .* \(got "x"\)$/
+  })
+})
+
+test('of many issues the first 20 are named, in JSON and YAML', () => {
+  const networks = Array.from({ length: 1_000 }, (_, at) => `10.0.0.${300 + at}`)
+  const config = {
+    backends: [{ url: 'http://b' }],
+    auth: { keys: [{ key: 'a', denied_ips: networks }] }
+  }
+  for (const text of [JSON.stringify(config), stringify(config)]) {
+    const lines = complaint(text)
+    assert.equal(lines.length, 21)
+    assert.match(lines[0]!, /^config\.yaml:\d+:\d+ auth\.keys\[0\]\.denied_ips\[0\]: must be/)
+    assert.match(lines[19]!, /^config\.yaml:\d+:\d+ auth\.keys\[0\]\.denied_ips\[19\]: must be/)
+    assert.equal(lines[20], 'and 980 more')
+  }
+  const repeated = `{${Array.from({ length: 100 }, () => '"log":{}').join()}}`
+  for (const text of [
+    repeated,
+    repeated.slice(1, -1).replaceAll(',', '\n').replaceAll(':', ': ')
+  ]) {
+    const lines = complaint(text)
+    assert.deepEqual(lines.slice(20), ['and 79 more'])
+  }
 })

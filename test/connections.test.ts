@@ -15,6 +15,7 @@ import { isLocal } from '../src/pool/failures.ts'
 import {
   answerChat,
   CHAT,
+  closedPort,
   fakeBackend,
   post,
   rawClient,
@@ -40,14 +41,16 @@ const HOG = `
     const role = cluster.isWorker ? 'worker' : 'primary'
     const taken = []
     let isTold = false
+    let quiet = 0
     setInterval(() => {
       const isWanted = existsSync(process.env.HOG + '.' + role)
       const before = taken.length
       try {
         if (isWanted) for (;;) taken.push(openSync('/dev/null'))
       } catch {}
-      // What was in use a moment ago may have become free.
-      const isDone = isWanted ? taken.length === before : true
+      // What is in use for a probe or a request becomes free a moment later.
+      quiet = taken.length === before ? quiet + 1 : 0
+      const isDone = isWanted ? quiet >= 20 : true
       if (!isWanted) for (const fd of taken.splice(0)) closeSync(fd)
       if (isWanted === isTold || !isDone) return
       isTold = isWanted
@@ -62,13 +65,14 @@ interface Limited extends Process {
 }
 
 /** A gateway that may have 256 file descriptors, and has forwarded some calls. */
-async function startLimited(t: TestContext, workers = 1): Promise<Limited> {
+async function startLimited(t: TestContext, workers = 1, admin = {}): Promise<Limited> {
   const backends = [await fakeBackend(t, aloneAnswer), await fakeBackend(t, aloneAnswer)]
   const dir = folder(t)
   const hog = join(dir, 'hog.cjs')
   writeFileSync(hog, HOG)
   const file = writeConfig(join(dir, 'config.yaml'), {
     server: { listen: '127.0.0.1:0', workers },
+    admin,
     auth: { enabled: true, keys: ['a'], skip_paths: ['/health', '/metrics'] },
     backends: backends.map(({ url }) => ({ url })),
     health_check: { enabled: true, interval: '50ms' },
@@ -178,7 +182,9 @@ test('one process', async t => {
   )
 
   await t.test('without a free descriptor a call gets 503, and no backend is blamed', async () => {
-    const client = await rawClient(t, gateway.port)
+    // It must have been accepted before there are no descriptors.
+    const client = await rawClient(t, gateway.port, 'GET /health HTTP/1.1\r\nhost: g\r\n\r\n')
+    await client.until(/\}\}$/)
     await gateway.hog('primary')
     for (let call = 1; call <= 12; call++) {
       client.received = ''
@@ -228,6 +234,40 @@ test('two workers', async t => {
   })
 })
 
+for (const workers of [1, 2]) {
+  test(`connections to admin.listen leave the port of clients open: ${workers} processes`, async t => {
+    const port = await closedPort()
+    const listen = `127.0.0.1:${port}`
+    const gateway = await startLimited(t, workers, { enabled: true, token: 'secret', listen })
+    const count = 300 * workers
+    const sockets = await openMany(t, port, count)
+    await closed(sockets, count - 12 * workers)
+    const line = await from(
+      gateway,
+      gateway.logged('connections closed: the share of admin.listen')
+    )
+    assert.equal(line.latest, '127.0.0.1')
+    assert.equal(await health(gateway), 200)
+    for (let call = 0; call < 6; call++) assert.equal(await status(gateway), 200)
+    const metrics = await metricsOf(gateway)
+    assert.match(metrics, /refused_total\{reason="admin_connections"\} [1-9]/)
+    for (const each of sockets) each.destroy()
+    await closed(sockets, count)
+    // And connections of clients leave the admin API reachable.
+    const clients = await openMany(t, gateway.port, count)
+    await closed(clients, count - 84 * workers)
+    const headers = { 'x-admin-token': 'secret', connection: 'close' }
+    for (;;) {
+      const answer = await fetch(`http://${listen}/admin/config`, { headers }).catch(
+        () => undefined
+      )
+      if (answer === undefined) continue
+      assert.equal(answer.status, 200)
+      break
+    }
+  })
+}
+
 /** Resolves when the gateway has seen a connection close. */
 function freed({ fastify }: TestGateway): Promise<void> {
   const { open } = fastify.connections!
@@ -237,6 +277,7 @@ function freed({ fastify }: TestGateway): Promise<void> {
   })
 }
 
+const REACHED = 'connections closed: server.max_connections is reached'
 const config = (server: object) => ({ backends: [{ url: 'http://127.0.0.1:1' }], server })
 
 test('server.max_connections bounds them, also while it runs; one that is closed makes room', async t => {
@@ -246,7 +287,7 @@ test('server.max_connections bounds them, also while it runs; one that is closed
   )
   const sockets = await openMany(t, gateway.port, 5)
   await closed(sockets, 2)
-  const { connections, open } = await gateway.logged({ level: 40 })
+  const { connections, open } = await gateway.logged({ msg: REACHED })
   assert.deepEqual([connections, open], [1, 3])
   sockets.find(each => !each.closed)!.destroy()
   await freed(gateway)
@@ -262,7 +303,8 @@ test('one address has server.max_connections_per_address; a trusted proxy, and 0
   await closed(sockets, 3)
   const others = await openMany(t, gateway.port, 5, '127.0.0.3')
   assert.equal(await gateway.metric('llmproxy_connections_open'), 8)
-  assert.equal((await gateway.logged({ level: 40 })).latest, '127.0.0.2')
+  const refused = gateway.lines.find(({ msg }) => String(msg).includes('per_address is reached'))
+  assert.equal(refused?.latest, '127.0.0.2')
   for (const each of others) each.destroy()
 
   const free = await startGateway(t, config({ max_connections_per_address: 0 }))
@@ -299,18 +341,34 @@ test('a closed TLS connection is counted off, and one beyond the bound closed be
 })
 
 /** Connections of addresses that this machine does not have; each is accepted, or not. */
-function simulated(max_connections_per_address: number) {
+function simulated(max_connections_per_address: number, max_connections = 100) {
   const connections = new Connections(pino({ level: 'silent' }), 1)
-  connections.update({ max_connections: 100, max_connections_per_address, trust_proxy: false })
+  connections.update({ max_connections, max_connections_per_address, trust_proxy: false })
   const server = new EventEmitter()
   connections.watch(server as Server)
-  const connect = (remoteAddress: string) => {
+  const connect = (remoteAddress: string, to = server) => {
     const { open } = connections
-    server.emit('connection', Object.assign(new EventEmitter(), { remoteAddress, destroy() {} }))
+    to.emit('connection', Object.assign(new EventEmitter(), { remoteAddress, destroy() {} }))
     return connections.open > open
   }
   return { connections, connect }
 }
+
+test('an eighth of all connections, and 64 at most, are those of admin.listen', () => {
+  for (const [max, ofAdmin, ofClients] of [
+    [96, 12, 84],
+    [2_000, 64, 1_936],
+    [1, 1, 1]
+  ] as const) {
+    const { connections, connect } = simulated(0, max)
+    const server = new EventEmitter()
+    connections.watch(server as Server, true)
+    const admins = Array.from({ length: 200 }, (_, at) => connect(`10.0.0.${at}`, server))
+    assert.equal(admins.filter(Boolean).length, ofAdmin)
+    const clients = Array.from({ length: 2_000 }, () => connect('10.0.0.1'))
+    assert.equal(clients.filter(Boolean).length, ofClients)
+  }
+})
 
 test('addresses of one /64 network count together, IPv4 addresses each for itself', () => {
   const { connections, connect } = simulated(2)
@@ -324,15 +382,15 @@ test('addresses of one /64 network count together, IPv4 addresses each for itsel
     addresses.map(each => connect(each)),
     [true, true, false, true]
   )
-  assert.deepEqual(['::1', '::', '::2', 'fe80::1', 'fe80::2'].map(connect), [
-    true,
-    true,
-    false,
-    true,
-    true
-  ])
+  assert.deepEqual(
+    ['::1', '::', '::2', 'fe80::1', 'fe80::2'].map(each => connect(each)),
+    [true, true, false, true, true]
+  )
   const mapped = ['::ffff:10.0.0.1', '10.0.0.1', '::ffff:10.0.0.1', '::ffff:10.0.0.2']
-  assert.deepEqual(mapped.map(connect), [true, true, false, true])
+  assert.deepEqual(
+    mapped.map(each => connect(each)),
+    [true, true, false, true]
+  )
   assert.equal(connections.refused.get('max_connections_per_address'), 3)
 })
 

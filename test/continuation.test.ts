@@ -218,7 +218,7 @@ describe('wherever a backend breaks off another one goes on', { concurrency: tru
           model({ id: 'another', lineEnd })
         ])
         let ofPool = 0
-        for (let cut = 0; cut < CUTS && dies < byteLength; cut++, dies += 43) {
+        for (let cut = 0; cut < CUTS && dies < byteLength; cut++, dies += 67) {
           const before = backends[1]!.requests.length
           const answer = read(await ask(gateway.url + path, body))
           const record = await recorded()
@@ -275,6 +275,9 @@ describe('what else is a break', () => {
       })
     ],
     'a stream that ends without its end': [model({ turn: { after: 4, text: '', isEnd: true } })],
+    'a stream that ends in the middle of an event': [
+      model({ turn: { after: 4, text: 'data: {"id":"one","choices":[{"ind', isEnd: true } })
+    ],
     [SILENT]: [
       model({ turn: { after: 4, text: '' } }),
       { routing: { idle_timeout: '100ms', retry: { enabled: true } } }
@@ -616,7 +619,7 @@ describe('what backends may say', { concurrency: true }, () => {
     },
     'the last event lacks its blank line': {
       answers: [says([piece('A'), piece('B', 'stop').slice(0, -1)]), says([piece('C'), END])],
-      text: 'AC'
+      text: 'AB'
     },
     'no delta in a short answer': {
       answers: [says([piece('A'), said({ delta: null, finish_reason: 'stop' })]), says([END])],
@@ -742,6 +745,60 @@ describe('what backends may say', { concurrency: true }, () => {
       }
     })
   }
+})
+
+test('a server that repeats the text so far does not write it twice', async t => {
+  const [one, two] = ['Once upon', ' a time']
+  for (const first of [`${one}${two}`, one]) {
+    const rest = first === one ? [piece(two)] : []
+    const { gateway, recorded } = await pool(
+      t,
+      [
+        says([piece('Once'), piece(' upon')], 'breaks'),
+        says([piece(first), ...rest, piece('.'), END])
+      ],
+      { each: { continuation: 'assistant_prefill' } }
+    )
+    assert.equal(
+      read(await ask(`${gateway.url}/v1/chat/completions`, STREAM)).text,
+      `${one}${two}.`
+    )
+    assert.equal((await recorded()).outcome, 'ok')
+  }
+})
+
+test('a model may begin to go on with the words it has begun with', async t => {
+  for (const continuation of ['continue_final_message', 'assistant_prefill']) {
+    const second = continuation === 'assistant_prefill' ? [piece('Ha'), piece('ha')] : [piece('Ha')]
+    const { gateway, recorded } = await pool(
+      t,
+      [says([piece('Ha')], 'breaks'), says([...second, piece('!'), END])],
+      { each: { continuation } }
+    )
+    const expected = continuation === 'assistant_prefill' ? 'Haha!' : 'HaHa!'
+    assert.equal(read(await ask(`${gateway.url}/v1/chat/completions`, STREAM)).text, expected)
+    await recorded()
+  }
+})
+
+test('the tokens of a first continuation are divided, and max_tokens is lowered by what was written', async t => {
+  const words = ['Once', ' upon', ' a', ' time', ' there', ' was']
+  const usage = { prompt_tokens: 12 + words.length, completion_tokens: 1, total_tokens: 19 }
+  const { gateway, backends, recorded } = await pool(t, [
+    says(
+      words.map(word => piece(word)),
+      'breaks'
+    ),
+    says([piece('.', 'stop'), `data: ${JSON.stringify({ choices: [], usage })}\n\n`, END])
+  ])
+  const body = { ...STREAM, max_tokens: 50, stream_options: { include_usage: true } }
+  const said = read(await ask(`${gateway.url}/v1/chat/completions`, body))
+  assert.equal(JSON.parse(backends[1]!.requests[0]!.body).max_tokens, 50 - words.length)
+  const { prompt_tokens, completion_tokens, total_tokens } = said.usage!
+  assert.equal(total_tokens, 19)
+  assert.ok(prompt_tokens >= 6 && prompt_tokens <= 16, String(prompt_tokens))
+  assert.equal(completion_tokens, 19 - prompt_tokens)
+  await recorded()
 })
 
 test('a request for nothing brings nobody down', async t => {

@@ -11,7 +11,7 @@ import { fakeConsul } from './fake-consul.ts'
 import { fakeDns } from './fake-dns.ts'
 import { type FakeKubernetes, fakeKubernetes, type Slice } from './fake-kubernetes.ts'
 import { find, names, shown, until, WATCHED } from './found.ts'
-import { fakeBackend, startGateway, type TestGateway } from './helper.ts'
+import { eventually, fakeBackend, startGateway, type TestGateway } from './helper.ts'
 import { folder } from './process.ts'
 import { MYSQL, POSTGRES, uniqueName } from './servers.ts'
 
@@ -62,11 +62,11 @@ test('http: an answer that is too long, or comes too late, is none', async t => 
     response.end('[]')
   })
   const late = await fakeBackend(t, (_request, response) => void response.writeHead(200).write('['))
-  for (const [server, reason] of [
-    [long, /an answer of more than 16777216 bytes/],
-    [late, /timeout|aborted/i]
+  for (const [server, timeout, reason] of [
+    [long, '30s', /an answer of more than 16777216 bytes/],
+    [late, '1s', /timeout|aborted/i]
   ] as const) {
-    const gateway = await gatewayWith(t, { type: 'http', http: { url: server.url, timeout: '1s' } })
+    const gateway = await gatewayWith(t, { type: 'http', http: { url: server.url, timeout } })
     assert.match(String((await gateway.logged({ msg: FAILS })).reason), reason)
   }
 })
@@ -438,7 +438,7 @@ test('etcd: keys under a prefix, changes, compaction, and a server that comes ba
   await until(gateway, 'b named')
   await etcd.compact()
   await etcd.put('/llm/b', 'http://127.0.0.2:4')
-  while ((await urls(gateway))[0] !== 'http://127.0.0.2:4');
+  await eventually(async () => (await urls(gateway))[0] === 'http://127.0.0.2:4')
   assert.ok(!gateway.lines.some(({ msg }) => msg === FAILS))
   await etcd.stop()
   await gateway.logged({ msg: FAILS })

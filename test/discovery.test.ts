@@ -21,6 +21,7 @@ import {
   chunk,
   closedPort,
   DONE,
+  eventually,
   fakeBackend,
   post,
   rawClient,
@@ -478,7 +479,7 @@ test('each worker finds backends by itself', async t => {
   state.list = []
   await gateway.logged('backends found', 4)
   assert.match(await metrics(), /llmproxy_discovery_backends\{source="list"\} 0\n/)
-  while ((await call()) !== 503 || (await call()) !== 503) await sleep(5)
+  await eventually(async () => (await call()) === 503 && (await call()) === 503)
 })
 
 test('the plugin works alone, beside the backends', async t => {

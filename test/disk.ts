@@ -3,7 +3,6 @@ import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSyn
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import type { TestContext } from 'node:test'
-import { setTimeout as sleep } from 'node:timers/promises'
 import { gunzipSync } from 'node:zlib'
 
 /** Disks, and files that rotate on them. */
@@ -50,9 +49,4 @@ export function linesOf(path: string): string[] {
   } catch {
     return []
   }
-}
-
-/** Looks until it is so. */
-export async function until(condition: () => boolean): Promise<void> {
-  while (!condition()) await sleep(10)
 }

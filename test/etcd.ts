@@ -1,8 +1,7 @@
 import { spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
 import type { TestContext } from 'node:test'
-import { setTimeout as sleep } from 'node:timers/promises'
-import { closedPort } from './helper.ts'
+import { closedPort, eventually } from './helper.ts'
 import { folder } from './process.ts'
 
 /** A real etcd for a test, where the program is installed. */
@@ -59,7 +58,7 @@ export async function startEtcd(t: TestContext): Promise<Etcd> {
       response => response.ok,
       () => false
     )
-  while (!(await isUp())) await sleep(20)
+  await eventually(isUp)
   const encode = (text: string) => Buffer.from(text).toString('base64')
   return {
     url,

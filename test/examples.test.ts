@@ -8,6 +8,7 @@ import { openai } from '../src/dialects/openai.ts'
 import { StaticKeys } from '../src/keys/static.ts'
 import { LimitSet } from '../src/limits/limits.ts'
 import { Periods } from '../src/limits/period.ts'
+import { toAccount } from '../src/limits/store.ts'
 import { checkOptions } from '../src/options.ts'
 import { AuthOptions } from '../src/plugins/auth.ts'
 import backends from '../src/plugins/backends.ts'
@@ -71,9 +72,10 @@ for (const file of globSync('**/*.ts', { cwd: SRC }).sort()) {
         Sqlite,
         Periods,
         noLimits: checkOptions(LimitSet, {}),
+        toAccount,
         log: name === 'log' ? exports.default : fastify.log,
         codes: checkOptions(AuthOptions, {}).status_codes,
-        sources: [new StaticKeys('keys', [{ key: 'sk-alice', name: 'alice' }])],
+        sources: [await StaticKeys.of('keys', [{ key: 'sk-alice', name: 'alice' }])],
         endpoint: { method: 'POST', url: '/x', dialect: openai, body: 'json' }
       }
       const declares = (variable: string) => new RegExp(`const ${variable} =`).test(code.join('\n'))

@@ -7,6 +7,7 @@ import {
   answerChat,
   CHAT,
   closedPort,
+  eventually,
   fakeBackend,
   post,
   rawClient,
@@ -207,7 +208,7 @@ test('who is full is passed over; when all are the call has waited, and may leav
       await sleep(1)
   }
   const first = call({ user: 'hold' })
-  while (held.length === 0) await sleep(1)
+  await eventually(() => held.length > 0)
   const left = new AbortController()
   const leaving = post(`${gateway.url}/v1/chat/completions`, CHAT, {}, left.signal)
   await waiting(1)

@@ -10,8 +10,8 @@ import {
 import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { parseConfig } from '../src/config.ts'
-import { linesOf, NO_MOUNT, oldOnes, smallDisk, until } from './disk.ts'
-import { answerChat, CHAT, fakeBackend, post, startGateway } from './helper.ts'
+import { linesOf, NO_MOUNT, oldOnes, smallDisk } from './disk.ts'
+import { answerChat, CHAT, eventually, fakeBackend, post, startGateway } from './helper.ts'
 import { CLI, folder, start, writeConfig } from './process.ts'
 
 /** Usage records in files. */
@@ -50,7 +50,7 @@ test('each record is a line, in the order of the answers; each file gets what it
   )
   const made: unknown[] = []
   for (const model of ['m', 'gpt-a', 'm', 'gpt-b']) made.push(await call(model))
-  await until(() => linesOf(all).length === 4 && linesOf(some).length === 2)
+  await eventually(() => linesOf(all).length === 4 && linesOf(some).length === 2)
   assert.deepEqual(ids(all), made)
   assert.deepEqual(ids(some), [made[1], made[3]])
   const record = JSON.parse(linesOf(all)[0]!)
@@ -64,8 +64,8 @@ test('a full file is followed by another, and the old one is compressed', async 
   const { call } = await gatewayWith(t, reporter(path, { max_size: '2KB', compress: true }))
   const made: unknown[] = []
   while (oldOnes(path).length < 3) made.push(await call())
-  await until(() => oldOnes(path).every(each => each.endsWith('.gz')))
-  await until(() => linesOf(path).length === made.length)
+  await eventually(() => oldOnes(path).every(each => each.endsWith('.gz')))
+  await eventually(() => linesOf(path).length === made.length)
   assert.deepEqual(ids(path), made)
 })
 
@@ -75,7 +75,7 @@ test('on a full disk records wait, and come once and whole when there is room', 
   const path = join(disk, 'usage.jsonl')
   const { call, logged } = await gatewayWith(t, reporter(path))
   const made = [await call()]
-  await until(() => linesOf(path).length === 1)
+  await eventually(() => linesOf(path).length === 1)
   const rest = join(disk, 'rest')
   assert.throws(() => {
     while (true) appendFileSync(rest, Buffer.alloc(4096))
@@ -84,10 +84,10 @@ test('on a full disk records wait, and come once and whole when there is room', 
   const line = await logged({ msg: 'usage cannot be reported; it will be tried again' })
   assert.match(String(line.reason), /^ENOSPC/)
   // Each try may leave half a line for a moment.
-  await until(() => readFileSync(path, 'utf8').endsWith('}\n'))
+  await eventually(() => readFileSync(path, 'utf8').endsWith('}\n'))
   writeFileSync(rest, '')
   await logged({ msg: 'usage is reported again' })
-  await until(() => linesOf(path).length === made.length)
+  await eventually(() => linesOf(path).length === made.length)
   assert.deepEqual(ids(path), made)
 })
 
@@ -95,10 +95,10 @@ test('a file that was moved away is made again', async t => {
   const path = join(folder(t), 'usage.jsonl')
   const { call } = await gatewayWith(t, reporter(path))
   const made = [await call()]
-  await until(() => linesOf(path).length === 1)
+  await eventually(() => linesOf(path).length === 1)
   renameSync(path, `${path}.1`)
   while (!existsSync(path)) made.push(await call())
-  await until(() => linesOf(path).length === made.length)
+  await eventually(() => linesOf(path).length === made.length)
   assert.deepEqual(ids(path), made)
 })
 

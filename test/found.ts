@@ -1,4 +1,4 @@
-import { setTimeout as sleep } from 'node:timers/promises'
+import { eventually } from './helper.ts'
 
 /** Which backends a gateway has, as its admin API shows them. */
 
@@ -31,7 +31,7 @@ export async function names(gateway: { url: string }): Promise<string> {
 
 /** Resolves when these backends are there. */
 export async function until(gateway: { url: string }, wanted: string): Promise<void> {
-  while ((await names(gateway)) !== wanted) await sleep(5)
+  await eventually(async () => (await names(gateway)) === wanted)
 }
 
 export function find(...sources: object[]) {

@@ -128,6 +128,14 @@ async function race(
   return { gateway, backends, answers, reached: came.map(({ promise }) => promise) }
 }
 
+/** Answers as soon as the second backend has the call too. */
+function afterSecond(run: Run, answer: Answerer): Answerer {
+  return async (...call) => {
+    await run.reached[1]
+    await answer(...call)
+  }
+}
+
 function ask(gateway: { url: string }, user: string, body: object = STREAM) {
   return post(`${gateway.url}/v1/chat/completions`, { ...body, user })
 }
@@ -246,7 +254,8 @@ test('the budget: of five late calls in a row one is hedged', async t => {
     await sleep(60)
     await answerChat(...call)
   }
-  const run = await race(t, Array(10).fill(slow))
+  const run = await race(t, [])
+  run.answers.push(afterSecond(run, answerChat), ...Array(5).fill(slow))
   for (let call = 0; call < 5; call++) await (await ask(run.gateway, 'late')).text()
   const { won, lost } = await results(run)
   assert.equal(won + lost, 1)
@@ -302,8 +311,12 @@ describe('one of the two fails', { concurrency: true }, () => {
 
     test(`both do: the second ${how} last, and that is what the client is told`, async t => {
       const two = gate()
-      const run = await race(t, [gateOfSecond(two), two.after(fails)])
-      const response = await ask(run.gateway, 'late')
+      const run = await race(t, [])
+      run.answers.push(afterSecond(run, refuses), two.after(fails))
+      const answered = ask(run.gateway, 'late')
+      await run.gateway.logged({ msg: 'attempt failed' })
+      two.open()
+      const response = await answered
       assert.equal(response.status, 500)
       assert.match(await response.text(), /"no"/)
       const line = await lateLine(run, response)
@@ -311,33 +324,18 @@ describe('one of the two fails', { concurrency: true }, () => {
     })
   }
 
-  /** Refuses as soon as the second one has the call, which may fail after that. */
-  function gateOfSecond(two: { open(): void }): Answerer {
-    return async (request, response) => {
-      await sleep(100)
-      refuses(request, response)
-      setTimeout(two.open, 30)
-    }
-  }
-
   test('after both a third attempt is made, if there may be retries', async t => {
-    const run = await race(
-      t,
-      [
-        async (...call) => {
-          await sleep(100)
-          await refuses(call[0], call[1])
-        },
-        refuses,
-        answerChat
-      ],
-      {
-        routing: {
-          hedge: { enabled: true },
-          retry: { enabled: true, max_retries: 1, initial_wait: '1ms' }
-        }
+    const run = await race(t, [], {
+      routing: {
+        hedge: { enabled: true },
+        retry: { enabled: true, max_retries: 1, initial_wait: '1ms' }
       }
-    )
+    })
+    const refusesToo: Answerer = (_request, response) => {
+      response.writeHead(500, { 'content-type': 'application/json' })
+      response.end('{"error":{"message":"another failure"}}')
+    }
+    run.answers.push(afterSecond(run, refuses), refusesToo, answerChat)
     const response = await ask(run.gateway, 'late')
     assert.match(await response.text(), /\[DONE\]/)
     assert.equal((await lateLine(run, response)).attempts, 3)
@@ -387,8 +385,8 @@ test('a client that leaves stops both', async t => {
 
 test('neither answers in time: the client is told once, and both are stopped', async t => {
   for (const [limit, headers] of [
-    ['200ms', {}],
-    ['1m', { 'x-request-timeout': '0.2' }]
+    ['500ms', {}],
+    ['1m', { 'x-request-timeout': '0.5' }]
   ] as const) {
     const run = await race(t, [never, never], {
       routing: { timeout: limit, hedge: { enabled: true } }

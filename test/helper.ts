@@ -3,6 +3,7 @@ import { once } from 'node:events'
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
 import { type AddressInfo, connect, type Socket } from 'node:net'
 import type { TestContext } from 'node:test'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { pino } from 'pino'
 import type { Gateway } from '../src/app.ts'
 import { parseConfig } from '../src/config.ts'
@@ -192,14 +193,41 @@ export function writable(response: ServerResponse): Promise<void> {
   })
 }
 
+/** Waits until a condition holds. It pauses between checks, because a busy loop takes the CPU from other tests. */
+export async function eventually(condition: () => unknown): Promise<void> {
+  while (!(await condition())) await sleep(5)
+}
+
+/** Returns how many turns the event loop makes during some work. */
+export async function turnsOf(work: () => Promise<unknown>): Promise<number> {
+  let turns = 0
+  let isOver = false
+  const count = () => {
+    if (isOver) return
+    turns++
+    setImmediate(count)
+  }
+  setImmediate(count)
+  await work()
+  isOver = true
+  return turns
+}
+
 /** A port of the loopback interface on which nothing listens. */
 export async function closedPort(): Promise<number> {
-  const server = createServer().listen(0, '127.0.0.1')
-  await once(server, 'listening')
-  const { port } = server.address() as AddressInfo
-  server.close()
-  await once(server, 'close')
-  return port
+  for (;;) {
+    // Below the range from which the system gives ports to the servers of other tests.
+    const port = 12_000 + Math.floor(Math.random() * 18_000)
+    const server = createServer().listen(port, '127.0.0.1')
+    const isFree = await once(server, 'listening').then(
+      () => true,
+      () => false
+    )
+    if (!isFree) continue
+    server.close()
+    await once(server, 'close')
+    return port
+  }
 }
 
 /** A port that completes no more connections: its owner is stopped and its queue is full. */
@@ -281,6 +309,21 @@ export async function rawClient(t: TestContext, port: number, text = ''): Promis
   await once(socket, 'connect')
   if (text !== '') socket.write(text)
   return client
+}
+
+/** Resolves with the clients that have an error response, when as many have. */
+export async function responded(clients: RawClient[], count: number): Promise<RawClient[]> {
+  const all: RawClient[] = []
+  await new Promise<void>(resolve => {
+    for (const client of clients) {
+      const add = () => {
+        if (all.push(client) === count) resolve()
+      }
+      // The others close without one.
+      client.until(/\}\}/).then(add, () => {})
+    }
+  })
+  return all
 }
 
 /** An HTTP/1.1 POST as text. */

@@ -22,7 +22,7 @@ const BODIES: [string, string][] = [
   ['half an object', '{"model": "m"'],
   ['two objects', '{"model":"m"}{"model":"n"}'],
   ['an object and more', '{"model":"m"} x'],
-  ['a byte order mark', '\ufeff{"model":"m"}'],
+  ['two byte order marks', '\ufeff\ufeff{"model":"m"}'],
   ['a single quote', "{'model':'m'}"],
   ['a number as model', '{"model": 1}'],
   ['a book as model', `{"model": "${'m'.repeat(1001)}"}`],
@@ -59,10 +59,11 @@ test('what is wrong with a body is said without repeating it', async t => {
   assert.doesNotMatch(JSON.stringify(gateway.lines), /hunter2/)
 })
 
-test('a compressed body is a 415', async t => {
+test('a body in an unknown content coding is a 415', async t => {
   const gateway = await unreached(t)
-  const response = await post(`${gateway.url}/v1/embeddings`, CHAT, { 'content-encoding': 'zstd' })
+  const response = await post(`${gateway.url}/v1/embeddings`, CHAT, { 'content-encoding': 'lzma' })
   assert.equal(response.status, 415)
+  assert.match(await response.text(), /gzip, deflate, br, zstd or identity/)
 })
 
 test('identity is no encoding, and an empty content-type is none', async t => {
@@ -171,7 +172,7 @@ const ODD_PATHS = [
   '/v1/models/%5c..%5cpause',
   '/v1/models/x%00',
   '/v1/./models',
-  'http://backend:8000/v1/models',
+  'http://backend:8000//v1/models',
   'http://backend:8000/pause',
   '*',
   '/v1/models%3fx'
@@ -191,7 +192,6 @@ test('tricks with paths are a 400 or a 404', async t => {
 
 const CONTROL = [
   'GET /',
-  'GET /metrics/',
   'POST /pause',
   'POST /collective_rpc',
   'POST /v1/load_lora_adapter',
@@ -206,7 +206,6 @@ const CONTROL = [
   'GET /props',
   'GET /slots',
   'GET /server_info',
-  'POST /v1/chat/completions/',
   'GET /v1/chat/completions',
   'PUT /v1/models',
   'DELETE /v1/models/m',

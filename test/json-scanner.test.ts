@@ -1,9 +1,10 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import fc from 'fast-check'
-import { edited, Pieces } from '../src/wire/edits.ts'
+import { edited, inPieces, Pieces } from '../src/wire/edits.ts'
 import { free, Gathered } from '../src/wire/gathered.ts'
 import { JSON_BOUNDS, JsonError, JsonScanner, membersOf } from '../src/wire/json-scanner.ts'
+import { turnsOf } from './helper.ts'
 
 /** Scans a text that arrives in pieces of this size; undefined: it is a JSON object. */
 function complaint(text: string, size = text.length, bounds = JSON_BOUNDS): string | undefined {
@@ -94,6 +95,28 @@ test('numbers, literals and escapes are read as RFC 8259 says', () => {
   }
 })
 
+test('a special byte ends a string wherever it stands, in memory of any alignment', () => {
+  for (let offset = 0; offset < 4; offset++) {
+    for (let length = 0; length < 80; length++) {
+      const text = `{"a":"${'~\xe9'.repeat(length).slice(0, length)}"}`
+      const memory = Buffer.alloc(offset + 400)
+      const view = memory.subarray(offset, offset + Buffer.byteLength(text))
+      view.write(text)
+      const end = view.length - 2
+      assert.equal(membersOf(view)[0]!.end, end + 1, `${offset} ${length}`)
+      for (const [special, problem] of [
+        ['\n', /control character/],
+        ['\\', /./],
+        ['"', /./]
+      ] as const) {
+        if (length === 0) continue
+        view.write(special, end - 1)
+        assert.throws(() => membersOf(view), problem, `${offset} ${length} ${special}`)
+      }
+    }
+  }
+})
+
 test('an error says where it is and what was expected, and repeats nothing', () => {
   assert.equal(complaint('{"password": hunter2}'), 'byte 14 must be a value')
   assert.equal(complaint('[1]'), 'byte 1 must be "{"')
@@ -119,7 +142,7 @@ test('a long name is cut, and ends where it ends', () => {
   assert.equal(other!.name, 'b')
 })
 
-test('edits give the same bytes in one buffer and in pieces, more than once', () => {
+test('edits give the same bytes in one buffer and in pieces, more than once', async () => {
   const change = (start: number, end: number, text: string) => ({
     start,
     end,
@@ -138,10 +161,35 @@ test('edits give the same bytes in one buffer and in pieces, more than once', ()
   assert.equal(large.length, 100_001)
   for (let time = 1; time <= 2; time++) {
     assert.equal(large.isTaken, time > 1)
-    assert.equal(Buffer.concat([...large]).toString(), `<${'x'.repeat(99_999)}>`)
+    const pieces = await all(large)
+    assert.equal(Buffer.concat(pieces).toString(), `<${'x'.repeat(99_999)}>`)
+    assert.equal(pieces[1]!.buffer, long.buffer, 'a large body is not copied')
   }
-  const [, piece] = large
-  assert.equal(piece!.buffer, long.buffer, 'a large body is not copied')
+})
+
+async function all(pieces: Pieces): Promise<Buffer[]> {
+  const taken: Buffer[] = []
+  for await (const piece of pieces) taken.push(piece)
+  return taken
+}
+
+test('a large body is sent a megabyte at a time, in as many turns', async () => {
+  const bytes = Buffer.alloc(2_500_000, 'x')
+  assert.equal(inPieces(bytes.subarray(0, 1_000_000)).length, 1_000_000)
+  const body = inPieces(bytes) as Pieces
+  const sizes = async (pieces: Pieces) => {
+    let taken: Buffer[] = []
+    const turns = await turnsOf(async () => {
+      taken = await all(pieces)
+    })
+    return [turns, ...taken.map(({ length }) => length)]
+  }
+  assert.deepEqual(await sizes(body), [2, 1048576, 1048576, 402848])
+  const edits = [{ start: 5, end: 6, bytes: Buffer.from('y') }]
+  const few = edited(bytes.subarray(0, 100_000), edits) as Pieces
+  assert.deepEqual(await sizes(few), [0, 5, 1, 99_994])
+  assert.equal(body.length, bytes.length)
+  assert.equal(inPieces(undefined), undefined)
 })
 
 test('a body is gathered from pieces of any size, and its memory can be freed', () => {
@@ -152,4 +200,27 @@ test('a body is gathered from pieces of any size, and its memory can be freed', 
   assert.equal(bytes.toString(), sizes.map((size, at) => String(at).repeat(size)).join(''))
   free(bytes)
   assert.equal(bytes.length, 0)
+})
+
+test('a body that outgrows its buffers keeps every byte', () => {
+  fc.assert(
+    fc.property(fc.integer({ min: 100, max: 1_500_000 }), fc.boolean(), (size, isKnown) => {
+      const total = 2_500_000
+      const body = new Gathered(isKnown ? total : 16 * 1024, total)
+      for (let at = 0; at < total; at += size) {
+        body.add(Buffer.alloc(Math.min(size, total - at), at / size))
+      }
+      const { bytes } = body
+      assert.equal(bytes.length, total)
+      for (let at = 0; at < total; at += 9_999) assert.equal(bytes[at], Math.floor(at / size) % 256)
+    }),
+    {
+      numRuns: 20,
+      examples: [
+        [65_536, true],
+        [16_384, false],
+        [700_000, true]
+      ] as never
+    }
+  )
 })

@@ -12,7 +12,7 @@ import { hashKey, type KeyRecord, type KeySource } from '../src/keys/key.ts'
 import { checkOptions } from '../src/options.ts'
 import type { Value } from '../src/store/sql.ts'
 import { type DatabaseOptions, openDatabase, StorageOptions } from '../src/store/storage.ts'
-import { answerChat, CHAT, fakeBackend, post, startGateway } from './helper.ts'
+import { answerChat, CHAT, eventually, fakeBackend, post, startGateway } from './helper.ts'
 import { folder } from './process.ts'
 import { door, MYSQL, POSTGRES, REDIS, uniqueName } from './servers.ts'
 
@@ -45,11 +45,6 @@ async function withSource(t: TestContext, source: object, storage: object = {}) 
     return `${api_key_id} ${user_id}`
   }
   return { gateway, say }
-}
-
-/** Resolves when it comes out as wanted. */
-async function until(what: () => Promise<string>, wanted: string): Promise<void> {
-  while ((await what()) !== wanted);
 }
 
 test('redis: a hash or a text with JSON, under the key or its hash', {
@@ -195,7 +190,7 @@ test('a database that goes away: what is known is good, what is not is a 503', {
   way.set('shut')
   assert.equal(await say('sk-a'), known)
   way.set('open')
-  await until(() => say('sk-b'), `key_${hashKey('sk-b').slice(0, 12)} u2`)
+  await eventually(async () => (await say('sk-b')) === `key_${hashKey('sk-b').slice(0, 12)} u2`)
   await gateway.logged({ msg: 'a key source is back' })
 })
 
@@ -431,7 +426,7 @@ test('jwt: keys that cannot be had are a 503; those of a file are read again whe
   assert.equal(await say(await two.sign({})), 'invalid_api_key')
   write(two.jwk)
   const token = await two.sign({})
-  await until(() => say(token), 'jwt:alice alice')
+  await eventually(async () => (await say(token)) === 'jwt:alice alice')
   assert.equal(await say(await one.sign({})), 'invalid_api_key')
 })
 
@@ -445,7 +440,7 @@ test('file: read again when it changes; a broken one keeps the last good keys', 
   const { say, gateway } = await withSource(t, { type: 'file', file: { path } })
   assert.equal(await say('sk-b'), 'key_disabled')
   write('keys:\n  - key: sk-c\n    name: carol\n    user_id: u3\n')
-  await until(() => say('sk-c'), 'carol u3')
+  await eventually(async () => (await say('sk-c')) === 'carol u3')
   assert.equal(await say('sk-b'), 'invalid_api_key')
   write('keys:\n  - key: sk-d\n    expires_at: soon\n    user: x\n')
   const { errors } = await gateway.logged({

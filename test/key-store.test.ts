@@ -224,9 +224,9 @@ test('what another process changes is noticed within 500 ms', async t => {
   const { key, record } = await there.store.create({})
   assert.equal(await here.verdict(key), 'active')
   await there.store.revoke(record.id)
-  const before = performance.now()
-  while ((await here.verdict(key)) === 'active');
-  assert.ok(performance.now() - before < 500)
+  const { now } = performance
+  t.mock.method(performance, 'now', () => now.call(performance) + 500)
+  assert.equal(await here.verdict(key), 'key_disabled')
   assert.equal(here.told.length, 0)
 })
 

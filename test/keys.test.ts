@@ -1,17 +1,27 @@
 import assert from 'node:assert/strict'
+import { execFile } from 'node:child_process'
 import { existsSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
-import { setImmediate } from 'node:timers/promises'
+import { promisify } from 'node:util'
 import Fastify from 'fastify'
 import fp from 'fastify-plugin'
 import gateway from '../src/app.ts'
 import { KeyStore } from '../src/keys/key-store.ts'
 import { toRows } from '../src/keys/stored-key.ts'
+import { share } from '../src/parts.ts'
 import type { News, Peers } from '../src/peers.ts'
 import auth from '../src/plugins/auth.ts'
-import { answerChat, CHAT, fakeBackend, post, startGateway, type TestGateway } from './helper.ts'
-import { CLI, folder, start, writeConfig } from './process.ts'
+import {
+  answerChat,
+  CHAT,
+  eventually,
+  fakeBackend,
+  post,
+  startGateway,
+  type TestGateway
+} from './helper.ts'
+import { CLI, folder, SOON, start, writeConfig } from './process.ts'
 import { door, REDIS, uniqueName } from './servers.ts'
 
 /** The builtin store behind a gateway, in one process and in several. */
@@ -78,7 +88,7 @@ test('a store that cannot be opened stops the start', async t => {
   const dataDir = folder(t)
   const auth = { enabled: true, db_path: '.' }
   await assert.rejects(startGateway(t, { backends: [{ url: 'demo://' }], auth }, {}, dataDir), {
-    message: /^llmproxy: auth\.db_path: cannot be used: EISDIR.*$/
+    message: /^The API keys in \S+ cannot be read: EISDIR.* Restore it from a backup .*$/
   })
 })
 
@@ -120,8 +130,7 @@ test('fields of a key hold on each call, and come into its record', async t => {
 test('what is changed in the same process holds at once', async t => {
   const fastify = Fastify()
   t.after(() => fastify.close())
-  fastify.decorate('dataDir', folder(t))
-  await fastify.register(auth, { pipeline: [{ type: 'builtin' }] })
+  await fastify.register(auth, { pipeline: [{ type: 'builtin' }], dataDir: folder(t) })
   fastify.get('/', async request => request.caller!.id)
   const store = fastify.keys.store()
   const { key, record } = await store.create({})
@@ -165,8 +174,40 @@ test('of several workers one makes the first key; what is revoked is refused by 
   assert.ok(await all(200))
   await store.revoke(keys[0]!.id)
   const before = performance.now()
-  while (!(await all(403)));
-  assert.ok(performance.now() - before < 1_000)
+  await eventually(() => all(403))
+  assert.ok(performance.now() - before < SOON)
+})
+
+test('auth in code means what it means in a file', async t => {
+  const cwd = folder(t)
+  const source = new URL('../src/', import.meta.url)
+  const script = `
+    import Fastify from '${import.meta.resolve('fastify')}'
+    import { readFileSync } from 'node:fs'
+    import gateway from '${source}app.ts'
+    import auth from '${source}plugins/auth.ts'
+    const status = async (plugin, options, file) => {
+      const fastify = Fastify()
+      await fastify.register(plugin, options)
+      if (plugin === auth) fastify.get('/v1/models', async () => 'own')
+      const key = readFileSync(file, 'utf8').trim()
+      const { statusCode } = await fastify.inject({ url: '/v1/models', headers: { 'x-api-key': key } })
+      console.log(statusCode)
+      await fastify.close()
+    }
+    const backends = [{ url: 'demo://' }]
+    await status(gateway, { backends, auth: { enabled: true } }, 'data/first-key')
+    await status(gateway, { backends, auth: { enabled: true, db_path: 'a/keys.db' } }, 'data/a/first-key')
+    await status(auth, { db_path: 'b/keys.db' }, 'data/b/first-key')
+    await status(auth, { dataDir: 'c' }, 'c/first-key')
+    await status(auth, { pipeline: [{ type: 'builtin' }], dataDir: 'd' }, 'd/first-key')`
+  const { stdout, stderr } = await promisify(execFile)(
+    process.execPath,
+    ['--input-type=module', '-e', script],
+    { cwd }
+  )
+  assert.equal(stderr, '')
+  assert.deepEqual(stdout.trim().split('\n'), Array(5).fill('200'))
 })
 
 test('what one worker changes the others forget at once', async t => {
@@ -176,11 +217,10 @@ test('what one worker changes the others forget at once', async t => {
   const worker = async () => {
     const fastify = Fastify()
     t.after(() => fastify.close())
-    fastify.decorate('dataDir', dataDir)
     const own: (news: News) => void = news => onNews(news)
     let onNews: (news: News) => void = () => {}
     listeners.push(own)
-    fastify.decorate('peers', {
+    share(fastify, 'peers', {
       tell: (news: News) => {
         for (const listener of listeners) if (listener !== own) listener(news)
       },
@@ -188,7 +228,7 @@ test('what one worker changes the others forget at once', async t => {
         onNews = listener
       }
     } as unknown as Peers)
-    await fastify.register(auth, { pipeline: [{ type: 'builtin' }] })
+    await fastify.register(auth, { pipeline: [{ type: 'builtin' }], dataDir })
     fastify.get('/', async request => request.caller!.id)
     return fastify
   }
@@ -300,7 +340,7 @@ test('gateways that share their limits forget a key that one of them has changed
   await one.keys.store().create({ key: 'sk-a' })
   assert.equal(await one.answer(), 403)
   // An answer without a socket leaves Redis no turn.
-  while ((await two.answer()) === 200) await setImmediate()
+  await eventually(async () => (await two.answer()) !== 200)
 })
 
 test('a key that one gateway revokes, deletes or rotates is dead in the files of all that share its limits', {
@@ -338,7 +378,7 @@ test('a key that one gateway revokes, deletes or rotates is dead in the files of
   }
   const untilDead = async (gateway: TestGateway, key: string, within = 1_000) => {
     const before = performance.now()
-    while ((await answer(gateway, key)) === 200);
+    await eventually(async () => (await answer(gateway, key)) !== 200)
     const took = performance.now() - before
     assert.ok(took < within, `${key} was admitted for ${took} ms`)
     assert.equal(await answer(gateway, key), 403)

@@ -1,11 +1,14 @@
 import assert from 'node:assert/strict'
+import { hash } from 'node:crypto'
+import { once } from 'node:events'
+import { type AddressInfo, createServer } from 'node:net'
 import { DatabaseSync } from 'node:sqlite'
 import { type TestContext, test } from 'node:test'
 import { createClient } from '@redis/client'
 import fc from 'fast-check'
 import { pino } from 'pino'
 import { MemoryStore } from '../src/limits/memory.ts'
-import { Orders, toOrder } from '../src/limits/orders.ts'
+import { DamagedKeyError, Orders, toOrder } from '../src/limits/orders.ts'
 import { Periods } from '../src/limits/period.ts'
 import { Quotas } from '../src/limits/quotas.ts'
 import { RemoteLeases, RemoteStore } from '../src/limits/remote.ts'
@@ -13,14 +16,17 @@ import {
   type Account,
   type Amount,
   type Call,
+  type Hold,
   isRefusal,
   type Lease,
   type LimitStore,
   NOTHING
 } from '../src/limits/store.ts'
+import { Uploads } from '../src/limits/uploads.ts'
 import { checkOptions } from '../src/options.ts'
 import { Redis } from '../src/store/redis.ts'
 import { StorageOptions } from '../src/store/storage.ts'
+import { eventually } from './helper.ts'
 import {
   account,
   clock,
@@ -47,7 +53,7 @@ const STORES: [name: string, skip: string | false, open: (t: TestContext) => Pro
 type Process = Awaited<ReturnType<Several['join']>>
 
 const tokens = (count: number): Amount => ({ tokens: count, cost: 0 })
-const call = (accounts: Account[], hold: Amount = NOTHING, least = 0): Call => ({
+const call = (accounts: Account[], hold: Hold = NOTHING, least = hold): Call => ({
   accounts,
   hold,
   least
@@ -64,6 +70,9 @@ async function refused(store: LimitStore, wanted: Call) {
   assert.ok(isRefusal(refusal), 'let through')
   return refusal
 }
+
+/** No uploads. */
+const NONE: readonly number[] = []
 
 /** What was sent before this has arrived. */
 const settled = (store: LimitStore) => store.reserve(call([account({}, 'nobody')]))
@@ -160,9 +169,9 @@ for (const [name, skip, open] of STORES) {
   }, async t => {
     const { store } = await open(t)
     const accounts = [account({ tokens_per_minute: 1000 })]
-    const refusal = await refused(store, call(accounts, tokens(5000), 1001))
+    const refusal = await refused(store, call(accounts, tokens(5000), tokens(1001)))
     assert.equal(refusal.retryAfterMs, Number.POSITIVE_INFINITY)
-    await granted(store, call(accounts, tokens(5000), 900))
+    await granted(store, call(accounts, tokens(5000), tokens(900)))
     await refused(store, call(accounts, tokens(1)))
   })
 
@@ -184,6 +193,64 @@ for (const [name, skip, open] of STORES) {
     await granted(store, call([accounts[0]!], tokens(10)))
     const { limit } = await refused(store, call([accounts[0]!], tokens(1)))
     assert.equal(limit, 'reserved_quota')
+  })
+
+  test(`${name}: each quota reserves for itself: all that a call can need, or what is typical`, {
+    skip
+  }, async t => {
+    const { store } = await open(t)
+    const shared = account({ total_quota: 5000, reserve: 'max' }, '', 'global')
+    const own = account({ total_quota: 100, reserve: 'typical', tokens_per_minute: 5000 })
+    const wanted = call([shared, own], { ...tokens(3000), typical: tokens(40) })
+    const lease = await granted(store, wanted)
+    const { scope, limit, needed } = await refused(store, wanted)
+    assert.deepEqual([scope, limit, needed], ['global', 'reserved_quota', 3000])
+    const isFull = async (each: Account, amount: number) => {
+      const rest = await granted(store, call([each], tokens(amount)))
+      await refused(store, call([each], tokens(1)))
+      store.settle(rest, NOTHING)
+      await settled(store)
+    }
+    await isFull(shared, 2000)
+    await isFull(own, 60)
+    // The running call grows beyond what is typical: 10 of 40 are left, and 16 come to them.
+    const more = { ...NOTHING, typical: tokens(16) }
+    assert.equal(await store.extend(lease, tokens(30), more, false), true)
+    await isFull(shared, 2000)
+    await isFull(own, 44)
+    const tooMuch = { ...NOTHING, typical: tokens(45) }
+    assert.equal(await store.extend(lease, tokens(30), tooMuch, false), false)
+    store.settle(lease, tokens(50))
+    await settled(store)
+    await isFull(shared, 4950)
+    await isFull(own, 50)
+  })
+
+  test(`${name}: an estimate alone is rejected by no quota that is untouched`, {
+    skip
+  }, async t => {
+    const { store } = await open(t)
+    for (const quota_unit of ['tokens', 'cost'] as const) {
+      const amount = (count: number) => ({ ...NOTHING, [quota_unit]: count })
+      const accounts = [account({ total_quota: 60, quota_unit }, quota_unit)]
+      const { limit, retryAfterMs } = await refused(store, call(accounts, amount(92), amount(61)))
+      assert.deepEqual([limit, retryAfterMs], ['total_quota', Number.POSITIVE_INFINITY])
+      const other = await granted(store, call(accounts, amount(1)))
+      // It waits until nothing else is reserved.
+      const waits = await refused(store, call(accounts, amount(92), amount(5)))
+      assert.equal(waits.limit, 'reserved_quota')
+      store.settle(other, NOTHING)
+      const first = await granted(store, call(accounts, amount(92), amount(5)))
+      assert.equal((await refused(store, call(accounts, amount(1)))).limit, 'reserved_quota')
+      store.settle(first, amount(10))
+      await settled(store)
+      const { limit: spent } = await refused(store, call(accounts, amount(92), amount(5)))
+      assert.equal(spent, 'total_quota')
+      await granted(store, call(accounts, amount(50)))
+    }
+    const typical = [account({ total_quota: 60, reserve: 'typical' }, 'typical')]
+    const hold = { ...tokens(2000), typical: tokens(92) }
+    await granted(store, call(typical, hold, { ...tokens(1900), typical: tokens(4) }))
   })
 
   test(`${name}: a quota is renewed with its period`, { skip }, async t => {
@@ -229,6 +296,27 @@ for (const [name, skip, open] of STORES) {
     await granted(store, call(accounts, tokens(10)))
     await granted(store, { ...call(accounts, tokens(10)), force: true })
     await refused(store, call(accounts))
+  })
+
+  test(`${name}: a read is rejected by rates alone, and a booking is no request`, {
+    skip
+  }, async t => {
+    const { store } = await open(t)
+    const limits = { requests_per_minute: 3, requests_per_second: 1, burst_size: 3 }
+    const accounts = [
+      account({ ...limits, max_concurrent: 1, tokens_per_minute: 10, total_quota: 10 })
+    ]
+    await granted(store, call(accounts, tokens(10)))
+    await refused(store, call(accounts))
+    for (let count = 0; count < 4; count++) {
+      const booking = { ...call(accounts), force: true, isBooking: true }
+      const lease = await granted(store, booking)
+      await store.book(lease, tokens(5))
+      store.settle(lease, tokens(5))
+    }
+    const read = { ...call(accounts), onlyRates: true }
+    for (let count = 0; count < 2; count++) store.settle(await granted(store, read), tokens(0))
+    await refused(store, read)
   })
 
   test(`${name}: in any order of calls, aborts and ends nothing goes beyond a limit, and all comes back`, {
@@ -296,9 +384,12 @@ for (const [name, skip, open] of STORES) {
   })
 }
 
-for (const [name, skip, several] of [
-  ['workers', false, severalWorkers],
-  ['replicas', REDIS.skip, severalReplicas]
+/** Replicas take a hundred times as long as workers. LONG=1: more of both. */
+const [WORKER_RUNS, REPLICA_RUNS] = process.env.LONG ? [2_000, 50] : [50, 3]
+
+for (const [name, skip, several, numRuns] of [
+  ['workers', false, severalWorkers, WORKER_RUNS],
+  ['replicas', REDIS.skip, severalReplicas, REPLICA_RUNS]
 ] as const) {
   test(`${name}: in any order of calls and crashes nothing goes beyond a limit, and all comes back`, {
     skip,
@@ -366,7 +457,7 @@ for (const [name, skip, several] of [
         kill()
         other.kill()
       }),
-      { numRuns: name === 'workers' ? 200 : 15, endOnFailure: true }
+      { numRuns, endOnFailure: true }
     )
   })
 }
@@ -554,11 +645,11 @@ test('redis: a process joins again while its calls go on', { skip: REDIS.skip },
     }
   })
   way.set('shut')
-  while (store.isJoined) await new Promise(setImmediate)
+  await eventually(() => !store.isJoined)
   way.set('open')
   while (!store.isJoined) await store.beat()
   const before = calls
-  while (calls < before + 100) await new Promise(setImmediate)
+  await eventually(() => calls >= before + 100)
   assert.ok(store.isJoined)
   isOver = true
   await Promise.all(callers)
@@ -640,6 +731,39 @@ test('remote: what is granted after nobody waits for it comes back', async () =>
   await waiting
   await new Promise(setImmediate)
   await granted(counting, wanted)
+})
+
+test('remote: uploads of several processes are counted together, until they end or their process is gone', async () => {
+  const counting = new MemoryStore(new Periods('UTC'))
+  const uploads = new Uploads()
+  const open = () => {
+    const leases = new RemoteLeases(counting, answer => store.hear(answer), uploads)
+    const store: RemoteStore = new RemoteStore(question => void leases.hear(question))
+    return { store, leases }
+  }
+  const [one, two] = [open(), open()]
+  const accounts = [account({ max_concurrent: 3 })]
+  const look = async ({ store }: ReturnType<typeof open>) => {
+    const own = new Uploads()
+    const upload = own.begin(accounts)
+    const refusal = await store.look(accounts, NONE, upload)
+    return { refusal, end: () => own.end(upload) }
+  }
+  const lease = await granted(one.store, call(accounts))
+  const [first, second] = await Promise.all([look(one), look(two)])
+  assert.deepEqual([first.refusal, second.refusal], [undefined, undefined])
+  const third = await look(one)
+  assert.equal(third.refusal?.limit, 'max_concurrent')
+  third.end()
+  assert.equal((await one.store.look(accounts, NONE))?.limit, 'max_concurrent')
+  first.end()
+  assert.equal(await one.store.look(accounts, NONE), undefined)
+  assert.equal((await look(two)).refusal, undefined)
+  assert.equal((await look(one)).refusal?.limit, 'max_concurrent')
+  two.leases.close()
+  one.store.settle(lease, NOTHING)
+  assert.deepEqual(uploads.of(accounts.slice(0, 1)), [0])
+  assert.equal((await look(one)).refusal, undefined)
 })
 
 test('redis: what goes far beyond a limit, as in shadow mode, stays small', {
@@ -792,7 +916,14 @@ test('redis: a gateway whose own clock is ahead counts in the period of Redis', 
   await wrong.ask('join', [], { number: 1, fresh: 'x' })
   const start = time() + YEAR
   const accounts = [toOrder(daily, { start, end: start + DAY })]
-  const order = { number: 2, accounts, hold: NOTHING, least: 0, spent: tokens(30), less: NOTHING }
+  const order = {
+    number: 2,
+    accounts,
+    hold: NOTHING,
+    least: NOTHING,
+    spent: tokens(30),
+    less: NOTHING
+  }
   assert.ok('accounts' in (await wrong.ask('reserve', [daily], order)))
   assert.ok('settled' in (await wrong.ask('settle', [daily], { ...order, number: 3 })))
   await refused(right, call([daily], tokens(11)))
@@ -883,4 +1014,109 @@ test('redis: news of many keys are heard, however many at the same time', {
   await store.beat()
   await store.beat()
   assert.equal(heard.size, 26_000)
+})
+
+test('redis: a damaged key concerns its account alone', { skip: REDIS.skip }, async t => {
+  const prefix = uniqueName('damaged')
+  const client = await createClient({ url: REDIS.url }).connect()
+  t.after(() => client.close())
+  const name = `${prefix}:{limits}:${hash('sha256', 'per_key:alice').slice(0, 32)}`
+  const damages = {
+    'of another type': () => client.lPush(name, 'x'),
+    'of other content': () => client.set(name, 'x')
+  }
+  const shared = account({ max_concurrent: 3, total_quota: 1000 }, '', 'global')
+  const alice = call([shared, account({ requests_per_minute: 3 })], tokens(100))
+  const bob = call([shared, account({}, 'bob')], tokens(100))
+  const way = await door(t, REDIS)
+  const near = { host: '127.0.0.1', port: way.port }
+  const local = await joinRedis(t, near, prefix, { onError: 'local' })
+  const deny = await joinRedis(t, REDIS, prefix)
+  let spent = 0
+  const settle = async (store: LimitStore, lease: Lease, amount: number) => {
+    spent += amount
+    store.settle(lease, tokens(amount))
+    await settled(store)
+  }
+  for (const [damage, make] of Object.entries(damages)) {
+    await client.del(name)
+    const before = await granted(deny, alice)
+    await client.del(name)
+    await make()
+    await assert.rejects(deny.reserve(alice), { name: 'StoreError' })
+    await deny.extend(before, tokens(60), tokens(10), true)
+    // The other process counts what its limits leave, and the accounts that are not damaged in Redis.
+    const beside = await granted(local, alice)
+    assert.equal(await local.extend(beside, tokens(100), tokens(16), false), true)
+    const third = await granted(local, bob)
+    assert.equal((await refused(deny, bob)).limit, 'max_concurrent', damage)
+    await settle(deny, before, 70)
+    await settle(deny, await granted(deny, bob), 10)
+    await settle(local, beside, 110)
+    await settle(local, third, 20)
+    assert.ok(deny.isJoined && local.isJoined)
+    const left = await granted(deny, call([shared], tokens(1000 - spent)))
+    assert.equal((await refused(local, call([shared], tokens(1)))).limit, 'reserved_quota')
+    deny.settle(left, NOTHING)
+    await settled(deny)
+  }
+  // Three in a minute are for two processes one for each.
+  await granted(local, { ...alice, force: true })
+  assert.equal((await refused(local, alice)).limit, 'requests_per_minute')
+
+  way.set('shut')
+  while (local.isJoined) await local.beat()
+  await granted(local, { ...call([shared, account({}, 'alice')]), force: true })
+  way.set('open')
+  while (!local.isJoined) await local.beat()
+  assert.equal(await client.get(name), 'x')
+  await granted(deny, bob)
+  assert.equal((await refused(deny, bob)).limit, 'max_concurrent')
+})
+
+test('redis: an error of the server, or of what all requests need, means that it is away', {
+  skip: REDIS.skip
+}, async t => {
+  const prefix = uniqueName('server')
+  const client = await createClient({ url: REDIS.url }).connect()
+  t.after(() => client.close())
+  const store = await joinRedis(t, REDIS, prefix, { onError: 'local' })
+  await client.del(`${prefix}:{limits}:replicas`)
+  await client.set(`${prefix}:{limits}:replicas`, 'x')
+  await store.beat()
+  assert.ok(!store.isJoined)
+
+  const replies: [reply: string, isOfKeys: boolean][] = [
+    ['WRONGTYPE Operation against a key holding the wrong kind of value script: ab', true],
+    ['ERR user_script:12: attempt to index a nil value script: ab', true],
+    ['ERR Error running script (call to f_ab): @user_script:1: WRONGTYPE Operation', true],
+    ['ERR Error running script (call to f_ab): @user_script: 1: -OOM command not allowed', false],
+    ['OOM command not allowed when used memory > maxmemory', false],
+    ['READONLY You can not write against a read only replica.', false],
+    ['LOADING Redis is loading the dataset in memory', false],
+    ['NOAUTH Authentication required.', false],
+    ['CLUSTERDOWN Hash slot not served', false]
+  ]
+  for (const [reply, isOfKeys] of replies) {
+    const server = createServer(socket => {
+      socket.on('error', () => {})
+      socket.on('data', data => {
+        // The handshake is accepted.
+        for (const [command] of data.toString().matchAll(/\r\n(HELLO|CLIENT|EVALSHA)\r\n/gi)) {
+          const isOrder = command.trim().toUpperCase() === 'EVALSHA'
+          socket.write(isOrder ? `-${reply}\r\n` : '+OK\r\n')
+        }
+      })
+    }).listen(0, '127.0.0.1')
+    await once(server, 'listening')
+    const { port } = server.address() as AddressInfo
+    const { caches } = checkOptions(StorageOptions, {
+      caches: [{ name: 'default', driver: 'redis', addr: `127.0.0.1:${port}` }]
+    })
+    const redis = new Redis(caches[0]!)
+    const error = await new Orders(redis, prefix, 'me').ask('look', [], {}).catch(each => each)
+    assert.equal(error instanceof DamagedKeyError, isOfKeys, `${reply}: ${error}`)
+    await redis.close()
+    server.close()
+  }
 })

@@ -6,9 +6,18 @@ import { LimitSet, type OwnLimits } from '../src/limits/limits.ts'
 import { MemoryStore } from '../src/limits/memory.ts'
 import { Periods } from '../src/limits/period.ts'
 import { SlidingWindow, TokenBucket } from '../src/limits/rates.ts'
-import { isRefusal, type Lease, NOTHING } from '../src/limits/store.ts'
+import { isRefusal, type Lease, NOTHING, toAccount } from '../src/limits/store.ts'
 import { checkOptions } from '../src/options.ts'
-import { CHAT, chunk, fakeBackend, post, rawClient, rawPost, startGateway } from './helper.ts'
+import {
+  CHAT,
+  chunk,
+  fakeBackend,
+  post,
+  rawClient,
+  rawPost,
+  startGateway,
+  type TestGateway
+} from './helper.ts'
 
 const NONE = checkOptions(LimitSet, {})
 
@@ -123,9 +132,9 @@ function storeAt() {
 }
 
 const callOf = (own: OwnLimits, id = 'k') => ({
-  accounts: [{ scope: 'per_key' as const, id, limits: { ...NONE, ...own } }],
+  accounts: [toAccount('per_key', id, { ...NONE, ...own })],
   hold: NOTHING,
-  least: 0
+  least: NOTHING
 })
 
 test('a burst does not widen the minute', () => {
@@ -171,11 +180,11 @@ test('what is forgotten is never what a call is just taking', async () => {
   const store = new MemoryStore(new Periods('UTC'))
   const one = (id: string) => ({
     accounts: [
-      { scope: 'global' as const, id: '', limits: { ...NONE, max_concurrent: 1 } },
-      { scope: 'per_key' as const, id, limits: { ...NONE, requests_per_minute: 5 } }
+      toAccount('global', '', { ...NONE, max_concurrent: 1 }),
+      toAccount('per_key', id, { ...NONE, requests_per_minute: 5 })
     ],
     hold: NOTHING,
-    least: 0
+    least: NOTHING
   })
   for (let at = 0; at < 3000; at++) {
     const lease = await store.reserve(one(`key-${at}`))
@@ -189,12 +198,9 @@ test('whoever asks for many models makes nobody’s quota forgotten', async () =
   const store = new MemoryStore(new Periods('UTC'))
   const quota = { ...NONE, total_quota: 100 }
   const one = (key: string, model: string) => ({
-    accounts: [
-      { scope: 'per_key' as const, id: key, limits: quota },
-      { scope: 'per_model' as const, id: model, limits: quota }
-    ],
+    accounts: [toAccount('per_key', key, quota), toAccount('per_model', model, quota)],
     hold: NOTHING,
-    least: 0
+    least: NOTHING
   })
   store.settle((await store.reserve(one('alice', 'llama'))) as Lease, { tokens: 100, cost: 0 })
   for (let at = 0; at < 110_000; at++) {
@@ -326,4 +332,23 @@ test('without burst_size twice the rate may come at once', () => {
   let atOnce = 0
   while (!isRefusal(store.reserveNow(callOf({ requests_per_second: 5 })))) atOnce++
   assert.equal(atOnce, 10)
+})
+
+test('a limit of 1 is one request, and of an address where there is no key', async t => {
+  const limits = { per_key: { requests_per_minute: 1 } }
+  const message = async (gateway: TestGateway, headers = {}) => {
+    await post(`${gateway.url}/v1/embeddings`, CHAT, headers)
+    const refused = await post(`${gateway.url}/v1/embeddings`, CHAT, headers)
+    return (await refused.json()).error.message
+  }
+  const open = await start(t, limits)
+  assert.match(
+    await message(open.gateway),
+    /^This client address is limited to 1 request a minute\./
+  )
+  const closed = await start(t, limits, { auth: { enabled: true, keys: ['k'] } })
+  assert.match(
+    await message(closed.gateway, { authorization: 'Bearer k' }),
+    /^This API key is limited to 1 request a minute\./
+  )
 })

@@ -6,8 +6,8 @@ import { dirname, join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { LogSink } from '../src/logs/sink.ts'
-import { CHAT, closedPort, fakeBackend, post, rawClient, rawPost } from './helper.ts'
-import { CLI, folder, writeConfig } from './process.ts'
+import { CHAT, closedPort, eventually, fakeBackend, post, rawClient, rawPost } from './helper.ts'
+import { CLI, commandLine, folder, writeConfig } from './process.ts'
 
 /** A gateway whose log goes where the test says, and which therefore can't tell its port. */
 async function serve(
@@ -26,14 +26,14 @@ async function serve(
   })
   const stdio: StdioOptions = ['ignore', stdout, 'pipe']
   const env = { ...process.env, LLMPROXY_DATA_DIR: dirname(file) }
-  const child = spawn(process.execPath, [CLI, '--config', file], { stdio, env })
+  const child = spawn(...commandLine([CLI, '--config', file]), { stdio, env })
   t.after(() => child.kill('SIGKILL'))
   let stderr = ''
   child.stderr!.on('data', (data: Buffer) => {
     stderr += data
   })
   const health = async () => (await fetch(`http://127.0.0.1:${port}/health`)).text()
-  while (!(await health().catch(() => ''))) await sleep(20)
+  await eventually(() => health().catch(() => ''))
   return {
     child,
     port,

@@ -1,7 +1,15 @@
 import assert from 'node:assert/strict'
 import { type TestContext, test } from 'node:test'
 import { parseConfig } from '../src/config.ts'
-import { closedPort, type FakeBackend, fakeBackend, startGateway } from './helper.ts'
+import {
+  answerChat,
+  CHAT,
+  closedPort,
+  type FakeBackend,
+  fakeBackend,
+  post,
+  startGateway
+} from './helper.ts'
 
 /** Which backend has which model: what callers are shown, and where their calls go. */
 
@@ -334,4 +342,25 @@ test('the list of models counts as a request, and has an id', async t => {
   const first = await fetch(`${gateway.url}/v1/models`)
   assert.match(first.headers.get('x-request-id')!, /^req_/)
   assert.deepEqual([first.status, (await fetch(`${gateway.url}/v1/models`)).status], [200, 429])
+})
+
+test('a model that nobody lists is a 404 also while a backend cannot be asked', async t => {
+  const good = await fakeBackend(
+    t,
+    (request, response, raw) =>
+      request.method === 'GET'
+        ? response.end(JSON.stringify({ data: [{ id: 'm' }] }))
+        : answerChat(request, response, raw),
+    { listsModels: true }
+  )
+  const gateway = await startGateway(t, {
+    backends: [{ url: good.url }, { name: 'dead', url: `http://127.0.0.1:${await closedPort()}` }]
+  })
+  await gateway.logged({ msg: 'backend lists models' })
+  const call = async (model: string) => {
+    const response = await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, model })
+    return [response.status, (await response.json()).error?.code]
+  }
+  assert.deepEqual(await call('typo'), [404, 'model_not_found'])
+  assert.deepEqual(await call('m'), [200, undefined])
 })

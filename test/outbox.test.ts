@@ -13,7 +13,7 @@ import { Answer } from '../src/pool/answer.ts'
 import type { OnDelivery } from '../src/reporters/courier.ts'
 import { Ledger } from '../src/reporters/ledger.ts'
 import { Outbox } from '../src/reporters/outbox.ts'
-import type { Reporter, Verdict } from '../src/reporters/reporter.ts'
+import { type Reporter, recordJson, type Verdict } from '../src/reporters/reporter.ts'
 import { createApp } from '../src/server.ts'
 import {
   type Answerer,
@@ -21,6 +21,7 @@ import {
   CHAT,
   chunk,
   DONE,
+  eventually,
   fakeBackend,
   post,
   rawClient,
@@ -30,7 +31,12 @@ import {
 import { folder } from './process.ts'
 
 /** A gateway whose records are safe when the test says so. */
-async function heldGateway(t: TestContext, answer: Answerer, durability = 'strict') {
+async function heldGateway(
+  t: TestContext,
+  answer: Answerer,
+  durability = 'strict',
+  include_request_body = false
+) {
   const backend = await fakeBackend(t, answer)
   const records: Record<string, unknown>[] = []
   const appended = Promise.withResolvers<void>()
@@ -39,34 +45,68 @@ async function heldGateway(t: TestContext, answer: Answerer, durability = 'stric
     count: 2,
     metrics: async () => '',
     tell() {},
+    say() {},
     onNews() {},
-    bill: async (_response, usage) => usage,
-    reload: async () => ({ changed: [], restart_needed: [] }),
+    reload: async () => '{}',
     outbox: { pending: 0, trouble: undefined },
     limits: new RemoteStore(() => {}),
     usage: {
       append(entry) {
-        records.push(JSON.parse(entry))
+        records.push(JSON.parse(recordJson(entry, true)))
         appended.resolve()
         return safe.promise
       }
     }
   }
-  const reporters = [{ type: 'webhook', webhook: { url: 'http://127.0.0.1:1' } }]
+  const reporters = [
+    { type: 'webhook', webhook: { url: 'http://127.0.0.1:1', include_request_body } }
+  ]
   const config = {
     server: { heartbeat: '10ms' },
     backends: [{ url: backend.url }],
     usage: { enabled: true, durability, reporters }
   }
   const log = pino({ level: 'silent' })
-  const { fastify } = await createApp(parseConfig(JSON.stringify(config), 'test', {}), log, {
-    peers
-  })
+  const { fastify, control } = await createApp(
+    parseConfig(JSON.stringify(config), 'test', {}),
+    log,
+    {
+      peers
+    }
+  )
   await fastify.listen({ host: '127.0.0.1', port: 0 })
   t.after(() => fastify.close())
   const { port } = fastify.server.address() as { port: number }
-  return { port, url: `http://127.0.0.1:${port}`, records, appended: appended.promise, safe }
+  return {
+    port,
+    url: `http://127.0.0.1:${port}`,
+    records,
+    appended: appended.promise,
+    safe,
+    bodies: control.exchanges.bodies
+  }
 }
+
+test('a request body in a record counts with all others until the record is written down', async t => {
+  const held = await heldGateway(t, answerChat, 'relaxed', true)
+  const { bodies, records, url } = held
+  const ask = async () => (await post(`${url}/v1/chat/completions`, CHAT)).text()
+  await ask()
+  const size = JSON.stringify(CHAT).length
+  const isHeld = async (bytes: number) => {
+    await eventually(() => bodies.held === bytes)
+  }
+  await isHeld(size)
+  assert.deepEqual(records[0]!.request_body, CHAT)
+
+  // Room for the request itself, and none for its record.
+  bodies.most = 2.5 * size
+  await ask()
+  const { request_body, request_body_omitted } = records[1]!
+  assert.deepEqual([request_body, request_body_omitted], [undefined, size])
+  held.safe.resolve()
+  await isHeld(0)
+})
 
 const MESSAGE_STOP = 'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 
@@ -220,7 +260,7 @@ test('a receiver that is down for a while gets everything, in order, and no clie
   }
   assert.equal(seen.length, 0)
   isDown = false
-  while (seen.length < 50) await new Promise(resolve => setTimeout(resolve, 5))
+  await eventually(() => seen.length >= 50)
   assert.deepEqual(seen, ids)
 })
 
@@ -238,6 +278,27 @@ function reporterFor(send: Reporter['send'], more: Partial<Reporter> = {}): Repo
     ...more
   }
 }
+
+test('a delivery takes no more records than fit, and at least one', async t => {
+  const sizes: number[][] = []
+  const all = Promise.withResolvers<void>()
+  let count = 0
+  const reporter = reporterFor(async entries => {
+    sizes.push(entries.map(each => each.length))
+    count += entries.length
+    if (count === 6) all.resolve()
+    return { kind: 'delivered' }
+  })
+  const outbox = new Outbox(':memory:', [reporter], KEEPING, pino({ level: 'silent' }), () => {})
+  t.after(() => outbox.close(AbortSignal.abort()))
+  const megabytes = [0.9, 0.9, 0.9, 3, 0.1, 0.1].map(each => each * 1024 * 1024)
+  for (const size of megabytes) void outbox.append('x'.repeat(size))
+  await all.promise
+  assert.deepEqual(
+    sizes.map(each => each.length),
+    [2, 1, 1, 2]
+  )
+})
 
 /** A receiver that never answers. */
 function untilStopped(_entries: readonly string[], signal: AbortSignal): Promise<Verdict> {
@@ -278,7 +339,7 @@ test('a slow reporter: what waits lies in the ledger, not in memory, and comes i
   }
   assert.ok(outbox.pending <= 5_600, String(outbox.pending))
   gate.resolve()
-  while (seen.length < all.length) await new Promise(resolve => setImmediate(resolve))
+  await eventually(() => seen.length >= all.length)
   assert.deepEqual(seen, all)
 })
 
@@ -298,7 +359,7 @@ test('what was not delivered before the end is delivered after the next start, a
   assert.deepEqual(seen, ['{"id":"1"}'])
   const second = outboxFor(t, file, take)
   await second.append('{"id":"3"}')
-  while (seen.length < 3) await new Promise(resolve => setImmediate(resolve))
+  await eventually(() => seen.length >= 3)
   assert.deepEqual(seen, ['{"id":"1"}', '{"id":"2"}', '{"id":"3"}'])
 })
 
@@ -310,7 +371,7 @@ test('a file that cannot be used holds nothing up: records are delivered from me
   })
   await outbox.append('{"id":"1"}')
   assert.match(outbox.trouble!, /EISDIR|unable to open/)
-  while (seen.length < 1) await new Promise(resolve => setImmediate(resolve))
+  await eventually(() => seen.length >= 1)
   await outbox.close(AbortSignal.timeout(1_000))
 })
 
@@ -330,7 +391,7 @@ test('a record that is put aside while the disk takes nothing is not forgotten',
     { concurrency: 2 }
   )
   await outbox.append('{"id":"1"}')
-  while (seen.length < 1) await new Promise(resolve => setImmediate(resolve))
+  await eventually(() => seen.length >= 1)
   assert.deepEqual(seen, ['{"id":"1"}'])
 })
 
@@ -353,7 +414,7 @@ test('a record at which a receiver alone fails holds up no others, whatever it s
     { concurrency: 3, batch: { max_events: 2, max_wait: 1 } }
   )
   await Promise.all([outbox.append(poison), outbox.append('{"id":"beside"}')])
-  while (failures < 2) await new Promise(resolve => setTimeout(resolve, 5))
+  await eventually(() => failures >= 2)
   const ledger = new Ledger(file)
   const count = () => ledger.deferred('test', 0, 10).length
   for (let id = 0; count() === 0; id++) {
@@ -364,7 +425,7 @@ test('a record at which a receiver alone fails holds up no others, whatever it s
     ledger.deferred('test', 0, 10).map(({ entry }) => entry),
     [poison]
   )
-  while (!seen.includes('{"id":"beside"}')) await new Promise(resolve => setTimeout(resolve, 5))
+  await eventually(() => seen.includes('{"id":"beside"}'))
   assert.equal(new Set(seen).size, seen.length)
   ledger.close()
 })
@@ -409,7 +470,7 @@ test('of a batch only what is too old becomes a dead letter', async t => {
     },
     { maxAge: 50_000, batch: { max_events: 2, max_wait: 10_000 } }
   )
-  while (seen.length < 1) await new Promise(resolve => setImmediate(resolve))
+  await eventually(() => seen.length >= 1)
   assert.deepEqual(seen, ['{"id":"new"}'])
   assert.deepEqual(
     ledger.deadLetters().map(({ entry }) => entry),
@@ -424,8 +485,8 @@ test('what was put aside and is too old becomes a dead letter, also when nobody 
   ledger.defer('test', Date.now() - 100_000, '{"id":"old"}')
   const send = async () => ({ kind: 'unavailable', reason: 'status 500', retryAfter: 0 }) as const
   outboxFor(t, file, send, { maxAge: 50_000 })
-  while (ledger.deadLetters().length < 1) await new Promise(resolve => setTimeout(resolve, 5))
-  while (ledger.deferred('test', 0, 10).length > 0) await new Promise(r => setTimeout(r, 5))
+  await eventually(() => ledger.deadLetters().length >= 1)
+  await eventually(() => ledger.deferred('test', 0, 10).length === 0)
   ledger.close()
 })
 
@@ -442,7 +503,7 @@ test('a new reporter gets what was written while its place was not known yet', a
   rmSync(parent)
   await outbox.append('{"id":"2"}')
   assert.equal(outbox.trouble, undefined)
-  while (seen.length < 2) await new Promise(resolve => setTimeout(resolve, 5))
+  await eventually(() => seen.length >= 2)
   assert.deepEqual(seen, ['{"id":"1"}', '{"id":"2"}'])
 })
 
@@ -470,7 +531,7 @@ test('another configuration while the disk takes nothing: what is in memory is n
     return { kind: 'delivered' }
   })
   await outbox.update([heir], KEEPING)
-  while (seen.length < 2) await new Promise(resolve => setImmediate(resolve))
+  await eventually(() => seen.length >= 2)
   assert.deepEqual(seen, ['{"id":"1"}', '{"id":"2"}'])
   assert.deepEqual(lost, [['delivered', 2]])
 })

@@ -17,7 +17,17 @@ export interface Process {
   exit: Promise<number | null>
 }
 
-export const CLI = new URL('../src/cli.ts', import.meta.url).pathname
+/** Time (ms) in which all processes know of a change. STRICT=1: what the documentation says, for an idle machine. */
+export const SOON = process.env.STRICT ? 1_000 : 20_000
+
+/** The program: its source, or the bundle that bundle.ts made of it for all tests. */
+export const CLI = process.env.LLMPROXY_CLI ?? new URL('../src/cli.ts', import.meta.url).pathname
+
+/** A command line of the gateway: LLMPROXY_BINARY names a single binary that runs in place of the source. */
+export function commandLine(args: string[], command = process.execPath): [string, string[]] {
+  const binary = process.env.LLMPROXY_BINARY
+  return binary && args[0] === CLI ? [binary, args.slice(1)] : [command, args]
+}
 
 export function folder(t: TestContext): string {
   const path = mkdtempSync(join(tmpdir(), 'llmproxy-'))
@@ -29,10 +39,10 @@ export async function start(
   t: TestContext,
   args: string[],
   env: NodeJS.ProcessEnv = {},
-  command = process.execPath,
+  command?: string,
   options: { detached?: boolean } = {}
 ): Promise<Process> {
-  const child = spawn(command, args, {
+  const child = spawn(...commandLine(args, command), {
     ...options,
     env: { ...process.env, LLMPROXY_CONFIG: '', ...env },
     stdio: ['ignore', 'pipe', 'inherit']

@@ -17,7 +17,7 @@ import { CLI, folder, start, writeConfig } from './process.ts'
  * for byte, and nothing of what a reload has made is left behind. LONG=1: the full number.
  */
 
-const RELOADS = process.env.LONG ? 1_000 : 60
+const RELOADS = process.env.LONG ? 1_000 : 10
 const CLIENTS = 8
 const TOKEN = 'admin-token'
 const KEY = 'always'

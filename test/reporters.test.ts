@@ -289,7 +289,7 @@ for (const each of DRIVERS) {
   })
 }
 
-const redisCaches = (addr: string) => {
+const redisCaches = (addr: string, timeout = '150ms') => {
   const { username, password } = new URL(REDIS.url)
   return {
     caches: [
@@ -297,8 +297,8 @@ const redisCaches = (addr: string) => {
         name: 'main',
         driver: 'redis',
         addr,
-        read_timeout: '150ms',
-        dial_timeout: '150ms',
+        read_timeout: timeout,
+        dial_timeout: timeout,
         ...(username === '' ? {} : { username }),
         ...(password === '' ? {} : { password: decodeURIComponent(password) })
       }
@@ -355,8 +355,8 @@ test('redis: away, silent and back: every record is in the stream', {
   }
 })
 
-function redisReporter(t: TestContext, port: number, options: object) {
-  const storage = checkOptions(StorageOptions, redisCaches(`${REDIS.host}:${port}`))
+function redisReporter(t: TestContext, port: number, options: object, timeout?: string) {
+  const storage = checkOptions(StorageOptions, redisCaches(`${REDIS.host}:${port}`, timeout))
   const reporter = new RedisReporter(
     new Redis(storage.caches[0]!),
     checkOptions(RedisReporterOptions, { storage: 'main', ...options })
@@ -386,7 +386,7 @@ test('redis: a server that hangs does not keep the end from coming', {
 test('redis: the stream stays about as long as it may be', { skip: REDIS.skip }, async t => {
   const stream = uniqueName('stream')
   const client = await redisClient(t, stream)
-  const reporter = redisReporter(t, REDIS.port, { stream, max_length: 200 })
+  const reporter = redisReporter(t, REDIS.port, { stream, max_length: 200 }, '20s')
   for (let batch = 0; batch < 5; batch++) {
     const entries = Array.from({ length: 200 }, () => entry())
     assert.deepEqual(await reporter.send(entries, SIGNAL), { kind: 'delivered' })

@@ -7,8 +7,7 @@ import { type Insert, REQUEST_TABLE, RequestLog } from '../src/logs/requests.ts'
 import { type RequestRow, toRow } from '../src/logs/row.ts'
 import { checkOptions } from '../src/options.ts'
 import { openDatabase, StorageOptions } from '../src/store/storage.ts'
-import { until } from './disk.ts'
-import { answerChat, CHAT, fakeBackend, post, startGateway } from './helper.ts'
+import { answerChat, CHAT, eventually, fakeBackend, post, startGateway } from './helper.ts'
 import { folder } from './process.ts'
 import { MYSQL, POSTGRES, uniqueName } from './servers.ts'
 
@@ -95,10 +94,10 @@ test('while the database is gone rows wait; what is too much is lost, counted an
     ids.push(...rows.map(each => each.request_id))
   })
   for (let id = 0; id < 10_500; id++) requests.add(row(id))
-  await until(() => said.length === 2)
+  await eventually(() => said.length === 2)
   isGone = false
-  await until(() => ids.length === 10_000)
-  await until(() => said.length === 3)
+  await eventually(() => ids.length === 10_000)
+  await eventually(() => said.length === 3)
   await requests.close()
   assert.deepEqual(
     said.map(({ msg, lost }) => [msg, lost]),

@@ -445,6 +445,7 @@ test('the kind of an error decides before the words of its message', () => {
     finishReasons: undefined,
     hasChoices: false,
     delta: false,
+    isErrorEvent: false,
     ...more
   })
   const cases: [object, string][] = [

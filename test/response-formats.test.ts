@@ -164,6 +164,11 @@ const BROKEN: [string, string, Buffer | string][] = [
   ['cut bytes', 'br', brotliCompressSync(JSON_TEXT).subarray(0, -3)],
   ['trailing bytes', 'gzip', Buffer.concat([gzip(JSON_TEXT), Buffer.from('more')])],
   ['trailing bytes', 'deflate', Buffer.concat([deflateSync(JSON_TEXT), Buffer.from('more')])],
+  [
+    'trailing bytes',
+    'deflate, zstd',
+    Buffer.concat([zstdCompressSync(deflateSync(JSON_TEXT)), Buffer.from('more')])
+  ],
   ['one coding of two', 'gzip, gzip', gzip(JSON_TEXT)],
   ['a coding that nobody knows', 'compress', Buffer.from([0x1f, 0x9d, 0x90, 1, 2])],
   ['too many codings', 'gzip, gzip, gzip, gzip', gzip(gzip(gzip(gzip(JSON_TEXT))))]

@@ -16,7 +16,8 @@ import {
 import { dirname, join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { type FileOptions, RotatingFile } from '../src/logs/rotating-file.ts'
-import { mounted, NO_MOUNT, oldOnes, readAll, smallDisk, until } from './disk.ts'
+import { mounted, NO_MOUNT, oldOnes, readAll, smallDisk } from './disk.ts'
+import { eventually } from './helper.ts'
 import { folder } from './process.ts'
 
 const OPTIONS: FileOptions = {
@@ -88,8 +89,8 @@ test('old files are compressed, and removed when they are too many or too old', 
   for (const each of [...tooOld, ...others]) writeFileSync(each, 'x\n')
   const { write } = rotating(t, { path, compress: true, max_files: 3, max_age: 7 * day })
   for (const line of lines(0, 500)) await write(line)
-  await until(() => oldOnes(path).filter(each => each.endsWith('.gz')).length === 3)
-  await until(() => oldOnes(path).length === 4)
+  await eventually(() => oldOnes(path).filter(each => each.endsWith('.gz')).length === 3)
+  await eventually(() => oldOnes(path).length === 4)
   for (const each of tooOld) assert.ok(!existsSync(each))
   for (const each of others) assert.ok(existsSync(each))
   const kept = readAll(path).replace('x\n', '')

@@ -6,7 +6,7 @@ import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { answerChat, CHAT, fakeBackend, post } from './helper.ts'
-import { CLI, folder, type Process, start, workersOf, writeConfig } from './process.ts'
+import { CLI, commandLine, folder, type Process, start, workersOf, writeConfig } from './process.ts'
 
 /** How the gateway ends where something does not let it, before it has begun, and with its terminal. */
 
@@ -163,7 +163,7 @@ test('SIGTERM at any moment of the start ends it with 0', { skip: long }, async 
     backends: [{ url: 'demo://' }]
   })
   for (let delay = 200; delay <= 1_400; delay += 100) {
-    const child = spawn(process.execPath, [CLI, '--config', file], { stdio: 'ignore' })
+    const child = spawn(...commandLine([CLI, '--config', file]), { stdio: 'ignore' })
     t.after(() => child.kill('SIGKILL'))
     const exit = once(child, 'exit').then(([code]) => code as number | null)
     await sleep(delay)

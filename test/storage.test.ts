@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict'
-import { spawnSync } from 'node:child_process'
+import { spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
 import {
   cpSync,
@@ -335,6 +335,17 @@ test('connections: as many as there may be, kept as long as they may be', async 
   await db.close()
   await assert.rejects(cut, { kind: 'unavailable' })
   await assert.rejects(db.run('6'), { kind: 'unavailable', message: 'closed' })
+})
+
+test('a SQLite file that nobody closes does not keep the process running', async t => {
+  const source = new URL('../src/store/sqlite.ts', import.meta.url)
+  const script = `import { Sqlite } from '${source}'
+    console.log(await new Sqlite(':memory:', 1000).run('SELECT 1 AS one', []))`
+  const child = spawn(process.execPath, ['--input-type=module', '-e', script])
+  t.after(() => child.kill('SIGKILL'))
+  const [[output], [code]] = await Promise.all([once(child.stdout, 'data'), once(child, 'exit')])
+  assert.match(String(output), /one: 1/)
+  assert.equal(code, 0)
 })
 
 test('a SQLite file that another one holds, and a statement that takes too long', async t => {

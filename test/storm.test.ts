@@ -16,9 +16,9 @@ import { CLI, folder, start, writeConfig } from './process.ts'
  * the backend keeps to the limits. LONG=1: a minute of it, for the documentation.
  */
 
-const LASTS = process.env.LONG ? 60_000 : 4_000
+const LASTS = process.env.LONG ? 60_000 : 1_000
 const GATEWAYS = 3
-const CALLERS = process.env.LONG ? 200 : 60
+const CALLERS = process.env.LONG ? 200 : 20
 const KEYS = Array.from({ length: 5 }, (_, at) => `key-${at}`)
 const PER_MINUTE = process.env.LONG ? 400 : 40
 const TOKENS_PER_MINUTE = process.env.LONG ? 12_000 : 1_200
@@ -43,7 +43,9 @@ interface Served {
 for (const redisDies of [false, true]) {
   const name = redisDies ? ', and Redis is killed in the middle' : ''
   test(`a storm of ${CALLERS} callers for ${LASTS / 1000} s on ${GATEWAYS} gateways that are killed${name}`, {
-    skip,
+    skip:
+      skip ||
+      (!redisDies && !process.env.LONG && 'LONG=1: the storm with a dying Redis has all of it'),
     timeout: LASTS + 60_000
   }, async t => {
     const served: Served[] = []
@@ -178,7 +180,11 @@ for (const redisDies of [false, true]) {
 async function everySlotIsFree(t: TestContext, port: number): Promise<void> {
   const store = await joinRedis(t, { host: '127.0.0.1', port }, 'llmproxy')
   for (const id of KEYS) {
-    const call = { accounts: [account({ max_concurrent: SLOTS }, id)], hold: NOTHING, least: 0 }
+    const call = {
+      accounts: [account({ max_concurrent: SLOTS }, id)],
+      hold: NOTHING,
+      least: NOTHING
+    }
     const deadline = performance.now() + 10_000
     for (let slot = 0; slot < SLOTS; ) {
       if (!isRefusal(await store.reserve(call))) slot++

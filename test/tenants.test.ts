@@ -3,6 +3,7 @@ import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import fc from 'fast-check'
 import { dropControls, ENGINE_CONTROLS } from '../src/engine-controls.ts'
+import { refuseReferences } from '../src/references.ts'
 import { StoredResponses } from '../src/routes/stored-responses.ts'
 import { membersOf } from '../src/wire/json-scanner.ts'
 import { type Answerer, fakeBackend, post, startGateway } from './helper.ts'
@@ -107,6 +108,70 @@ test('callers see the harmless fields of a model, whether its backend is known o
   assert.doesNotMatch(await aliased.get('/v1/models', 'all'), /secret|one/)
 })
 
+test('callers see the harmless fields of what Ollama shows of a model', async t => {
+  const shown = {
+    license: 'MIT',
+    parameters: 'num_ctx 4096\nstop "x"',
+    template: '{{ .Prompt }}',
+    capabilities: ['completion', 'tools'],
+    modified_at: '2026-01-01T00:00:00Z',
+    details: {
+      parent_model: '',
+      format: 'gguf',
+      family: 'llama',
+      parameter_size: '8B',
+      quantization_level: 'Q4'
+    },
+    model_info: {
+      'general.architecture': 'llama',
+      'general.basename': 'one',
+      'llama.context_length': 8192,
+      'tokenizer.ggml.add_bos_token': true
+    },
+    projector_info: { 'clip.vision.patch_size': 14 }
+  }
+  const { gateway } = await start(t, ({ method }, response) => {
+    const all = {
+      ...shown,
+      modelfile: 'FROM /secret',
+      system: 'secret',
+      messages: [{ role: 'user', content: 'secret' }],
+      remote_host: 'https://secret',
+      remote_model: 'secret',
+      tensors: [{ name: 'secret' }],
+      added_later: 'secret',
+      details: { ...shown.details, parent_model: '/secret' },
+      model_info: {
+        ...shown.model_info,
+        'quantize.imatrix.file': '/secret',
+        'tokenizer.ggml.tokens': ['secret'],
+        'general.source.url': 'https://secret'
+      }
+    }
+    response.setHeader('content-type', 'application/json')
+    if (method === 'POST') return response.end(JSON.stringify(all))
+    const model = { name: 'one', details: all.details }
+    return response.end(JSON.stringify({ models: [model] }))
+  })
+  const headers = { 'x-api-key': 'all' }
+  for (const body of [{ model: 'one' }, { name: 'one', verbose: true }]) {
+    const response = await post(`${gateway.url}/api/show`, body, headers)
+    assert.deepEqual(await response.json(), shown)
+  }
+  const tags = await fetch(`${gateway.url}/api/tags`, { headers })
+  assert.doesNotMatch(await tags.text(), /secret/)
+})
+
+test('an error of /api/show passes', async t => {
+  const { gateway } = await start(t, (_request, response) => {
+    response.writeHead(404, { 'content-type': 'application/json' })
+    response.end('{"error":"model not found"}')
+  })
+  const response = await post(`${gateway.url}/api/show`, { model: 'one' }, { 'x-api-key': 'all' })
+  assert.equal(response.status, 404)
+  assert.deepEqual(await response.json(), { error: 'model not found' })
+})
+
 const STEERING = {
   priority: -9,
   request_id: 'other',
@@ -116,7 +181,17 @@ const STEERING = {
   keep_alive: '24h',
   lora_path: 'other',
   id_slot: 0,
-  custom_logit_processor: 'code'
+  custom_logit_processor: 'code',
+  ttl: 1,
+  draft_model: 'other',
+  adapter_id: 'other',
+  models: ['other'],
+  fallbacks: [{ one: ['other'] }],
+  route: 'fallback',
+  preset: 'other',
+  model_list: [{ model_name: 'one', litellm_params: { model: 'other' } }],
+  api_base: 'http://169.254.169.254',
+  extra_body: { models: ['other'] }
 }
 const HEADERS = {
   x_api_key: 'guess',
@@ -128,7 +203,24 @@ const HEADERS = {
   'x-vllm-priority': '-9',
   'x-data-parallel-rank': '1',
   x_conversation_id: 'c',
-  'true-client-ip': '1.2.3.4'
+  'true-client-ip': '1.2.3.4',
+  'x-original-uri': '/pause',
+  x_original_uri: '/pause',
+  'x-original-remote-addr': '1.2.3.4',
+  'x-envoy-original-path': '/pause',
+  'x-envoy-upstream-rq-timeout-ms': '1',
+  'x-envoy-retry-on': '5xx',
+  'x-forwarded': '1.2.3.4',
+  'x-original-forwarded-for': '1.2.3.4',
+  'fastly-client-ip': '1.2.3.4',
+  'x-azure-clientip': '1.2.3.4',
+  'x-azure-socketip': '1.2.3.4',
+  'cf-connecting-ipv6': '::1',
+  'cf-pseudo-ipv4': '1.2.3.4',
+  'x-remote-addr': '1.2.3.4',
+  'x-remote-ip': '1.2.3.4',
+  'x-smg-routing-key': 'r',
+  'x-smg-other': 'r'
 }
 const ROUTES = [
   '/v1/chat/completions',
@@ -150,13 +242,16 @@ test('what steers an engine does not reach it, in any place of a request', async
     for (const body of [
       { ...STEERING, ...rest },
       { ...rest, ...STEERING, options: { num_gpu: 0, num_ctx: 9, use_mmap: false } },
+      { parameters: { adapter_id: 'other', top_k: 1 }, ...rest },
       { priority: 1, ...rest, keep_alive: 0 }
     ]) {
       const headers = { 'x-api-key': 'all', ...HEADERS, 'x-mine': 'y' }
       const response = await post(gateway.url + route, body, headers)
       assert.equal(response.status, 200)
       const seen = last()
-      assert.deepEqual(JSON.parse(seen.body), rest, route)
+      const { parameters, ...others } = JSON.parse(seen.body)
+      assert.deepEqual(others, rest, route)
+      assert.deepEqual(parameters, 'parameters' in body ? { top_k: 1 } : undefined)
       for (const name of Object.keys(HEADERS)) assert.equal(seen.headers[name], undefined, name)
       assert.equal(seen.headers['x-mine'], 'y')
     }
@@ -205,7 +300,7 @@ test('dropping fields leaves every other one as it was', () => {
         Object.keys(left)
       )
       for (const [key, value] of Object.entries(JSON.parse(text))) {
-        if (key === 'options') continue
+        if (key === 'options' || key === 'parameters') continue
         if (Object.hasOwn(left, key)) assert.deepEqual(left[key], value)
         else assert.ok(ENGINE_CONTROLS.includes(key.toLowerCase()), key)
       }
@@ -303,6 +398,208 @@ test('an encoded slash in the id of a response is a 400', async t => {
   assert.equal(backend.requests.length, 0)
 })
 
+const REFERENCES: Record<string, object> = {
+  'an item': { input: [{ type: 'item_reference', id: 'msg_1' }] },
+  'an item behind others': {
+    input: [
+      { role: 'user', content: 'x' },
+      { type: 'item_reference', id: 'msg_1' }
+    ]
+  },
+  'an item without a type': { input: [{ id: 'msg_1' }] },
+  'an item whose type is null': { input: [{ id: 'msg_1', type: null }] },
+  'an item without a list': { input: { id: 'msg_1' } },
+  'an item with an empty type': { input: [{ id: 'msg_1', type: '' }] },
+  'an item with an empty role': { input: [{ id: 'msg_1', role: '' }] },
+  'an item of an unknown type': { input: [{ id: 'msg_1', type: 'unknown', role: 'user' }] },
+  'an item with a Type': { input: [{ id: 'msg_1', Type: 'message' }] },
+  'an image that was generated': { input: [{ type: 'image_generation_call', id: 'ig_1' }] },
+  'an image with an empty result': {
+    input: [{ type: 'image_generation_call', id: 'ig_1', result: '', encrypted_content: 'x' }]
+  },
+  'a compaction': { input: [{ type: 'compaction', id: 'cmp_1' }] },
+  'a vector store in a choice': { tool_choice: { type: 'x', vector_store_ids: ['vs_1'] } },
+  'a prompt': { prompt: { id: 'pmpt_1' } },
+  'a large prompt': { prompt: { id: 'pmpt_1', variables: { x: 'x'.repeat(70_000) } } },
+  'a file': {
+    input: [{ role: 'user', content: [{ type: 'input_file', file_id: 'file_1' }] }]
+  },
+  'an image': {
+    input: [{ role: 'user', content: [{ type: 'input_image', file_id: 'file_1' }] }]
+  },
+  'a screenshot': {
+    input: [{ type: 'computer_call_output', output: { type: 'x', file_id: 'file_1' } }]
+  },
+  'a file of another case': { input: [{ role: 'user', content: [{ FILE_ID: 'file_1' }] }] },
+  'a vector store': { tools: [{ type: 'file_search', vector_store_ids: ['vs_1'] }] },
+  'a container': { tools: [{ type: 'code_interpreter', container: 'cntr_1' }] },
+  'files of a container': {
+    tools: [{ type: 'code_interpreter', container: { type: 'auto', file_ids: ['file_1'] } }]
+  },
+  'a conversation': { conversation: { id: 'conv_1', x: 'x'.repeat(70_000) } }
+}
+
+for (const [what, reference] of Object.entries(REFERENCES)) {
+  test(`a reference to what a backend may store for another caller is a 400: ${what}`, async t => {
+    const { gateway } = await start(t, RESPONSES)
+    const [field] = Object.keys(reference) as [string]
+    const body = JSON.stringify({ model: 'one', ...reference })
+    const escaped = body.replaceAll(/(?<=")(item_ref|file_id|type|vector|cont|id)/g, name =>
+      [...name].map(c => `\\u${c.charCodeAt(0).toString(16).padStart(4, '0')}`).join('')
+    )
+    for (const path of ['/v1/responses', '/v1/responses/input_tokens', '/v1/responses/compact']) {
+      for (const sent of [body, escaped]) {
+        const response = await post(gateway.url + path, sent, { 'x-api-key': 'all' })
+        assert.equal(response.status, 400, `${path} ${sent.slice(0, 200)}`)
+        assert.match(await response.text(), new RegExp(`"${field}: `))
+      }
+    }
+  })
+}
+
+const CHAT_FILE = { type: 'file', file: { file_id: 'file-1' } }
+const FILE_SOURCE = { type: 'file', file_id: 'file-1' }
+const ELSEWHERE: [path: string, body: object][] = [
+  ['/v1/chat/completions', { messages: [{ role: 'user', content: [CHAT_FILE] }] }],
+  ['/v1/chat/completions', { messages: [{ role: 'assistant', audio: { id: 'audio_1' } }] }],
+  ['/v1/chat/completions', { audio: { voice: { id: 'voice_1' } } }],
+  ['/v1/messages', { messages: [{ content: [{ type: 'document', source: FILE_SOURCE }] }] }],
+  ['/v1/messages', { system: [{ type: 'document', source: FILE_SOURCE }] }],
+  ['/v1/messages/count_tokens', { messages: [{ content: [{ source: FILE_SOURCE }] }] }],
+  ['/v1/messages', { container: 'container_1' }],
+  ['/v1/messages', { container: { id: 'container_1' } }],
+  ['/v1/messages', { container: { skills: [{ type: 'custom', skill_id: 'skill_1' }] } }]
+]
+
+test('references of other APIs are a 400 as well', async t => {
+  const { gateway, last } = await start(t, RESPONSES)
+  for (const [path, body] of ELSEWHERE) {
+    const response = await post(
+      gateway.url + path,
+      { model: 'one', ...body },
+      { 'x-api-key': 'all' }
+    )
+    assert.equal(response.status, 400, JSON.stringify(body))
+    assert.match(await response.text(), /is not supported; send the content itself/)
+  }
+  const schema = { properties: { file_id: { default: 'x' } }, default: { file_id: 'x' } }
+  const call = { type: 'tool_use', id: 'toolu_1', name: 'open', input: { file_id: 'x' } }
+  const harmless: typeof ELSEWHERE = [
+    ['/v1/messages', { messages: [{ role: 'assistant', content: [call] }], container: null }],
+    [
+      '/v1/messages',
+      { tools: [{ name: 'open', input_schema: schema }], metadata: { user_id: 'x' } }
+    ],
+    ['/v1/chat/completions', { tools: [{ type: 'function', function: { parameters: schema } }] }],
+    ['/v1/chat/completions', { messages: [{ tool_calls: [{ id: 'call_1', type: 'function' }] }] }]
+  ]
+  for (const [path, body] of harmless) {
+    const sent = { model: 'one', ...body }
+    const response = await post(gateway.url + path, sent, { 'x-api-key': 'all' })
+    assert.equal(response.status, 200, await response.text())
+    assert.deepEqual(JSON.parse(last().body), sent)
+  }
+})
+
+test('a type or role that is repeated makes no id harmless', async t => {
+  const { gateway } = await start(t, RESPONSES)
+  for (const twice of ['"type":"message","type":null', '"role":"user","role":""']) {
+    const body = `{"model":"one","input":[{"id":"msg_1",${twice}}]}`
+    const response = await post(`${gateway.url}/v1/responses`, body, { 'x-api-key': 'all' })
+    assert.equal(response.status, 400, twice)
+  }
+})
+
+test('what refers to nothing passes', async t => {
+  const { gateway, last } = await start(t, RESPONSES)
+  const body = {
+    model: 'one',
+    prompt: null,
+    conversation: null,
+    input: [
+      { role: 'user', content: 'item_reference file_id "file_id": "x" \\"' },
+      {
+        type: 'message',
+        id: 'msg_1',
+        role: 'assistant',
+        content: [
+          {
+            type: 'output_text',
+            text: 'x',
+            annotations: [{ type: 'file_citation', file_id: 'f' }]
+          },
+          { type: 'input_image', image_url: 'data:', file_id: null }
+        ]
+      },
+      { type: 'reasoning', id: 'rs_1', summary: [] },
+      { type: 'function_call', id: 'fc_1', arguments: '{"file_id":"x"}', name: 'file_id' },
+      { type: 'file_search_call', id: 'fs_1', results: [{ file_id: 'f', text: 'x' }] },
+      { type: 'image_generation_call', id: 'ig_1', result: 'iVBORw0KGgo=' },
+      { type: 'compaction', id: 'cmp_1', encrypted_content: 'x' },
+      { role: 'assistant', id: 'msg_2', content: 'x' }
+    ],
+    tools: [
+      {
+        type: 'function',
+        name: 'open',
+        parameters: {
+          properties: { file_id: { type: 'string', default: 'x' } },
+          required: ['file_id'],
+          default: { file_id: 'x' }
+        }
+      },
+      { type: 'code_interpreter', container: { type: 'auto' } }
+    ],
+    metadata: { file_id: 'x' }
+  }
+  const response = await post(`${gateway.url}/v1/responses`, body, { 'x-api-key': 'all' })
+  assert.equal(response.status, 200, await response.text())
+  assert.deepEqual(JSON.parse(last().body), body)
+  const text = await post(
+    `${gateway.url}/v1/responses`,
+    { model: 'one', input: 'item_reference' },
+    { 'x-api-key': 'all' }
+  )
+  assert.equal(text.status, 200)
+})
+
+test('without keys there is no other caller, and references pass', async t => {
+  const { gateway } = await start(t, RESPONSES, {}, { auth: { enabled: false } })
+  for (const reference of [REFERENCES['an item'], REFERENCES['a prompt']]) {
+    const response = await post(`${gateway.url}/v1/responses`, { model: 'one', ...reference })
+    assert.equal(response.status, 200)
+  }
+})
+
+test('references are looked for in slices', async () => {
+  const times = process.env.LONG ? 8_000_000 : 1_000_000
+  for (const input of [
+    `["${'\\"'.repeat(times)}"]`,
+    `["${'\\\\'.repeat(times)}"]`,
+    `[${'{"a":"b"},'.repeat(times / 8)}1]`,
+    `[${'"a",'.repeat(times / 3)}1]`
+  ]) {
+    const bytes = Buffer.from(`{"input":${input}}`)
+    const member = { name: 'input', from: 1, start: 9, end: bytes.length - 1, elements: 0, last: 0 }
+    let turns = 0
+    let longest = 0
+    let before = process.threadCpuUsage()
+    let turn: NodeJS.Immediate
+    const count = () => {
+      turns++
+      const { user, system } = process.threadCpuUsage(before)
+      longest = Math.max(longest, (user + system) / 1000)
+      before = process.threadCpuUsage()
+      turn = setImmediate(count)
+    }
+    count()
+    await refuseReferences(bytes, [member], 'responses')
+    clearImmediate(turn!)
+    assert.ok(turns > bytes.length / (300 * 1024), `${turns} turns`)
+    if (process.env.LONG) assert.ok(longest < 20, `a turn of the event loop took ${longest} ms`)
+  }
+})
+
 test('an id that a backend gives twice stays with its first owner', async t => {
   const backend = await fakeBackend(t, (_request, response) => {
     response.setHeader('content-type', 'application/json')
@@ -319,13 +616,19 @@ test('an id that a backend gives twice stays with its first owner', async t => {
 })
 
 test('many responses of one caller push out none of another', async t => {
-  const responses = new StoredResponses(join(folder(t), 'responses.db'), { warn() {} }, 50)
+  const responses = new StoredResponses(
+    join(folder(t), 'responses.db'),
+    { warn() {}, error() {} },
+    { maxOfCaller: 50 }
+  )
   responses.add({ id: 'mine', backend: 'b', model: undefined, caller: 'a' })
   for (let count = 1; count <= 10_200; count++) {
     const other = { id: `other_${count}`, backend: 'b', model: 'm', caller: 'b' }
     if (count <= 10_000) responses.hear(other)
     else responses.add(other)
   }
+  // Reads do not wait for writes; this does.
+  await responses.open()
   assert.deepEqual(await responses.find('mine'), {
     id: 'mine',
     backend: 'b',
@@ -333,7 +636,7 @@ test('many responses of one caller push out none of another', async t => {
     caller: 'a'
   })
   await responses.close()
-  const again = new StoredResponses(join(folder(t), 'none.db'), { warn() {} })
+  const again = new StoredResponses(join(folder(t), 'none.db'), { warn() {}, error() {} })
   assert.equal(await again.find('other_1'), undefined)
   await again.close()
 })

@@ -3,27 +3,21 @@ import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { readFileSync } from 'node:fs'
 import { type TestContext, test } from 'node:test'
+import { runUsage } from '../src/commands/usage.ts'
 import { Ledger } from '../src/reporters/ledger.ts'
-import { prepareStore } from '../src/reporters/usage-store.ts'
-import { Sqlite } from '../src/store/sqlite.ts'
+import { openUsageStore } from '../src/reporters/usage-store.ts'
+import { runCommand, runProgram } from './command.ts'
 import { answerChat, CHAT, fakeBackend, post } from './helper.ts'
-import { CLI, folder, start, writeConfig } from './process.ts'
+import { CLI, commandLine, folder, start, writeConfig } from './process.ts'
 
-/** Runs `llmproxy usage ...` beside whatever else runs. */
-async function usage(dataDir: string, ...args: string[]) {
-  const child = spawn(process.execPath, [CLI, 'usage', ...args], {
-    env: { ...process.env, LLMPROXY_CONFIG: '', LLMPROXY_DATA_DIR: dataDir }
-  })
-  let stdout = ''
-  let stderr = ''
-  child.stdout.on('data', data => {
-    stdout += data
-  })
-  child.stderr.on('data', data => {
-    stderr += data
-  })
-  const [status] = await once(child, 'close')
-  return { status, stdout, stderr }
+/** Runs `llmproxy usage ...` in this process, beside the gateway's. */
+function usage(dataDir: string, ...args: string[]) {
+  return runCommand(() => runUsage(args, dataDir, ''))
+}
+
+/** Runs it as a process of its own. */
+function usageProgram(dataDir: string, ...args: string[]) {
+  return runProgram(['usage', ...args], { LLMPROXY_DATA_DIR: dataDir })
 }
 
 /** A receiver that answers with the status it is told, and remembers what it took. */
@@ -95,7 +89,7 @@ test('export: a period, as JSON lines and as CSV, without prompts and without fo
     .split('\n')
     .map(line => JSON.parse(line).id)
   assert.deepEqual(ids, ['a', 'b'])
-  const csv = await usage(dataDir, 'export', '--since', '2026-01-01', '--format', 'csv')
+  const csv = await usageProgram(dataDir, 'export', '--since', '2026-01-01', '--format', 'csv')
   assert.equal(csv.status, 0)
   const rows = csv.stdout.split('\r\n')
   assert.equal(rows.length, 6)
@@ -116,7 +110,7 @@ test('export: who reads may stop, and what cannot be is said', async t => {
     )
   }
   ledger.close()
-  const child = spawn(process.execPath, [CLI, 'usage', 'export', '--since', '1d'], {
+  const child = spawn(...commandLine([CLI, 'usage', 'export', '--since', '1d']), {
     env: { ...process.env, LLMPROXY_CONFIG: '', LLMPROXY_DATA_DIR: dataDir },
     stdio: ['ignore', 'pipe', 'pipe']
   })
@@ -160,7 +154,8 @@ test('replay: the records of a period go to one reporter again, past its filter 
     usage: { enabled: true, reporters }
   })
   const replay = (...args: string[]) => usage(dataDir, 'replay', '--config', config, ...args)
-  const all = await replay('--reporter', 'one', '--since', '1d')
+  const args = ['--config', config, '--reporter', 'one', '--since', '1d']
+  const all = await usageProgram(dataDir, 'replay', ...args)
   assert.deepEqual(all, {
     status: 0,
     stdout: '4 records were reported to one, 0 were refused\n',
@@ -201,7 +196,7 @@ test('sums: what the builtin reporter has, by what is asked for', async t => {
   assert.deepEqual([second.value, second.requests, second.output_tokens], ['m', 3, 12])
   assert.equal((await sums('--by', 'tag:team'))[0].value, 'a "b"')
   assert.deepEqual(await sums('--by', 'day', '--until', '2026-01-01'), [])
-  assert.equal((await usage(dataDir, 'sums', '--by', 'moon')).status, 2)
+  assert.equal((await usageProgram(dataDir, 'sums', '--by', 'moon')).status, 2)
 })
 
 test('the commands of the documentation', async t => {
@@ -217,8 +212,8 @@ test('the commands of the documentation', async t => {
   const page = readFileSync(new URL('../docs/metering.md', import.meta.url), 'utf8')
   const commands = page.match(/^llmproxy usage .*$/gm)!
   assert.equal(commands.length, 6)
-  const db = new Sqlite(`${dataDir}/usage-builtin.db`, 5_000)
-  await prepareStore(db)
+  const db = openUsageStore(`${dataDir}/usage-builtin.db`)
+  await db.run('SELECT 1', [])
   await db.close()
   for (const command of commands) {
     const result = await usage(dataDir, ...command.split(' ').slice(2), ...configFor(command))
@@ -256,7 +251,11 @@ test('dead letters of a running gateway: listed, tried again, deleted', async t 
       .map(line => JSON.parse(line))
   }
   let found = await letters()
-  while (found.length < 3) found = await letters()
+  while (found.length < 3) {
+    // The receiver is in this process.
+    await new Promise(setImmediate)
+    found = await letters()
+  }
   assert.equal(found[0].reporter, 'billing')
   assert.equal(found[0].reason, 'status 400')
   const table = await usage(dataDir, 'dead-letters', 'list')
@@ -270,4 +269,25 @@ test('dead letters of a running gateway: listed, tried again, deleted', async t 
   assert.deepEqual(state.ids.sort(), [found[1].record, found[2].record].sort())
   const rest = await usage(dataDir, 'dead-letters')
   assert.equal(rest.stdout, 'There are no dead letters.\n')
+})
+
+test('replay to one of several reporters ends; every command accepts --config', async t => {
+  const dataDir = filled(t)
+  const config = writeConfig(`${dataDir}/config.json`, {
+    backends: [{ url: 'demo://' }],
+    usage: { reporters: [{ type: 'builtin' }, { type: 'file', file: { path: 'usage.jsonl' } }] }
+  })
+  const replay = ['replay', '--reporter', 'file', '--since', '1d', '--config', config]
+  const replayed = await usageProgram(dataDir, ...replay)
+  assert.deepEqual([replayed.status, replayed.stderr], [0, ''])
+  assert.match(replayed.stdout, /records were reported to file, 0 were refused/)
+  for (const args of [
+    ['export', '--since', '1d'],
+    ['dead-letters', 'list']
+  ]) {
+    const { status, stderr } = await usage(dataDir, ...args, '--config', config)
+    assert.deepEqual([status, stderr], [0, ''], args.join(' '))
+  }
+  const sums = await usage(dataDir, 'sums', '--by', 'day', '--config', config)
+  assert.deepEqual([sums.status, sums.stderr], [0, ''])
 })

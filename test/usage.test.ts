@@ -7,6 +7,7 @@ import {
   chunk,
   closedPort,
   DONE,
+  eventually,
   fakeBackend,
   post,
   rawClient,
@@ -30,6 +31,38 @@ const reporting = (url: string, webhook: object = {}, more: object = {}) => ({
     enabled: true,
     reporters: [{ name: 'billing', type: 'webhook', webhook: { url, ...webhook }, ...more }]
   }
+})
+
+test('a record has the tokens that failed attempts have generated, and no cost of them', async t => {
+  const failing = (status: number, usage: object | undefined) =>
+    fakeBackend(t, (_request, response) => {
+      response.writeHead(status, { 'content-type': 'application/json' })
+      response.end(JSON.stringify({ error: { message: 'The engine has died' }, usage }))
+    })
+  const backends = [
+    await failing(500, { prompt_tokens: 12, completion_tokens: 900, total_tokens: 912 }),
+    await failing(503, { prompt_tokens: 12, completion_tokens: 100, total_tokens: 112 }),
+    await failing(502, undefined),
+    await fakeBackend(t, answerChat)
+  ]
+  const hook = await receiver(t)
+  const { usage } = reporting(hook.url)
+  const gateway = await startGateway(t, {
+    backends: backends.map(({ url }, priority) => ({ url, priority })),
+    routing: { retry: { enabled: true, max_retries: 3, initial_wait: '1ms' } },
+    usage: { ...usage, prices: [{ model: 'm', input: 1_000_000, output: 1_000_000 }] }
+  })
+  assert.equal((await post(`${gateway.url}/v1/chat/completions`, CHAT)).status, 200)
+  const first = await hook.event()
+  assert.deepEqual([first.failed_input_tokens, first.failed_output_tokens], [24, 1000])
+  assert.deepEqual([first.attempts, first.total_tokens, first.cost], [4, 15, 15])
+
+  // A 500 that reaches the client.
+  const alone = await startGateway(t, { backends: [{ url: backends[0]!.url }], usage })
+  assert.equal((await post(`${alone.url}/v1/chat/completions`, CHAT)).status, 500)
+  const second = await hook.event(1)
+  assert.deepEqual([second.failed_input_tokens, second.failed_output_tokens], [12, 900])
+  assert.deepEqual([second.attempts, second.total_tokens], [1, 0])
 })
 
 test('each call that reached a backend is reported, in the fields of the page and of the original', async t => {
@@ -96,6 +129,21 @@ test('the request body only when it is asked for', async t => {
   assert.equal(event.is_stream, false)
   assert.equal(event.user_id, null)
   assert.equal(hook.requests[0]!.method, 'PUT')
+})
+
+test('a large request body is left out of its record, which says so', async t => {
+  const backend = await fakeBackend(t, answerChat)
+  const hook = await receiver(t)
+  const gateway = await startGateway(t, {
+    backends: [{ url: backend.url }],
+    ...reporting(hook.url, { include_request_body: true })
+  })
+  const body = JSON.stringify({ ...CHAT, user: 'é'.repeat(128 * 1024) })
+  await (await post(`${gateway.url}/v1/chat/completions`, body)).text()
+  const event = await hook.event()
+  assert.equal(event.request_body, undefined)
+  assert.equal(event.request_body_omitted, Buffer.byteLength(body))
+  assert.ok(hook.requests[0]!.body.length < 2_000)
 })
 
 test('a stream that was cut, a failed call and a refused one', async t => {
@@ -192,7 +240,7 @@ test('a delivery that fails is made again, and each event is delivered once', as
     [0, 1, 2, 3].map(async index => (await hook.request(index)).body)
   )
   assert.equal(new Set(bodies).size, 1)
-  await until(async () => (await gateway.metric('llmproxy_webhook_queue')) === 0)
+  await eventually(async () => (await gateway.metric('llmproxy_webhook_queue')) === 0)
   assert.equal(await gateway.metric('llmproxy_webhook_success_total'), 1)
   assert.equal(await gateway.metric('llmproxy_webhook_failure_total'), 0)
 })
@@ -234,7 +282,7 @@ test('a silent receiver holds up no answer, and its deliveries time out', async 
   for (let call = 0; call < 20; call++) {
     await (await post(`${gateway.url}/v1/chat/completions`, CHAT)).text()
   }
-  await until(async () => (await gateway.metric('llmproxy_webhook_failure_total')) === 20)
+  await eventually(async () => (await gateway.metric('llmproxy_webhook_failure_total')) === 20)
 })
 
 test('what is pending when the gateway stops is still delivered', async t => {
@@ -305,10 +353,6 @@ test('several reporters, one of them dead', async t => {
   assert.equal(hook.requests.length, 1)
 })
 
-async function until(condition: () => Promise<boolean>): Promise<void> {
-  while (!(await condition())) await new Promise(resolve => setImmediate(resolve))
-}
-
 test('another configuration: what ends from then on is reported to its reporters', async t => {
   const backend = await fakeBackend(t, answerChat)
   const [before, after] = [await receiver(t), await receiver(t)]
@@ -338,7 +382,7 @@ test('the same configuration once more does not make deliveries anew that are un
   const { parseConfig } = await import('../src/config.ts')
   await gateway.control.reload(parseConfig(JSON.stringify(config), 'test', {}) as never)
   answered.resolve()
-  await until(async () => (await gateway.metric('llmproxy_webhook_success_total')) === 1)
+  await eventually(async () => (await gateway.metric('llmproxy_webhook_success_total')) === 1)
   assert.equal(hook.requests.length, 1)
 })
 

@@ -11,14 +11,18 @@ import {
   answerChat,
   CHAT,
   chunk,
+  closedPort,
   DONE,
   events,
+  eventually,
   fakeBackend,
   post,
+  type RawClient,
   rawClient,
-  rawPost
+  rawPost,
+  responded
 } from './helper.ts'
-import { CLI, folder, start, workersOf, writeConfig } from './process.ts'
+import { CLI, commandLine, folder, start, workersOf, writeConfig } from './process.ts'
 
 /** Several processes on one port. */
 
@@ -74,6 +78,36 @@ test('workers share a port, their metrics are summed, a reload and the drain rea
     assert.equal(events(stream.received).at(-1), '[DONE]')
   }
   assert.equal(await gateway.exit, 0)
+})
+
+test('workers warn once together about a backend that cannot be called', async t => {
+  const port = await closedPort()
+  const refusing = await fakeBackend(t, (_request, response) => response.writeHead(401).end(), {
+    listsModels: true
+  })
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    server: { listen: '127.0.0.1:0', workers: 3 },
+    backends: [
+      { name: 'dead', url: `http://127.0.0.1:${port}` },
+      { name: 'refusing', url: refusing.url }
+    ]
+  })
+  const gateway = await start(t, [CLI, '--config', file])
+  const server = createServer(socket => socket.end()).listen(port, '127.0.0.1')
+  t.after(() => server.close())
+  await gateway.logged('backend can be reached')
+  // Each worker has asked for its models.
+  await refusing.request(2)
+  gateway.child.kill('SIGTERM')
+  await gateway.exit
+  const said = gateway.lines.map(({ level, msg, backend, url, reason }) =>
+    [level, msg, backend, url, reason].filter(each => each !== undefined).join(' ')
+  )
+  assert.deepEqual(said.filter(each => each.startsWith('40')).toSorted(), [
+    `40 backend cannot be reached dead http://127.0.0.1:${port} ECONNREFUSED`,
+    '40 backend lists no models refusing status 401 of /v1/models'
+  ])
+  assert.equal(said.filter(each => each.includes('can be reached')).length, 1)
 })
 
 test('a worker that crashes is replaced', async t => {
@@ -133,7 +167,7 @@ test('a port that is taken stops all of it', async t => {
     backends: [{ url: 'demo://' }]
   })
   assert.throws(
-    () => execFileSync(process.execPath, [CLI, '--config', file], { stdio: 'pipe' }),
+    () => execFileSync(...commandLine([CLI, '--config', file]), { stdio: 'pipe' }),
     (error: { status: number; stderr: Buffer }) =>
       error.status === 1 && /EADDRINUSE/.test(String(error.stderr))
   )
@@ -252,4 +286,49 @@ test('all workers know how usage records fare that the primary writes down', asy
   }
   let unsafe = 0
   while (unsafe < 4) unsafe = (await health()) === 'not_safe' ? unsafe + 1 : 0
+})
+
+test('workers count slow uploads together, and each worker may have all slots', async t => {
+  const backend = await fakeBackend(t, (_request, response) => {
+    response.writeHead(200, { 'content-type': 'application/json' }).end('{}')
+  })
+  const file = writeConfig(join(folder(t), 'config.yaml'), {
+    ...TWO,
+    backends: [{ url: backend.url }],
+    rate_limit: { enabled: true, per_key: { max_concurrent: 2 } }
+  })
+  const gateway = await start(t, [CLI, '--config', file])
+  const text = rawPost('/v1/embeddings', JSON.stringify({ ...CHAT, input: 'x'.repeat(100_000) }))
+  const [head, rest] = [text.slice(0, 1_000), text.slice(1_000)]
+  const connections = async (count: number) => {
+    const clients: RawClient[] = []
+    while (clients.length < count) clients.push(await rawClient(t, gateway.port))
+    return clients
+  }
+  const metrics = async () => (await fetch(`${gateway.url}/metrics`)).text()
+  const burst = await connections(20)
+  for (const { socket } of burst) socket.write(head)
+  const refused = await responded(burst, 18)
+  for (const { received } of refused) assert.match(received, /^HTTP\/1.1 429 /)
+  const slow = burst.filter(each => !refused.includes(each))
+  for (const { socket } of slow) socket.write(rest)
+  for (const each of slow) assert.match(await each.until(/\{\}/), /^HTTP\/1.1 200 /)
+
+  // Two of three connections have the same worker.
+  const [a, b, c] = (await connections(3)) as [RawClient, RawClient, RawClient]
+  for (const pair of [
+    [a, b],
+    [b, c],
+    [c, a]
+  ]) {
+    await eventually(async () => /llmproxy_requests_in_flight 0\n/.test(await metrics()))
+    for (const each of pair) {
+      each.received = ''
+      each.socket.write(head)
+    }
+    // The head of the second has arrived before the first is complete.
+    await metrics()
+    for (const { socket } of pair) socket.write(rest)
+    for (const each of pair) assert.match(await each.until(/\}/), /^HTTP\/1.1 200 /)
+  }
 })

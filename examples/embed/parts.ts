@@ -3,6 +3,7 @@ import auth from 'llmproxy/auth'
 import backends from 'llmproxy/backends'
 import limits from 'llmproxy/limits'
 import proxy from 'llmproxy/proxy'
+import type {} from 'llmproxy/types'
 
 /** Single plugins instead of the whole gateway: keys and limits for a route of one's own. */
 export async function buildParts(url: string): Promise<FastifyInstance> {

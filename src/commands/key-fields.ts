@@ -1,5 +1,5 @@
 import type { KeyChanges, KeySpec } from '../keys/stored-key.ts'
-import { parseQuantity } from '../options.ts'
+import { parseQuantity } from '../quantity.ts'
 import { CommandError } from './command.ts'
 
 /** The fields of a key as options of the command line. */

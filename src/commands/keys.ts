@@ -5,7 +5,9 @@ import { looksIntoStore } from '../keys/sources.ts'
 import type { StoredKey } from '../keys/stored-key.ts'
 import { Orders, toTold } from '../limits/orders.ts'
 import { cacheOf } from '../limits/policy.ts'
-import { OptionsError, parseQuantity } from '../options.ts'
+import { OptionsError } from '../options.ts'
+import { parseQuantity } from '../quantity.ts'
+import { makeWhole } from '../store/copies.ts'
 import { Redis } from '../store/redis.ts'
 import { DatabaseError } from '../store/sql.ts'
 import { CommandError, read, show } from './command.ts'
@@ -79,6 +81,7 @@ export async function runKeys(
     throw new CommandError(wrong.join('; '))
   } finally {
     await store.close()
+    await makeWhole(file)
   }
 }
 
@@ -206,7 +209,9 @@ async function tellOthers(config: Config | undefined, changes: Parameters<OnKeyC
 }
 
 function toCount(name: string, value: string): number {
-  if (!/^\d+$/.test(value)) throw new CommandError(`${name} must be a number (got "${value}")`)
+  if (!/^\d{1,9}$/.test(value)) {
+    throw new CommandError(`${name} must be a number from 0 to 999999999 (got "${value}")`)
+  }
   return Number(value)
 }
 

@@ -2,16 +2,15 @@ import { existsSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { pino } from 'pino'
 import { loadConfig } from '../config.ts'
-import { parseQuantity } from '../options.ts'
 import { usageFile } from '../plugins/usage.ts'
+import { parseQuantity } from '../quantity.ts'
 import { builtinFile } from '../reporters/builtin.ts'
 import { toCsv } from '../reporters/csv.ts'
 import { type DeadLetter, Ledger } from '../reporters/ledger.ts'
 import type { UsageRecord } from '../reporters/record.ts'
 import { type Reporter, recordJson } from '../reporters/reporter.ts'
 import { toReporters } from '../reporters/reporters.ts'
-import { type Dimension, prepareStore, readSums } from '../reporters/usage-store.ts'
-import { Sqlite } from '../store/sqlite.ts'
+import { type Dimension, openUsageStore, readSums } from '../reporters/usage-store.ts'
 import { CommandError, read, show } from './command.ts'
 
 /**
@@ -69,18 +68,21 @@ export async function runUsage(
 
 const PERIOD = { since: { type: 'string' }, until: { type: 'string' } } as const
 
+/** All commands accept it; only a replay reads the file. */
+const CONFIG = { config: { type: 'string', short: 'c' } } as const
+
 async function exportRecords(args: string[], dataDir: string): Promise<number> {
-  const { values } = read(args, { ...PERIOD, format: { type: 'string', default: 'jsonl' } })
+  const { values } = read(args, {
+    ...CONFIG,
+    ...PERIOD,
+    format: { type: 'string', default: 'jsonl' }
+  })
   const { format } = values
   if (format !== 'csv' && format !== 'jsonl') {
     throw new CommandError(`--format must be csv or jsonl (got "${format}")`)
   }
   const period = toPeriod(values)
   const ledger = open(dataDir)
-  // Whoever reads has read enough.
-  process.stdout.on('error', ({ code }: NodeJS.ErrnoException) => {
-    process.exit(code === 'EPIPE' ? 0 : 1)
-  })
   if (format === 'csv') await print(toCsv(undefined))
   for (const entry of entries(ledger, period)) {
     const json = recordJson(entry, false)
@@ -100,11 +102,25 @@ async function replay(args: string[], dataDir: string, defaultConfig: string): P
   if (values.reporter === undefined) throw new CommandError('--reporter NAME is missing')
   const config = await loadConfig(values.config)
   const log = pino({ level: 'error' }, pino.destination(2))
-  const reporters = toReporters(config.usage, { storage: config.storage, dataDir, log })
-  const reporter = reporters.find(({ name }) => name === values.reporter)
+  const reporters = await toReporters(config.usage, { storage: config.storage, dataDir, log })
+  try {
+    return await replayTo(reporters, values.reporter, period, dataDir)
+  } finally {
+    // Each of them may have a connection or a thread.
+    await Promise.all(reporters.map(each => each.close()))
+  }
+}
+
+async function replayTo(
+  reporters: readonly Reporter[],
+  wanted: string,
+  period: Period,
+  dataDir: string
+): Promise<number> {
+  const reporter = reporters.find(({ name }) => name === wanted)
   if (reporter === undefined) {
     const names = reporters.map(({ name }) => name).join(', ') || 'none'
-    throw new CommandError(`there is no reporter "${values.reporter}"; there are: ${names}`)
+    throw new CommandError(`there is no reporter "${wanted}"; there are: ${names}`)
   }
   const ledger = open(dataDir)
   const done = { sent: 0, refused: 0 }
@@ -118,7 +134,6 @@ async function replay(args: string[], dataDir: string, defaultConfig: string): P
   }
   if (batch.length > 0) await send(reporter, batch, done)
   ledger.close()
-  await reporter.close()
   console.log(
     `${done.sent} records were reported to ${reporter.name}, ${done.refused} were refused`
   )
@@ -159,6 +174,7 @@ async function send(
 
 async function sums(args: string[], dataDir: string): Promise<number> {
   const { values } = read(args, {
+    ...CONFIG,
     ...PERIOD,
     by: { type: 'string' },
     json: { type: 'boolean', default: false }
@@ -171,8 +187,7 @@ async function sums(args: string[], dataDir: string): Promise<number> {
   if (!existsSync(file)) {
     throw new CommandError(`there is no ${file}; a reporter of type builtin makes it`, 1)
   }
-  const db = new Sqlite(file, STATEMENT_TIMEOUT)
-  await prepareStore(db)
+  const db = openUsageStore(file, STATEMENT_TIMEOUT)
   const rows = await readSums(db, {
     by: by as Dimension,
     ...(since === undefined ? {} : { since: toDay(toTime('--since', since)) }),
@@ -188,6 +203,7 @@ function deadLetters([command = 'list', ...rest]: string[], dataDir: string): nu
     throw new CommandError(`there is no command "usage dead-letters ${command}"`)
   }
   const { values, positionals } = read(rest, {
+    ...CONFIG,
     reporter: { type: 'string' },
     json: { type: 'boolean', default: false },
     all: { type: 'boolean', default: false }

@@ -25,7 +25,8 @@ export const anthropic: Dialect = {
   idHeader: 'request-id',
   streamsEvents: true,
   error: anthropicError,
-  errorEvent: (error, requestId) =>
+  endsWithError: false,
+  errorEvents: (error, { requestId }) =>
     `event: error\ndata: ${JSON.stringify(anthropicError(error, requestId))}\n\n`,
   deltaMembers: ['text', 'partial_json', 'thinking'],
   answerMembers: ['text', 'input', 'thinking'],

@@ -20,6 +20,8 @@ export interface Report {
   hasChoices: boolean
   /** There is text of the model. */
   delta: boolean
+  /** The event is named `error`, whatever its data is. */
+  isErrorEvent: boolean
 }
 
 /** How servers end a response that they did not want to end. */
@@ -34,6 +36,10 @@ const BROKEN = /server|internal|generation|engine/i
 const CALLERS_FAULT =
   /bad_?request|invalid|validation|not_?found|not found|authentication|permission|exceed|context_length|content_filter|not support|too long|must be|required/i
 
+/** What llama.cpp and others answer with status 500 although the request is at fault. */
+const REQUESTS_FAULT =
+  /(image|audio|video|multimodal) input|mmproj|not supported|failed to parse|parse error|json\.exception|too large to process|physical batch|does not match the expected|type must be|invalid (request|json|grammar|schema|image|tool)/i
+
 /**
  * Returns how the backend failed according to one event or one JSON body; undefined: it did not.
  *
@@ -47,7 +53,8 @@ export function failureIn(
 ): Failure | undefined {
   const { error: json, type = '', object, status = '', message, finishReasons } = report
   const isAborted = finishReasons?.some(reason => ABORTED.includes(reason)) ?? false
-  const isNamed = object === 'error' || types.includes(type) || statuses.includes(status)
+  const isNamed =
+    report.isErrorEvent || object === 'error' || types.includes(type) || statuses.includes(status)
   // Nearly every event has none of these.
   if (!isAborted && !isNamed && json === undefined && message === undefined) return undefined
   const { code, errorType = type } = report
@@ -55,6 +62,16 @@ export function failureIn(
   if (!isAborted && !isNamed && !saysError(error, report) && !isFlatError(report)) return undefined
   const details = isObject(error) ? error : { message: error }
   return kindOf({ code, type: errorType, message, ...withoutNulls(details) })
+}
+
+/**
+ * Whether the message of an error with status 500 says that its request is at fault: another backend would say the same.
+ *
+ * @example
+ * isRequestsFault('image input is not supported') // true
+ */
+export function isRequestsFault(message: string): boolean {
+  return REQUESTS_FAULT.test(message)
 }
 
 /** Whether `error` reports one. Beside text of the model only an object with a message or a status does. */
@@ -83,6 +100,7 @@ function kindOf(error: Record<string, unknown>): Failure {
   const { code, type, error_type = type, message } = error
   const status = Number(code)
   if (status === 429) return '429'
+  if (status === 500 && isRequestsFault(String(message))) return '4xx'
   if (status >= 500) return '5xx'
   if (status >= 400) return '4xx'
   // Words of a message say less than the kind of error: "CUDA error: invalid argument" is no fault of the caller.

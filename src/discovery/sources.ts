@@ -50,7 +50,8 @@ export const DiscoveryOptions = Section(
     }),
     mode: Type.Enum(['merge', 'first'], {
       default: 'merge',
-      description: 'merge: what all sources have; first: the first one that has any'
+      description:
+        'merge: the backends of all sources; first: those of the first source that has any'
     }),
     interval: Duration(
       '30s',

@@ -2,7 +2,7 @@ import { GatewayError } from '../errors.ts'
 import type { OwnLimits } from '../limits/limits.ts'
 import { PRIORITIES, type Priority } from '../pool/queue.ts'
 import { isTagName, MAX_TAG } from './fields.ts'
-import { idOfHash, type KeyRecord, parseStatus, parseTime, toNetworks } from './key.ts'
+import { idOfHash, isNetwork, type KeyRecord, parseStatus, parseTime, toNetworks } from './key.ts'
 
 /**
  * What a service, a database or Redis says about a key: members that all may be missing, of whatever type
@@ -51,7 +51,7 @@ export async function toAnswer(
     startsAt: read('starts_at', parseTime),
     expiresAt: read('expires_at', parseTime) ?? read('expired_at', parseTime),
     allowedIps: await toNetworks(read('allowed_ips', texts)),
-    deniedIps: await toNetworks(read('denied_ips', texts)),
+    deniedIps: await toNetworks(read('denied_ips', networks)),
     models: nonEmpty(read('models', texts)),
     ...quotaOf(read),
     priority: read('priority', toPriority),
@@ -62,6 +62,12 @@ export async function toAnswer(
   if (wrong.length === 0) return record
   onUnreadable(wrong[0]!, id)
   return refused(undefined)
+}
+
+/** Of a list that denies, an entry that cannot be read must not let anybody pass. */
+function networks(value: unknown): string[] | undefined {
+  const list = texts(value).filter(each => each !== '')
+  return list.every(isNetwork) ? list : undefined
 }
 
 export function refused(message: unknown): GatewayError {

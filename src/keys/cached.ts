@@ -1,18 +1,19 @@
 import type { FastifyBaseLogger } from 'fastify'
 import type { Static } from 'typebox'
 import type { GatewayError } from '../errors.ts'
-import { Duration, Section } from '../options.ts'
+import { Duration, LONGEST_AGE, Section } from '../options.ts'
 import { type KeyRecord, type KeySource, reasonFor } from './key.ts'
 import { Lru } from './lru.ts'
 
 export const CacheOptions = Section(
   {
-    ttl: Duration('10s', 'How long an answer is used without asking again', 0),
-    negative_ttl: Duration('2s', 'The same for a key that is unknown or refused', 0),
+    ttl: Duration('10s', 'How long an answer is used without asking again', 0, LONGEST_AGE),
+    negative_ttl: Duration('2s', 'The same for a key that is unknown or refused', 0, LONGEST_AGE),
     stale_if_error: Duration(
       '5m',
       'How old an answer may be that is used while its source is down; 0: none is',
-      0
+      0,
+      LONGEST_AGE
     )
   },
   'How long answers of redis, database, webhook and jwt are used'

@@ -18,7 +18,6 @@ export const FileKeysOptions = Type.Object(
 )
 export type FileKeysOptions = Static<typeof FileKeysOptions>
 
-const THREAD = new URL(`./key-list-thread${import.meta.url.slice(-3)}`, import.meta.url)
 /** Maximum size (bytes) of a file that is read without a thread: that takes a few milliseconds. */
 const SMALL = 8 * 1024
 
@@ -54,10 +53,10 @@ export class FileKeys implements KeySource {
 /** Without blocking the event loop, however many keys there are. */
 async function loadKeys(name: string, path: string, signal: AbortSignal): Promise<StaticKeys> {
   if ((await stat(path)).size <= SMALL) {
-    return new StaticKeys(name, readKeyList(await readFile(path, 'utf8'), path))
+    return StaticKeys.of(name, readKeyList(await readFile(path, 'utf8'), path))
   }
   const keys = new StaticKeys(name)
-  for await (const batch of batchesOf<KeptKey[]>(THREAD, { data: path, signal })) {
+  for await (const batch of batchesOf<KeptKey[]>('keys/key-list-thread', { data: path, signal })) {
     for (const each of batch) keys.add(each)
   }
   return keys

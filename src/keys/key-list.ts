@@ -80,7 +80,7 @@ function readInParts(text: string, path: string): YamlFile | undefined {
 }
 
 const EMPTY = '(?:[ \\t]*(?:#.*)?\\n)*'
-/** What is before the first item: `keys:`, or nothing. */
+/** Text before the first item: `keys:`, or nothing. */
 const HEAD = new RegExp(
   `^(?<before>${EMPTY}(?<keys>keys:[ \\t]*(?:#.*)?\\n)?${EMPTY})(?<indent> *)- `
 )

@@ -1,7 +1,8 @@
-import { isAbsolute, resolve } from 'node:path'
+import { resolve } from 'node:path'
 import { setImmediate } from 'node:timers/promises'
+import { DATA_DIR } from '../data-dir.ts'
 import { checkOptions } from '../options.ts'
-import { DatabaseError, type Row } from '../store/sql.ts'
+import { DatabaseError, NewerFormatError, type Row } from '../store/sql.ts'
 import { Sqlite } from '../store/sqlite.ts'
 import type { KeyFields } from './fields.ts'
 import type { KeyNews } from './key.ts'
@@ -34,10 +35,9 @@ export const DEFAULT_STORE = 'keys.db'
 /** A store that ends with the process. */
 export const MEMORY = ':memory:'
 
-/** The file of the embedded store; where there is no place for one, {@link MEMORY}. */
+/** The file of the embedded store that `db_path` names. */
 export function keyFile(dataDir: string | undefined, path: string): string {
-  const hasPlace = path !== MEMORY && (dataDir !== undefined || isAbsolute(path))
-  return hasPlace ? resolve(dataDir ?? '', path) : MEMORY
+  return path === MEMORY ? MEMORY : resolve(dataDir ?? DATA_DIR, path)
 }
 
 /** Somebody has this key already. */
@@ -48,7 +48,20 @@ export class KeyExistsError extends Error {
   }
 }
 
+/** The file cannot be used; the message says what to do. */
+export class KeyStoreError extends Error {
+  override name = 'KeyStoreError'
+  constructor(file: string, reason: string) {
+    const remedy = reason.includes('locked')
+      ? 'End the program that has it open.'
+      : 'Restore it from a backup (docs/backup.md), or move it away to start without its keys.'
+    super(`The API keys in ${file} cannot be read: ${reason}. ${remedy}`)
+  }
+}
+
 const STATEMENT_TIMEOUT = 5_000
+/** How long (ms) a statement waits for another process: it fails with that reason before its time is over. */
+const LOCK_TIMEOUT = 4_000
 /** How long (ms) a list of keys may take. */
 const SYNC_TIMEOUT = 120_000
 /** Deleted keys that others are told of at a time. */
@@ -58,7 +71,7 @@ const HASH_LENGTH = 64
 const PAGE = 20
 const MAX_PAGE = 1_000
 
-const SCHEMA = `
+const TABLES = `
   CREATE TABLE IF NOT EXISTS keys (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, hash TEXT NOT NULL UNIQUE,
     masked TEXT NOT NULL, fields TEXT NOT NULL, created_at INTEGER NOT NULL,
@@ -71,6 +84,11 @@ const SCHEMA = `
   ) WITHOUT ROWID;
   CREATE INDEX IF NOT EXISTS old_keys_by_id ON old_keys (id);
 `
+const SCHEMA = {
+  scripts: [TABLES],
+  table: 'keys',
+  probe: 'SELECT id, hash, masked, fields, created_at, updated_at, revoked_at FROM keys'
+}
 
 const INSERT = 'INSERT INTO keys (id, hash, masked, fields, created_at, updated_at)'
 const VIEW = `SELECT id, masked, fields, created_at, updated_at, revoked_at,
@@ -119,7 +137,6 @@ export class KeyStore {
   readonly #file: string
   readonly #db: Sqlite
   readonly #onChange: OnKeyChange
-  #prepared: Promise<void> | undefined
 
   /**
    * @param file a path, or {@link MEMORY}
@@ -127,7 +144,11 @@ export class KeyStore {
    */
   constructor(file: string, onChange: OnKeyChange = () => {}) {
     this.#file = file
-    this.#db = new Sqlite(file, STATEMENT_TIMEOUT)
+    // No `onLoss`: replacing an unusable file with an empty one would revoke every key.
+    this.#db = new Sqlite(file, STATEMENT_TIMEOUT, {
+      busyTimeout: LOCK_TIMEOUT,
+      schema: SCHEMA
+    })
     this.#onChange = onChange
   }
 
@@ -146,9 +167,23 @@ export class KeyStore {
     return this.#insert(spec, `SELECT ?, ?, ?, ?, ?, ? WHERE NOT EXISTS (${HAD_KEYS})`)
   }
 
+  /**
+   * Reads all of the file.
+   *
+   * @throws {KeyStoreError} when it cannot be used
+   * @throws {NewerFormatError}
+   */
+  async check(): Promise<void> {
+    try {
+      await this.#db.check()
+    } catch (error) {
+      if (error instanceof NewerFormatError) throw error
+      throw new KeyStoreError(this.#file, (error as Error).message)
+    }
+  }
+
   /** Is there a key, or was there ever one? */
   async hadKeys(): Promise<boolean> {
-    await this.#ready()
     return (await this.#db.run(HAD_KEYS, [])).length > 0
   }
 
@@ -161,7 +196,7 @@ export class KeyStore {
   async sync(rows: Iterable<string>, mode: 'full' | 'incremental'): Promise<void> {
     const listing = [...rows].map(json => ({ sql: LIST, values: [json] }))
     const isFull = mode === 'full'
-    await this.#ready()
+    await this.#db.runAll([])
     const run = (...all: string[]) => all.map(sql => ({ sql, values: [] }))
     // A long list takes seconds, which lookups must not wait for: they have another connection.
     const db = this.#file === MEMORY ? this.#db : new Sqlite(this.#file, SYNC_TIMEOUT)
@@ -189,7 +224,6 @@ export class KeyStore {
     limit?: number
     user_id?: string | undefined
   } = {}): Promise<{ keys: StoredKey[]; total: number }> {
-    await this.#ready()
     const of = user_id === undefined ? '' : 'WHERE user_id = ?'
     const values = user_id === undefined ? [] : [user_id]
     const page = [Math.max(0, Math.min(limit, MAX_PAGE)), offset]
@@ -202,7 +236,6 @@ export class KeyStore {
 
   /** @param reference an id, or the SHA-256 of a key, which may be one that was rotated away */
   async get(reference: string): Promise<StoredKey | undefined> {
-    await this.#ready()
     const [row] = await this.#db.run(
       `${VIEW} WHERE id = ? OR hash = ? OR id = (SELECT id FROM old_keys WHERE hash = ?)`,
       [reference, reference, reference]
@@ -232,7 +265,6 @@ export class KeyStore {
    * one, and of a key that was rotated the old text alone may be meant. `onChange` is not told.
    */
   async hearRevoked(revoked: readonly KeyNews[]): Promise<void> {
-    await this.#ready()
     const values = [JSON.stringify(revoked)]
     const heard = `(SELECT value ->> 'hash' AS dead, value ->> 'revokedAt' AS at FROM json_each(?))`
     await this.#db.runAll([
@@ -277,7 +309,6 @@ export class KeyStore {
 
   /** @returns whether it was there; bills keep its id */
   async delete(id: string): Promise<boolean> {
-    await this.#ready()
     const [hashes, [key]] = (await this.#db.runAll([
       { sql: HASHES, values: [id] },
       { sql: 'SELECT revoked_at FROM keys WHERE id = ?', values: [id] },
@@ -291,7 +322,6 @@ export class KeyStore {
 
   /** Looks a key up by its SHA-256. */
   async find(hash: string): Promise<FoundKey | undefined> {
-    await this.#ready()
     const [row] = await this.#db.run(
       `SELECT id, fields, revoked_at, NULL AS until FROM keys WHERE hash = ? UNION ALL
       SELECT id, fields, revoked_at, until FROM old_keys JOIN keys USING (id)
@@ -310,7 +340,6 @@ export class KeyStore {
 
   /** Changes when another process has changed anything. */
   async version(): Promise<string> {
-    await this.#ready()
     return this.#db.version()
   }
 
@@ -320,7 +349,6 @@ export class KeyStore {
 
   async #insert(given: KeySpec, source: string) {
     const spec = checkOptions(KeySpec, given, 'key')
-    await this.#ready()
     const key = spec.key ?? newKey()
     const row = toRow(spec, key, Date.now())
     try {
@@ -344,7 +372,6 @@ export class KeyStore {
     validFor?: number,
     changed = HASHES
   ): Promise<StoredKey | undefined> {
-    await this.#ready()
     const results = await this.#db.runAll([
       { sql: changed, values: [id] },
       ...statements,
@@ -367,15 +394,5 @@ export class KeyStore {
   #tell(rows: Row[], validFor?: number): void {
     const hashes = rows.map(({ hash }) => String(hash))
     if (hashes.length > 0) this.#onChange(hashes, validFor)
-  }
-
-  async #ready(): Promise<void> {
-    this.#prepared ??= this.#db.upgrade([SCHEMA])
-    try {
-      await this.#prepared
-    } catch (error) {
-      this.#prepared = undefined
-      throw error
-    }
   }
 }

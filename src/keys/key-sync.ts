@@ -1,14 +1,15 @@
 import { Type } from 'typebox'
 import type { Distinct } from '../issues.ts'
-import { checkOptions } from '../options.ts'
+import { isTooDeep, TOO_DEEP } from '../json-body.ts'
+import { checkOptions, OptionsError } from '../options.ts'
 import { keyFields, Time } from './fields.ts'
-import { KeyText, toHash } from './static.ts'
+import { NewKeyText, toHash } from './static.ts'
 import { type OwnedKey, toRows } from './stored-key.ts'
 
 /** A whole list of keys for the embedded store, as the original's admin API receives it. */
 
 export const OwnedSpec = Type.Object(
-  { key: KeyText, ...keyFields, starts_at: Time('Not valid before') },
+  { key: NewKeyText, ...keyFields, starts_at: Time('Not valid before') },
   { additionalProperties: false }
 )
 export const SyncOptions = Type.Object(
@@ -30,11 +31,15 @@ export const SyncOptions = Type.Object(
   { additionalProperties: false }
 )
 
-/** What is asked for, without the keys. */
+/** The request, without the keys. */
 export interface SyncRequest {
   mode: 'full' | 'incremental'
   confirm: boolean
   count: number
+}
+
+function withoutBlank(this: unknown, _name: string, value: unknown): unknown {
+  return value === '' && !Array.isArray(this) ? undefined : value
 }
 
 /**
@@ -45,8 +50,9 @@ export interface SyncRequest {
  */
 export function* readSync(body: Uint8Array): Generator<SyncRequest | string> {
   const text = new TextDecoder().decode(body)
+  if (isTooDeep(text)) throw new OptionsError([{ path: [], message: `body ${TOO_DEEP}` }])
   // An empty text says nothing.
-  const given = text === '' ? {} : JSON.parse(text, (_, each) => (each === '' ? undefined : each))
+  const given = text === '' ? {} : JSON.parse(text, withoutBlank)
   const { keys, mode, confirm } = checkOptions(SyncOptions, given) as SyncRequest & {
     keys: OwnedKey[]
   }

@@ -1,6 +1,7 @@
-import { hash } from 'node:crypto'
+import crypto from 'node:crypto'
 import { BlockList, isIP } from 'node:net'
 import { type Static, Type } from 'typebox'
+import { isListed } from '../address.ts'
 import { type ErrorCode, GatewayError } from '../errors.ts'
 import type { Caller } from '../exchange.ts'
 import { inSlices } from '../slices.ts'
@@ -117,10 +118,10 @@ export function checkKey(
   if (record.startsAt !== undefined && now < record.startsAt) {
     return new GatewayError('key_not_started', 'This API key is not valid yet.')
   }
-  const family = isIP(ip) === 6 ? 'ipv6' : 'ipv4'
-  const denied = record.deniedIps?.check(ip, family) ?? false
-  const allowed = record.allowedIps?.check(ip, family) ?? true
-  if (denied || !allowed) {
+  const { allowedIps, deniedIps } = record
+  // A text that is no address may be a denied address in another notation.
+  const isDenied = deniedIps !== undefined && (isIP(ip) === 0 || isListed(deniedIps, ip))
+  if (isDenied || (allowedIps !== undefined && !isListed(allowedIps, ip))) {
     return new GatewayError('ip_not_allowed', 'This API key may not be used from this address.')
   }
   return undefined
@@ -139,7 +140,7 @@ export function toCaller(record: KeyRecord): Caller {
 
 /** SHA-256 of a key as lower-case hexadecimal digits: the only form in which keys are kept. */
 export function hashKey(key: string): string {
-  return hash('sha256', key)
+  return crypto.hash('sha256', key)
 }
 
 /**
@@ -262,25 +263,29 @@ function addNetwork(list: BlockList, network: string): void {
   else list.addSubnet(address, Number(prefix), family)
 }
 
+const LATEST = ':latest'
+
 /**
  * Does one of the patterns (`*` stands for any text) name this model? To Ollama `llama3` and
  * `llama3:latest` are one and the same, so they are here.
  */
 export function matchesModel(patterns: readonly string[], model: string): boolean {
   const bare = untagged(model)
-  return patterns.some(
-    pattern => matches(pattern, model) || (bare !== model && matches(pattern, bare))
-  )
+  const tagged = `${bare}${LATEST}`
+  return patterns.some(pattern => {
+    if (pattern === bare || pattern === tagged) return true
+    if (!pattern.includes('*')) return false
+    return matches(pattern, model) || (bare !== model && matches(pattern, bare))
+  })
 }
 
 /** The name without `:latest`, which Ollama adds to one without a tag. */
 export function untagged(model: string): string {
-  return model.endsWith(':latest') ? model.slice(0, -':latest'.length) : model
+  return model.endsWith(LATEST) ? model.slice(0, -LATEST.length) : model
 }
 
 function matches(pattern: string, model: string): boolean {
   const [head, ...tails] = pattern.split('*') as [string, ...string[]]
-  if (tails.length === 0) return untagged(pattern) === untagged(model)
   if (!model.startsWith(head)) return false
   const last = tails.pop()!
   let at = head.length

@@ -1,4 +1,5 @@
 import { existsSync } from 'node:fs'
+import { isDeepStrictEqual } from 'node:util'
 import type { FastifyBaseLogger } from 'fastify'
 import { type Static, Type } from 'typebox'
 import type { Issue } from '../issues.ts'
@@ -104,8 +105,8 @@ export interface Surroundings {
   log: FastifyBaseLogger
 }
 
-/** Sources, each under all that was said of it. */
-export type Sources = ReadonlyMap<string, KeySource>
+/** Sources, each under all options that it was made of. */
+export type Sources = ReadonlyMap<readonly unknown[], KeySource>
 
 /**
  * The sources that are switched on, in order; where nothing is named, the embedded store. Of those that were
@@ -119,14 +120,15 @@ export async function toSources(
   before: Sources
 ): Promise<Sources> {
   const { enabled, keys, pipeline, status_codes } = asked
-  const sources = new Map<string, KeySource>()
+  const sources = new Map<readonly unknown[], KeySource>()
   const add = async (said: unknown, make: () => KeySource | Promise<KeySource>) => {
-    const all = JSON.stringify([said, status_codes, around.storage])
-    sources.set(all, before.get(all) ?? (await make()))
+    const all = [said, status_codes, around.storage]
+    const known = [...before.keys()].find(each => isDeepStrictEqual(each, all)) ?? all
+    sources.set(known, before.get(known) ?? (await make()))
   }
   if (!enabled) return sources
   try {
-    if (keys.length > 0) await add(keys, () => new StaticKeys('keys', keys))
+    if (keys.length > 0) await add(keys, () => StaticKeys.of('keys', keys))
     for (const each of pipeline) {
       if (each.enabled) await add(each, () => toSource(each, status_codes, around))
     }
@@ -158,7 +160,7 @@ function toSource(
     case 'builtin':
       return new BuiltinKeys(name, store())
     case 'static':
-      return new StaticKeys(name, options.static!.keys)
+      return StaticKeys.of(name, options.static!.keys)
     case 'file':
       return FileKeys.open(name, file!, log)
     case 'redis': {

@@ -1,5 +1,6 @@
 import { type Static, Type } from 'typebox'
 import type { Distinct } from '../issues.ts'
+import { inSlices } from '../slices.ts'
 import { type KeyFields, keyFields, Time, toKeyRecord } from './fields.ts'
 import { hashKey, idOfHash, type KeyRecord, type KeySource } from './key.ts'
 import { Lru } from './lru.ts'
@@ -28,6 +29,15 @@ const keyText = {
   description: 'The key, or sha256: and its SHA-256 in hexadecimal digits'
 }
 export const KeyText = Type.String(keyText)
+
+/** A shorter key is a mistake, or guessed. */
+const MIN_KEY = 4
+/** A key that the store receives. */
+export const NewKeyText = Type.String({
+  ...keyText,
+  check: (key: unknown) => isKey(key) && String(key).length >= MIN_KEY,
+  expects: `a key without spaces, of at least ${MIN_KEY} characters, or sha256: and 64 hexadecimal digits`
+})
 
 /** One key in the configuration. Text alone is the key itself. */
 export const StaticKey = Type.Object(
@@ -73,9 +83,15 @@ export class StaticKeys implements KeySource {
   readonly #fields = new Map<string, string>()
   readonly #records = new Lru<string, Promise<KeyRecord>>(MOST)
 
-  constructor(name: string, keys: readonly StaticKey[] = []) {
+  /** Takes keys without blocking the event loop. */
+  static async of(name: string, keys: readonly StaticKey[]): Promise<StaticKeys> {
+    const all = new StaticKeys(name)
+    await inSlices(keys, key => all.add(toKept(key)))
+    return all
+  }
+
+  constructor(name: string) {
     this.name = name
-    for (const key of keys) this.add(toKept(key))
   }
 
   add([hash, fields]: KeptKey): void {

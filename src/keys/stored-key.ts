@@ -1,24 +1,29 @@
 import { randomBytes } from 'node:crypto'
 import { type Static, Type } from 'typebox'
 import { gathered } from '../batches.ts'
+import { replaced } from '../json-body.ts'
 import { checkOptions } from '../options.ts'
 import type { Row } from '../store/sql.ts'
 import { type KeyFields, keyFields } from './fields.ts'
 import { type KeyStatus, parseStatus, parseTime } from './key.ts'
-import { KeyText, toHash } from './static.ts'
+import { NewKeyText, toHash } from './static.ts'
 
 /** A key of the embedded store: how it is given, how it is kept in a row, and how it is shown. */
 
 /** What a key is made of. With `key` it is one that its owner has already; else a new one is made. */
 export const KeySpec = Type.Object(
-  { key: Type.Optional(KeyText), ...keyFields },
+  { key: Type.Optional(NewKeyText), ...keyFields },
   { additionalProperties: false }
 )
 export type KeySpec = Static<typeof KeySpec>
 
 /** One that its owner has already. */
-export const OwnedKey = Type.Object({ key: KeyText, ...keyFields }, { additionalProperties: false })
+export const OwnedKey = Type.Object(
+  { key: NewKeyText, ...keyFields },
+  { additionalProperties: false }
+)
 export type OwnedKey = Static<typeof OwnedKey>
+const OwnedKeys = Type.Array(OwnedKey)
 
 const Fields = Type.Object(keyFields, { additionalProperties: false })
 
@@ -65,7 +70,7 @@ export function toRow({ key: _, ...fields }: KeySpec, key: string, now: number) 
  * @throws {OptionsError} when something is wrong with a field
  */
 export function* toRows(specs: OwnedKey[]): Generator<string> {
-  const checked = checkOptions(Type.Array(OwnedKey), specs, 'keys')
+  const checked = checkOptions(OwnedKeys, specs, 'keys')
   const now = Date.now()
   const rows = checked.map(spec => toRow(spec, spec.key, now))
   for (const some of gathered(rows, ([, , , fields]) => fields.length)) yield JSON.stringify(some)
@@ -77,7 +82,7 @@ export function* toRows(specs: OwnedKey[]): Generator<string> {
  * @throws {OptionsError}
  */
 export function toPatch(changes: KeyChanges): object {
-  const set = JSON.parse(JSON.stringify(changes), (_, each) => each ?? undefined)
+  const set = replaced(changes, each => each ?? undefined)
   return { ...changes, ...normalized(checkOptions(Fields, set, 'key')) }
 }
 

@@ -7,7 +7,7 @@ import { type KeyRecord, type KeySource, type StatusCodes, statusRefusal } from 
 
 export const WebhookKeysOptions = Type.Object(
   {
-    url: Url('Asked about each key'),
+    url: Url('Asked about each key', { secretPath: true }),
     method: Type.Enum(['POST', 'PUT'], { default: 'POST', description: 'Method' }),
     timeout: Duration('5s', 'How long the answer may take'),
     headers: HeadersToSend

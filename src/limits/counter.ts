@@ -1,8 +1,10 @@
+import { type Share, shareOf } from './hold.ts'
 import { bucketOf, type Limits } from './limits.ts'
 import { SlidingWindow, TokenBucket } from './rates.ts'
 import {
   type Account,
   type Amount,
+  type Call,
   type Hold,
   type Left,
   type LimitName,
@@ -42,7 +44,7 @@ export class Counter {
   /** As it was last asked for. */
   account: Account
   slots = 0
-  readonly held: Amount & { window: number } = { tokens: 0, cost: 0, window: 0 }
+  readonly held: Share = { tokens: 0, cost: 0, window: 0 }
   readonly requests = new SlidingWindow(0)
   readonly tokens = new SlidingWindow(0)
   spending: Spending | undefined
@@ -52,15 +54,19 @@ export class Counter {
     this.account = account
   }
 
-  /** Why a call has no room that wants `hold`, and at `least` so many tokens; the limit it waits for longest. */
+  /**
+   * Returns why a call has no room: the limit that it has to wait for longest. `least`: the amount that it needs however
+   * wrong the estimates are.
+   */
   refusal(
     account: Account,
-    hold: Hold,
-    least: number,
+    { hold, least, onlyRates }: Omit<Call, 'accounts'>,
     at: Moment,
     uploading = 0
   ): Refusal | undefined {
     const { scope, limits } = account
+    const share = shareOf(limits, hold)
+    const leastShare = shareOf(limits, least)
     let longest: Refusal | undefined
     const check = (limit: LimitName, max: number, retryAfterMs: number) => {
       if (max > 0 && retryAfterMs > (longest?.retryAfterMs ?? 0)) {
@@ -72,39 +78,48 @@ export class Counter {
     if (bucket) check('requests_per_second', bucket.perSecond, bucket.wait(at.now))
     this.requests.limit = requests_per_minute
     check('requests_per_minute', requests_per_minute, this.requests.wait(at.now))
-    const isTooLarge = least > tokens_per_minute
-    const forTokens = isTooLarge ? Number.POSITIVE_INFINITY : this.#tokenWait(limits, hold, at.now)
+    if (onlyRates) return longest
+    const isTooLarge = leastShare.window > tokens_per_minute
+    const forTokens = isTooLarge ? Number.POSITIVE_INFINITY : this.#tokenWait(limits, share, at.now)
     check('tokens_per_minute', tokens_per_minute, forTokens)
     check('max_concurrent', max_concurrent, this.slots + uploading < max_concurrent ? 0 : RETRY)
-    if (!this.#hasQuota(account, hold, at)) {
-      const isSpent = !this.#hasQuota(account, hold, at, NOTHING)
-      if (isSpent) check('total_quota', total_quota, at.period.end - at.time)
+    const isFresh = this.spent(account, at)[limits.quota_unit] === 0
+    const hasQuota = (held: Amount) => {
+      // An estimate alone rejects nothing permanently.
+      const wanted = isFresh && held[limits.quota_unit] === 0 ? leastShare : share
+      return this.#hasQuota(account, wanted, at, held)
+    }
+    if (!hasQuota(this.held)) {
+      if (!hasQuota(NOTHING)) check('total_quota', total_quota, at.period.end - at.time)
       else check('reserved_quota', total_quota, RETRY)
     }
     if (longest?.limit === 'total_quota' || longest?.limit === 'reserved_quota') {
       const { quota_unit } = limits
       longest.left = total_quota - this.spent(account, at)[quota_unit]
-      longest.needed = hold[quota_unit]
+      longest.needed = share[quota_unit]
     }
     return longest
   }
 
   /** Is there room to hold so much more? */
   hasRoom(account: Account, more: Hold, at: Moment): boolean {
-    if (this.#tokenWait(account.limits, more, at.now) > 0) return false
-    // What is reserved of a quota already needs no more of it.
-    return more[account.limits.quota_unit] === 0 || this.#hasQuota(account, more, at)
+    const share = shareOf(account.limits, more)
+    if (this.#tokenWait(account.limits, share, at.now) > 0) return false
+    // A part of a quota that is reserved already needs no more of it.
+    return share[account.limits.quota_unit] === 0 || this.#hasQuota(account, share, at)
   }
 
-  take({ limits }: Account, hold: Hold, now: number): void {
-    if (limits.requests_per_minute > 0) this.requests.take(now)
-    this.#bucketOf(limits)?.take(now)
+  take(account: Account, { hold, isBooking }: Omit<Call, 'accounts'>, now: number): void {
+    const { limits } = account
+    if (limits.requests_per_minute > 0 && !isBooking) this.requests.take(now)
+    if (!isBooking) this.#bucketOf(limits)?.take(now)
     this.slots++
-    this.hold(hold)
+    this.hold(account, hold)
   }
 
   /** Holds more, or with negative amounts less. */
-  hold({ tokens, cost, window = tokens }: Hold): void {
+  hold({ limits }: Account, more: Hold): void {
+    const { tokens, cost, window } = shareOf(limits, more)
     this.held.tokens += tokens
     this.held.cost += cost
     this.held.window += window
@@ -185,10 +200,10 @@ export class Counter {
   }
 
   /** What is held counts as if it were spent now. More than all of the limit needs the limit alone. */
-  #tokenWait({ tokens_per_minute: limit }: Limits, hold: Hold, now: number): number {
+  #tokenWait({ tokens_per_minute: limit }: Limits, { window }: Share, now: number): number {
     if (limit === 0) return 0
     this.tokens.limit = limit
-    const wanted = Math.min(hold.window ?? hold.tokens, limit) + this.held.window
+    const wanted = Math.min(window, limit) + this.held.window
     return wanted > limit ? RETRY : this.tokens.wait(now, wanted)
   }
 

@@ -1,6 +1,7 @@
 import { resolve } from 'node:path'
 import type { FastifyBaseLogger } from 'fastify'
-import { Counter, type Moment, type Period } from './counter.ts'
+import { Counter, type Moment, type Period, type Spending } from './counter.ts'
+import { none, sumOf, toBook } from './hold.ts'
 import type { Limits } from './limits.ts'
 import { Periods } from './period.ts'
 import { Quotas } from './quotas.ts'
@@ -10,7 +11,6 @@ import {
   type Amount,
   type Call,
   type Hold,
-  idOf,
   isAddress,
   type Lease,
   type Left,
@@ -24,6 +24,8 @@ import {
 const LOOK_FROM = 1024
 /** Subjects that a request looks at, more than it can add. */
 const LOOKS = 8
+/** A request of which nothing is known yet. */
+const LOOK = { hold: NOTHING, least: NOTHING }
 
 /** The clocks: monotonic (ms) and of the wall (Unix ms). */
 export interface Clock {
@@ -39,10 +41,11 @@ export const CLOCK: Clock = { now: () => performance.now(), time: () => Date.now
  * @example
  * const store = new MemoryStore(new Periods('UTC'))
  * const limits = { ...noLimits, max_concurrent: 1 }
- * const call = { accounts: [{ scope: 'per_key', id: 'alice', limits }], hold: { tokens: 0, cost: 0 }, least: 0 }
+ * const nothing = { tokens: 0, cost: 0 }
+ * const call = { accounts: [toAccount('per_key', 'alice', limits)], hold: nothing, least: nothing }
  * const lease = await store.reserve(call)
  * await store.reserve(call) // { scope: 'per_key', limit: 'max_concurrent', max: 1, retryAfterMs: 1000 }
- * store.settle(lease, { tokens: 0, cost: 0 })
+ * store.settle(lease, nothing)
  */
 export class MemoryStore implements LimitStore {
   #periods: Periods
@@ -56,6 +59,7 @@ export class MemoryStore implements LimitStore {
     this.#periods = periods
     this.#quotas = quotas
     this.#clock = clock
+    if (quotas !== undefined) quotas.counted = () => this.#spendings()
   }
 
   /** Subjects that are remembered at the moment. */
@@ -65,14 +69,11 @@ export class MemoryStore implements LimitStore {
 
   readonly isLocal = true
 
-  look(
-    accounts: readonly Account[],
-    uploading: (account: Account) => number = () => 0
-  ): Refusal | undefined {
-    for (const account of accounts) {
+  look(accounts: readonly Account[], uploading: readonly number[] = []): Refusal | undefined {
+    for (const [at, account] of accounts.entries()) {
       // Looking makes no counter that would have to be kept.
-      const counter = this.#counters.get(idOf(account)) ?? new Counter(account)
-      const refusal = counter.refusal(account, NOTHING, 0, this.#at(account), uploading(account))
+      const counter = this.#counters.get(account.name) ?? new Counter(account)
+      const refusal = counter.refusal(account, LOOK, this.#at(account), uploading[at])
       if (refusal !== undefined) return refusal
     }
     return undefined
@@ -82,18 +83,19 @@ export class MemoryStore implements LimitStore {
     return this.reserveNow(call)
   }
 
-  reserveNow({ accounts, hold, least, force }: Call): Lease | Refusal {
+  reserveNow(call: Call): Lease | Refusal {
+    const { accounts, hold, force } = call
     // Not while they are being taken from: what is idle now may be about to be taken.
     if (this.#counters.size >= LOOK_FROM) this.#removeSome()
     const counters = accounts.map(account => this.#counter(account))
     if (!force) {
       for (const [index, account] of accounts.entries()) {
-        const refusal = counters[index]!.refusal(account, hold, least, this.#at(account))
+        const refusal = counters[index]!.refusal(account, call, this.#at(account))
         if (refusal !== undefined) return refusal
       }
     }
     const now = this.#clock.now()
-    for (const [index, counter] of counters.entries()) counter.take(accounts[index]!, hold, now)
+    for (const [index, counter] of counters.entries()) counter.take(accounts[index]!, call, now)
     return {
       accounts,
       held: { ...hold },
@@ -184,20 +186,21 @@ export class MemoryStore implements LimitStore {
       const counter = this.#counter(account)
       counter.spend(account, delta, this.#at(account))
       const { spending } = counter
-      if (account.limits.total_quota > 0 && spending) this.#quotas?.note(idOf(account), spending)
+      if (account.limits.total_quota > 0 && spending) this.#quotas?.note(account.name, spending)
     }
     lease.spent = { ...spent }
     this.#hold(lease, less)
   }
 
   #hold(lease: Lease, more: Hold): void {
-    const { tokens, cost, window = tokens } = lease.held
-    lease.held = {
-      tokens: tokens + more.tokens,
-      cost: cost + more.cost,
-      window: window + (more.window ?? more.tokens)
+    lease.held = sumOf(lease.held, more)
+    for (const account of lease.accounts) this.#counter(account).hold(account, more)
+  }
+
+  *#spendings(): Generator<[string, Spending]> {
+    for (const [id, { account, spending }] of this.#counters) {
+      if (account.limits.total_quota > 0 && spending) yield [id, spending]
     }
-    for (const account of lease.accounts) this.#counter(account).hold(more)
   }
 
   #at({ limits }: Account): Moment {
@@ -210,7 +213,7 @@ export class MemoryStore implements LimitStore {
   }
 
   #counter(account: Account): Counter {
-    const id = idOf(account)
+    const id = account.name
     const known = this.#counters.get(id)
     if (known !== undefined) {
       known.account = account
@@ -258,23 +261,6 @@ export async function openMemoryStore(
   const periods = new Periods(timeZone)
   if (dataDir === undefined) return new MemoryStore(periods)
   return new MemoryStore(periods, await Quotas.open(resolve(dataDir, 'limits.db'), log))
-}
-
-/** What of `spent` is new, and by how much less is held for it. */
-export function toBook({ spent: before, held }: Lease, spent: Amount) {
-  const delta = { tokens: spent.tokens - before.tokens, cost: spent.cost - before.cost }
-  const { tokens, cost, window = tokens } = held
-  const less = {
-    tokens: -Math.min(tokens, Math.max(0, delta.tokens)),
-    cost: -Math.min(cost, Math.max(0, delta.cost)),
-    window: -Math.min(window, Math.max(0, delta.tokens))
-  }
-  return { delta, less }
-}
-
-/** What takes all of a reservation away. */
-export function none({ tokens, cost, window = tokens }: Hold): Hold {
-  return { tokens: -tokens, cost: -cost, window: -window }
 }
 
 export function tightest(all: (Left | undefined)[]): Left | undefined {

@@ -1,14 +1,25 @@
-import { hash } from 'node:crypto'
+import crypto from 'node:crypto'
 import type { KeyNews } from '../keys/key.ts'
 import type { Redis } from '../store/redis.ts'
 import { type Period, spentBefore } from './counter.ts'
 import { bucketOf } from './limits.ts'
 import { SCRIPT } from './script.ts'
-import { type Account, idOf, isAddress, type Left, type Refusal } from './store.ts'
+import { type Account, isAddress, type Left, type Refusal } from './store.ts'
 
 /** How {@link SCRIPT} is asked, and what it answers. */
 
-const SHA = hash('sha1', SCRIPT)
+const SHA = crypto.hash('sha1', SCRIPT)
+
+/**
+ * Error replies that come from what the keys of one order hold. All others come from the state of the server (LOADING,
+ * READONLY, MASTERDOWN, NOAUTH, CLUSTERDOWN, OOM, MISCONF ...); Redis 6 puts those behind a dash.
+ */
+const OF_KEYS = /^(?:WRONGTYPE|ERR user_script|ERR Error running script)(?!.*: -[A-Z])/
+
+/** An account of the order has a damaged key in Redis; nothing was done. Other orders are not affected. */
+export class DamagedKeyError extends Error {
+  override name = 'DamagedKeyError'
+}
 
 /** A rejection as the script returns it; -1: waiting does not help. */
 export type Refused = Omit<Refusal, 'retryAfterMs'> & { wait: number }
@@ -55,25 +66,32 @@ export class Orders {
     this.#time = time
   }
 
+  /** @throws {DamagedKeyError} or, where Redis is not there, another error */
   async ask<Op extends keyof Answers>(
     op: Op,
     accounts: readonly Account[],
     order: object
   ): Promise<Answers[Op] | { lost: true }> {
     const tag = `${this.#prefix}:{limits}`
-    const names = accounts.map(each => `${tag}:${hash('sha256', idOf(each)).slice(0, 32)}`)
+    const names = accounts.map(each => `${tag}:${crypto.hash('sha256', each.name).slice(0, 32)}`)
     const keys = ['replicas', 'epoch', 'news', 'orders'].map(each => `${tag}:${each}`)
     const json = JSON.stringify({ op, replica: this.#replica, time: this.#time?.(), ...order })
-    const text = await this.#redis.run(async client => {
-      const rest = [String(keys.length + names.length), ...keys, ...names, json]
-      try {
-        return await client.sendCommand(['EVALSHA', SHA, ...rest])
-      } catch (error) {
-        if (!String((error as Error).message).startsWith('NOSCRIPT')) throw error
-        return client.sendCommand(['EVAL', SCRIPT, ...rest])
-      }
-    })
-    return JSON.parse(String(text))
+    const rest = [String(keys.length + names.length), ...keys, ...names, json]
+    const reply = await this.#redis.run(client =>
+      client
+        .sendCommand(['EVALSHA', SHA, ...rest])
+        .catch((error: Error) => {
+          if (!error.message.startsWith('NOSCRIPT')) throw error
+          return client.sendCommand(['EVAL', SCRIPT, ...rest])
+        })
+        .catch((error: Error) => {
+          if (!OF_KEYS.test(error.message)) throw error
+          // Returned, since an error would end the connection of all orders.
+          return new DamagedKeyError(error.message)
+        })
+    )
+    if (reply instanceof DamagedKeyError) throw reply
+    return JSON.parse(String(reply))
   }
 }
 
@@ -81,7 +99,7 @@ export class Orders {
 export function toOrder(account: Account, period: Period): object {
   const { scope, limits } = account
   const { requests_per_minute, tokens_per_minute, max_concurrent } = limits
-  const { total_quota, quota_unit } = limits
+  const { total_quota, quota_unit, reserve } = limits
   const { perSecond: rate, burst } = bucketOf(limits)
   return {
     scope,
@@ -92,10 +110,11 @@ export function toOrder(account: Account, period: Period): object {
     max_concurrent,
     total_quota,
     quota_unit,
+    reserve,
     start: period.start,
     finish: Number.isFinite(period.end) ? period.end : 0,
     before: spentBefore(account, period),
-    is_address: isAddress(idOf(account))
+    is_address: isAddress(account.name)
   }
 }
 

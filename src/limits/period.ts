@@ -3,7 +3,6 @@ import type * as Luxon from 'luxon'
 import type { Period } from './counter.ts'
 import type { Limits } from './limits.ts'
 
-const require = createRequire(import.meta.url)
 const UNITS = { daily: 'day', weekly: 'week', monthly: 'month' } as const
 const FOR_EVER: Period = { start: 0, end: Number.POSITIVE_INFINITY }
 
@@ -28,7 +27,7 @@ export class Periods {
     const known = this.#known.get(period)
     if (known !== undefined && time >= known.start && time < known.end) return known
     // It takes 2 MB, which who has no such quotas does not need.
-    const { DateTime } = require('luxon') as typeof Luxon
+    const { DateTime }: typeof Luxon = createRequire(import.meta.url)('luxon')
     const start = DateTime.fromMillis(time, { zone: this.#zone }).startOf(UNITS[period])
     const end = start.plus({ [UNITS[period]]: 1 }).startOf(UNITS[period])
     const found = { start: start.toMillis(), end: end.toMillis() }

@@ -1,12 +1,13 @@
 import { type Static, Type } from 'typebox'
 import type { Caller } from '../exchange.ts'
+import { membersOf } from '../fragments.ts'
 import type { Issue } from '../issues.ts'
-import { matchesModel } from '../keys/key.ts'
+import { ModelList } from '../model-list.ts'
 import { checkOptions, NotBuilt, Section } from '../options.ts'
 import { type StorageOptions, storageIssues } from '../store/storage.ts'
 import { LimitSet, type Limits, limitFields } from './limits.ts'
 import { isTimeZone } from './period.ts'
-import type { Account, Scope } from './store.ts'
+import { type Account, type Scope, toAccount } from './store.ts'
 
 /** Which limits there are as options, and which of them a call is held to. */
 
@@ -56,7 +57,7 @@ export const LimitsOptions = Section(
       Type.Integer({
         minimum: 1,
         description:
-          'Output tokens that a request without max_tokens reserves of a quota; if left out, what the context of its model leaves, or 4096 where that is not known'
+          'Output tokens that a request without max_tokens reserves of a quota; if left out, what the context of its model leaves, or 4096 where that is not known. A request whose tokens cannot be estimated (a form, an image) reserves as many, or 4096'
       })
     ),
     time_zone: Type.String({
@@ -129,51 +130,62 @@ function limitSets(options: LimitsOptions): [Issue['path'], Limits][] {
   return [...parts.map((name): [Issue['path'], Limits] => [[name], options[name]]), ...named]
 }
 
-/** Who calls: the caller, whose id or address counts as a key, and the model that is asked for. */
-export interface Asker {
-  caller: Caller | undefined
-  subject: string
-  model: string | undefined
-  /** Whether a backend or the configuration has a model of this name. */
-  lists(model: string): boolean
-  /** The model of a stored response: what it has spent counts there, and its request has counted. */
-  heldModel?: string | undefined
+const NONE = checkOptions(LimitSet, {})
+
+/** Limits of `rate_limit.models`. */
+export function limitsOfModels({ enabled, models }: LimitsOptions): Promise<ModelList<Limits>> {
+  return ModelList.of(enabled ? membersOf(models) : [])
 }
 
-const NONE = checkOptions(LimitSet, {})
-const NO_RATES = { requests_per_second: 0, requests_per_minute: 0, max_concurrent: 0 }
-
-/** Whose limits a call is held to, and which. */
-export function accountsOf(asker: Asker, options: LimitsOptions): Account[] {
-  const { caller, subject, heldModel, model = heldModel, lists } = asker
-  const accounts: Account[] = []
-  const add = (scope: Scope, id: string, limits: Limits, spent?: Account['spent']) => {
-    if (isAny(limits)) accounts.push({ scope, id, limits, spent })
-  }
-  const of = (name: 'global' | 'per_key' | 'per_user' | 'per_model') =>
-    options.enabled && options[name].enabled ? options[name] : NONE
-  add('global', '', of('global'))
-  const perKey = of('per_key')
+/**
+ * Returns the accounts whose limits apply to all requests of a caller.
+ *
+ * @param subject id of the caller, or the address that counts as one
+ */
+export function accountsOf(
+  caller: Caller | undefined,
+  subject: string,
+  options: LimitsOptions
+): Account[] {
+  const perKey = limitsOf(options, 'per_key')
   const own = caller?.limits === undefined ? perKey : { ...perKey, ...caller.limits }
-  add('per_key', subject, own, caller?.spent)
+  const accounts = [
+    toAccount('global', '', limitsOf(options, 'global')),
+    toAccount('per_key', subject, own, caller?.spent)
+  ]
   const user = caller?.userId
   if (user !== undefined) {
     const isNamed = options.enabled && Object.hasOwn(options.users, user)
-    add('per_user', user, isNamed ? options.users[user]! : of('per_user'))
+    const limits = isNamed ? options.users[user]! : limitsOf(options, 'per_user')
+    accounts.push(toAccount('per_user', user, limits))
   }
-  if (model !== undefined) {
-    const named = options.enabled
-      ? Object.entries(options.models).find(([pattern]) => matchesModel([pattern], model))
-      : undefined
-    const limits = named?.[1] ?? of('per_model')
-    // Names that callers invent share one count: there may be any number of them.
-    const name = lists(model) ? model : (named?.[0] ?? '*')
-    add('per_model', name, asker.model === undefined ? { ...limits, ...NO_RATES } : limits)
-  }
-  return accounts
+  return accounts.filter(isLimited)
 }
 
-function isAny(limits: Limits): boolean {
+/**
+ * Returns the account of a model, if it has limits.
+ *
+ * @param models limits of `rate_limit.models`
+ * @param isListed whether a backend or the configuration has a model of this name
+ */
+export function modelAccount(
+  model: string,
+  options: LimitsOptions,
+  models: ModelList<Limits>,
+  isListed: boolean
+): Account | undefined {
+  const named = models.entry(model)
+  // Names that callers invent share one count: there may be any number of them.
+  const name = isListed ? model : (named?.pattern ?? '*')
+  const account = toAccount('per_model', name, named?.value ?? limitsOf(options, 'per_model'))
+  return isLimited(account) ? account : undefined
+}
+
+function limitsOf(options: LimitsOptions, part: Scope): Limits {
+  return options.enabled && options[part].enabled ? options[part] : NONE
+}
+
+function isLimited({ limits }: Account): boolean {
   const { requests_per_second, requests_per_minute, tokens_per_minute } = limits
   const rates = requests_per_second + requests_per_minute + tokens_per_minute
   return rates + limits.max_concurrent + limits.total_quota > 0

@@ -1,6 +1,6 @@
 import { existsSync } from 'node:fs'
 import type { FastifyBaseLogger } from 'fastify'
-import { placeholders, type Row } from '../store/sql.ts'
+import { NewerFormatError, placeholders, type Row } from '../store/sql.ts'
 import { Sqlite } from '../store/sqlite.ts'
 import type { Spending } from './counter.ts'
 import { ADDRESS, MAX_ADDRESSES } from './store.ts'
@@ -10,16 +10,22 @@ const WRITE_INTERVAL = 1_000
 /** Maximum time (ms) that responses wait for a disk. */
 const STATEMENT_TIMEOUT = 5_000
 const BATCH = 200
+const ANEW = 'all quotas start anew'
 /** How long (ms) an account without usage is kept. */
 const KEPT = 62 * 24 * 60 * 60 * 1000
 
-const SCHEMA = `
+const TABLES = `
   CREATE TABLE IF NOT EXISTS quotas (
     account TEXT NOT NULL PRIMARY KEY, period_start INTEGER NOT NULL, period_end INTEGER,
     tokens REAL NOT NULL, cost REAL NOT NULL
   ) WITHOUT ROWID;
   ALTER TABLE quotas ADD COLUMN before TEXT;
 `
+const SCHEMA = {
+  scripts: [TABLES],
+  table: 'quotas',
+  probe: 'SELECT account, period_start, period_end, tokens, cost, before FROM quotas'
+}
 /** The clock may be ahead now, or was when something was spent: rows are old if both agree. */
 const DELETE_OLD =
   'DELETE FROM quotas WHERE period_end <= min(?, (SELECT max(period_start) FROM quotas)) - ?'
@@ -29,31 +35,61 @@ const DELETE_SURPLUS = `DELETE FROM quotas WHERE account IN (
 )`
 
 /**
- * What was spent of quotas, in a file. The file and its writer thread exist only if a quota is configured.
+ * Usage of quotas, in a file. The file and its writer thread exist only if a quota is configured.
  */
 export class Quotas {
   /** Spending of accounts that have no counter at the moment. */
   readonly #idle: Map<string, Spending>
+  /** Spending of accounts that have a counter. */
+  counted: () => Iterable<[account: string, spending: Spending]> = () => []
   readonly #db: Sqlite
   readonly #log: FastifyBaseLogger
   /** Accounts whose rows are to be written, or deleted (undefined). */
   readonly #changed = new Map<string, Spending | undefined>()
   readonly #timer: NodeJS.Timeout
-  #isPrepared = false
   #writing = Promise.resolve()
   #next: Promise<void> | undefined
   /** The last attempt to write has failed. */
   #isBroken = false
 
-  /** @throws {DatabaseError} */
-  static async open(file: string, log: FastifyBaseLogger, now = Date.now()): Promise<Quotas> {
-    const db = new Sqlite(file, STATEMENT_TIMEOUT)
-    if (!existsSync(file)) return new Quotas(db, new Map(), log)
-    await db.upgrade([SCHEMA])
-    await db.run(DELETE_OLD, [now, KEPT])
-    await db.run(DELETE_SURPLUS, [`per_key:${ADDRESS}*`])
-    const rows = await db.run('SELECT * FROM quotas', [])
-    return new Quotas(db, new Map(rows.map(row => [String(row.account), toSpending(row)])), log)
+  /**
+   * A file that cannot be read does not keep the gateway from its start: one that is damaged or of another program is
+   * moved aside, one that is locked is left as it is.
+   *
+   * @param timeout how long (ms) a statement may take
+   * @throws {NewerFormatError} when a newer version has written the file
+   */
+  static async open(
+    file: string,
+    log: FastifyBaseLogger,
+    now = Date.now(),
+    timeout = STATEMENT_TIMEOUT
+  ): Promise<Quotas> {
+    // A statement that waits for a lock fails before its thread is given up.
+    let quotas: Quotas | undefined
+    const db = new Sqlite(file, timeout, {
+      busyTimeout: timeout / 2,
+      schema: SCHEMA,
+      onLoss(loss) {
+        const kept =
+          quotas === undefined ? ANEW : 'what the gateway knows of quotas is written again'
+        log.error({ file, ...loss }, `the file of quotas is of no use or gone: ${kept}`)
+        quotas?.noteAll()
+      }
+    })
+    let spent: [string, Spending][] = []
+    try {
+      if (existsSync(file)) spent = await readSpent(db, file, log, now)
+    } catch (error) {
+      if (error instanceof NewerFormatError) {
+        await db.close()
+        throw error
+      }
+      const { message: reason } = error as Error
+      log.error({ file, reason }, `quotas cannot be read: ${ANEW}`)
+    }
+    quotas = new Quotas(db, new Map(spent), log)
+    return quotas
   }
 
   private constructor(db: Sqlite, idle: Map<string, Spending>, log: FastifyBaseLogger) {
@@ -77,7 +113,7 @@ export class Quotas {
     this.#idle.set(account, spending)
   }
 
-  /** What the account has spent does not matter any more. */
+  /** The usage of the account does not matter any more. */
   forget(account: string): void {
     // While nothing can be written there may be any number of them.
     if (this.#isBroken) this.#changed.delete(account)
@@ -86,6 +122,13 @@ export class Quotas {
 
   note(account: string, spending: Spending): void {
     this.#changed.set(account, spending)
+  }
+
+  /** The file is empty: it lacks also what has not changed. */
+  noteAll(): void {
+    for (const all of [this.#idle, this.counted()]) {
+      for (const [account, spending] of all) this.#changed.set(account, spending)
+    }
   }
 
   /** Resolves when all that was noted is on the disk, or cannot be written at the moment. */
@@ -139,8 +182,6 @@ export class Quotas {
   }
 
   async #writeSome(some: readonly [string, Spending | undefined][]): Promise<void> {
-    if (!this.#isPrepared) await this.#db.upgrade([SCHEMA])
-    this.#isPrepared = true
     const rows = some.flatMap(([account, spending]) => (spending ? [toRow(account, spending)] : []))
     const gone = some.filter(([, spending]) => spending === undefined).map(([account]) => account)
     if (rows.length > 0) {
@@ -152,6 +193,24 @@ export class Quotas {
       await this.#db.run(`DELETE FROM quotas WHERE ${isGone}`, [JSON.stringify(gone)])
     }
   }
+}
+
+async function readSpent(
+  db: Sqlite,
+  file: string,
+  log: FastifyBaseLogger,
+  now: number
+): Promise<[string, Spending][]> {
+  await db.check()
+  try {
+    await db.run(DELETE_OLD, [now, KEPT])
+    await db.run(DELETE_SURPLUS, [`per_key:${ADDRESS}*`])
+  } catch (error) {
+    // A file that another process is writing can be read nevertheless.
+    log.warn({ file, reason: (error as Error).message }, 'old quotas cannot be deleted')
+  }
+  const rows = await db.run('SELECT * FROM quotas', [])
+  return rows.map(row => [String(row.account), toSpending(row)])
 }
 
 function toRow(account: string, { start, end, tokens, cost, before }: Spending) {

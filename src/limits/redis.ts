@@ -5,17 +5,27 @@ import { dirname } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyBaseLogger } from 'fastify'
 import type { KeyNews } from '../keys/key.ts'
+import { Complaint } from '../logs/complaint.ts'
 import { Redis } from '../store/redis.ts'
 import type { CacheOptions } from '../store/storage.ts'
+import { none, toBook } from './hold.ts'
 import { bucketOf } from './limits.ts'
-import { CLOCK, MemoryStore, none, tightest, toBook } from './memory.ts'
-import { type Answers, Orders, type Refused, toLeft, toNews, toOrder, toTold } from './orders.ts'
+import { CLOCK, MemoryStore, tightest } from './memory.ts'
+import {
+  type Answers,
+  DamagedKeyError,
+  Orders,
+  type Refused,
+  toLeft,
+  toNews,
+  toOrder,
+  toTold
+} from './orders.ts'
 import {
   type Account,
   type Amount,
   type Call,
   type Hold,
-  idOf,
   isRefusal,
   type Lease,
   type LimitStore,
@@ -75,7 +85,8 @@ interface Owed extends Debt {
  *
  * Beside it each process counts in memory what it lets through itself. By that it goes on while Redis is
  * away, with its share of every limit (the whole divided by the processes that were last seen), and from
- * that Redis gets back what it has lost.
+ * that Redis gets back what it has lost. Where only the key of one account is damaged, only requests of that account
+ * are decided like that.
  */
 export class RedisStore implements LimitStore {
   #options: RedisStoreOptions
@@ -100,6 +111,7 @@ export class RedisStore implements LimitStore {
   #beating: Promise<void> | undefined
   readonly #timer: NodeJS.Timeout
   readonly #settling = new Set<Promise<void>>()
+  readonly #damaged: Complaint
 
   constructor(options: RedisStoreOptions) {
     this.#options = options
@@ -114,6 +126,10 @@ export class RedisStore implements LimitStore {
     this.#mirror = new MemoryStore(options.periods, undefined, clock)
     this.#orders = new Orders(this.#redis, options.prefix, randomUUID(), time)
     if (options.file !== undefined) this.#replicas = readCount(options.file)
+    this.#damaged = new Complaint((orders, reason) => {
+      const { log, onError } = this.#options
+      log.error({ orders, reason, on_store_error: onError }, 'limits: a key in Redis is damaged')
+    })
     this.#timer = setInterval(() => void this.beat(), BEAT_INTERVAL).unref()
   }
 
@@ -126,22 +142,23 @@ export class RedisStore implements LimitStore {
 
   async look(
     accounts: readonly Account[],
-    uploading: (account: Account) => number
+    uploading: readonly number[]
   ): Promise<Refusal | undefined> {
     if (!this.#isJoined) return undefined
-    const looked = { hold: NOTHING, least: 0, uploading: accounts.map(uploading) }
+    const looked = { hold: NOTHING, least: NOTHING, uploading }
     const answer = await this.#step('look', accounts, looked).catch(() => undefined)
     return answer?.refused && toRefusal(answer.refused)
   }
 
   async reserve(call: Call): Promise<Lease | Refusal> {
     if (!this.#isJoined) return this.#alone(call)
-    const { accounts, hold, least, force = false } = call
+    const { accounts, ...order } = call
     const number = ++this.#last
     let answer: Answers['reserve']
     try {
-      answer = await this.#step('reserve', accounts, { number, hold, least, force })
+      answer = await this.#step('reserve', accounts, { number, ...order })
     } catch (error) {
+      if (error instanceof DamagedKeyError) return this.#aside(call)
       // Redis may have granted it: what it thinks of these has to be put right in any case.
       this.#owe(accounts, NO_DEBT)
       return this.#alone(call, debt => this.#note(error, number, accounts, debt))
@@ -217,6 +234,7 @@ export class RedisStore implements LimitStore {
 
   async close(): Promise<void> {
     clearInterval(this.#timer)
+    this.#damaged.end()
     const sent = Promise.all([...this.#settling, this.#beating])
     await Promise.race([sent, sleep(CLOSE_TIMEOUT, undefined, { ref: false })])
     if (this.#isJoined) await this.#step('leave', [], {}).catch(() => {})
@@ -229,6 +247,7 @@ export class RedisStore implements LimitStore {
     const { accounts, mirror } = lease
     const { delta, less } = toBook(mirror, spent)
     const debt = { ...delta, requests: 0 }
+    let isDamaged = false
     if (!this.#isJoined) this.#owe(accounts, debt)
     else {
       const number = ++this.#last
@@ -237,11 +256,17 @@ export class RedisStore implements LimitStore {
         const { held } = await this.#step('extend', accounts, order)
         return this.#mirror.extendNow(mirror, spent, held ? more : NOTHING, true) && held
       } catch (error) {
-        this.#note(error, number, accounts, debt)
+        isDamaged = error instanceof DamagedKeyError
+        if (!isDamaged) this.#note(error, number, accounts, debt)
       }
     }
     const { onError } = this.#options
-    return this.#mirror.extendNow(mirror, spent, more, force || onError === 'allow')
+    const held = this.#mirror.extendNow(mirror, spent, more, force || onError === 'allow')
+    if (isDamaged) {
+      const order = { spent: delta, less, more: held ? more : NOTHING, force: true }
+      await this.#tellEach('extend', accounts, order, debt)
+    }
+    return held
   }
 
   async #settle({ accounts, mirror }: RedisLease, spent: Amount): Promise<void> {
@@ -254,14 +279,43 @@ export class RedisStore implements LimitStore {
     try {
       await this.#step('settle', accounts, { number, spent: delta, less })
     } catch (error) {
-      this.#note(error, number, accounts, debt)
+      if (!(error instanceof DamagedKeyError)) this.#note(error, number, accounts, debt)
+      else await this.#tellEach('settle', accounts, { spent: delta, less }, debt)
     }
   }
 
-  /** Redis is away; `note` takes down what it has to hear when it is back. */
+  /** The key of an account is damaged: this process decides, and Redis counts the other accounts. */
+  async #aside(call: Call): Promise<Lease | Refusal> {
+    const lease = this.#alone(call, () => {})
+    if (isRefusal(lease)) return lease
+    const { accounts, ...order } = call
+    await this.#tellEach('reserve', accounts, { ...order, force: true }, debtOf(call))
+    return lease
+  }
+
+  /** Tells Redis of each account by itself what it could not do for all of them together. */
+  async #tellEach(
+    op: 'reserve' | 'extend' | 'settle',
+    accounts: readonly Account[],
+    order: object,
+    debt: Debt
+  ): Promise<void> {
+    if (!this.#isJoined) return this.#owe(accounts, debt)
+    const telling = accounts.map(async account => {
+      const number = ++this.#last
+      try {
+        await this.#step(op, [account], { ...order, number })
+      } catch (error) {
+        this.#note(error, number, [account], debt)
+      }
+    })
+    await Promise.all(telling)
+  }
+
+  /** Without Redis; `note` takes down what it has to hear when it is back. */
   #alone(call: Call, note = (debt: Debt) => this.#owe(call.accounts, debt)): Lease | Refusal {
     const { onError } = this.#options
-    if (onError === 'deny') throw new StoreError('Redis cannot be asked')
+    if (onError === 'deny' && !call.isBooking) throw new StoreError('Redis cannot be asked')
     const force = call.force || onError === 'allow'
     const accounts = call.accounts.map(account => this.#shareOf(account))
     const mirror = this.#mirror.reserveNow({ ...call, accounts, force })
@@ -275,7 +329,7 @@ export class RedisStore implements LimitStore {
       }[mirror.limit]
       return { ...mirror, max }
     }
-    note({ ...NO_DEBT, requests: 1 })
+    note(debtOf(call))
     return { ...mirror, accounts: call.accounts, mirror } as RedisLease
   }
 
@@ -308,7 +362,8 @@ export class RedisStore implements LimitStore {
     debt: Debt,
     isSeed = false
   ): void {
-    if (error instanceof UnheardError) this.#owe(accounts, debt)
+    const isUndone = error instanceof UnheardError || error instanceof DamagedKeyError
+    if (isUndone) this.#owe(accounts, debt)
     else this.#unclear.push({ number, accounts, debt, isSeed })
   }
 
@@ -319,13 +374,13 @@ export class RedisStore implements LimitStore {
     for (const { number, accounts, debt, isSeed } of unclear) {
       const isHeard = number <= last
       this.#owe(accounts, isHeard ? NO_DEBT : debt)
-      if (isHeard && isSeed) for (const each of accounts) this.#lost.delete(idOf(each))
+      if (isHeard && isSeed) for (const each of accounts) this.#lost.delete(each.name)
     }
   }
 
   #owe(accounts: readonly Account[], { requests, tokens, cost }: Debt): void {
     for (const account of accounts) {
-      const id = idOf(account)
+      const id = account.name
       if (this.#unsure.size >= MAX_UNSURE && !this.#unsure.has(id)) continue
       const owed = this.#unsure.get(id) ?? { ...NO_DEBT, account }
       owed.account = account
@@ -407,7 +462,7 @@ export class RedisStore implements LimitStore {
     this.#ahead = now - CLOCK.time()
     if (this.#epoch !== '' && this.#epoch !== epoch) {
       for (const { account } of this.#mirror.counters()) {
-        this.#lost.add(idOf(account))
+        this.#lost.add(account.name)
         this.#owe([account], NO_DEBT)
       }
     }
@@ -468,6 +523,11 @@ export class RedisStore implements LimitStore {
       if ('lost' in answer) throw new UnheardError()
       return answer
     } catch (error) {
+      if (error instanceof DamagedKeyError) {
+        this.#options.onTrouble?.()
+        this.#damaged.add(1, error.message)
+        throw error
+      }
       this.#fail(error as Error)
       void this.beat()
       throw error
@@ -489,6 +549,10 @@ function toRefusal({ wait, ...refused }: Refused): Refusal {
 }
 
 const NO_DEBT: Debt = { requests: 0, tokens: 0, cost: 0 }
+
+function debtOf({ isBooking }: Call): Debt {
+  return { ...NO_DEBT, requests: isBooking ? 0 : 1 }
+}
 
 function readCount(file: string): number {
   try {

@@ -8,13 +8,13 @@ const WHOSE: Record<Scope, string> = {
   per_user: 'This user',
   per_model: 'This model'
 }
-const UNITS: Record<LimitName, string> = {
-  requests_per_second: 'requests a second',
-  requests_per_minute: 'requests a minute',
-  tokens_per_minute: 'tokens a minute',
-  max_concurrent: 'requests at the same time',
-  total_quota: '',
-  reserved_quota: ''
+const UNITS: Record<LimitName, [noun: string, per: string]> = {
+  requests_per_second: ['request', 'a second'],
+  requests_per_minute: ['request', 'a minute'],
+  tokens_per_minute: ['token', 'a minute'],
+  max_concurrent: ['request', 'at the same time'],
+  total_quota: ['', ''],
+  reserved_quota: ['', '']
 }
 
 /**
@@ -22,20 +22,23 @@ const UNITS: Record<LimitName, string> = {
  * `insufficient_quota` where it doesn't.
  *
  * @param time now (Unix ms)
- * @param quotaStatus status of a response to a caller whose quota is used up
+ * @param options.quotaStatus status of a response to a caller whose quota is used up
+ * @param options.hasKey whether the request had a key; else limits of a key apply to its address
  */
 export function tooMany(
   refusal: Refusal,
   dialect: string,
   time: number,
-  quotaStatus?: number
+  { quotaStatus, hasKey }: { quotaStatus?: number | undefined; hasKey: boolean }
 ): GatewayError {
-  const { scope, limit, max, retryAfterMs } = refusal
-  if (limit === 'total_quota') return quotaUsedUp(refusal, time, quotaStatus)
+  const { limit, max, retryAfterMs } = refusal
+  const whose =
+    refusal.scope === 'per_key' && !hasKey ? 'This client address' : WHOSE[refusal.scope]
+  if (limit === 'total_quota') return quotaUsedUp(refusal, whose, time, quotaStatus)
   const held =
     limit === 'reserved_quota'
-      ? `Running requests have reserved what is left of the quota of ${WHOSE[scope].replace('T', 't')}.${advice(refusal)}`
-      : `${WHOSE[scope]} is limited to ${Number(max.toFixed(2))} ${UNITS[limit]}.`
+      ? `Running requests have reserved what is left of the quota of ${whose.replace('T', 't')}.${advice(refusal)}`
+      : `${whose} is limited to ${amountOf(max, limit)}.`
   if (!Number.isFinite(retryAfterMs)) {
     return new GatewayError('rate_limit_exceeded', `${held} This request alone is larger.`, {
       headers: { 'x-should-retry': 'false' }
@@ -56,12 +59,23 @@ export function tooMany(
   })
 }
 
-function quotaUsedUp(refusal: Refusal, time: number, statusCode = 429): GatewayError {
-  const { scope, retryAfterMs, left = 0 } = refusal
+function amountOf(max: number, limit: LimitName): string {
+  const number = Number(max.toFixed(2))
+  const [noun, per] = UNITS[limit]
+  return `${number} ${noun}${number === 1 ? '' : 's'} ${per}`
+}
+
+function quotaUsedUp(
+  refusal: Refusal,
+  whose: string,
+  time: number,
+  statusCode = 429
+): GatewayError {
+  const { retryAfterMs, left = 0 } = refusal
   const what =
     left > 0
-      ? `${WHOSE[scope]} has too little left of its quota.${advice(refusal)}`
-      : `${WHOSE[scope]} has used up its quota.`
+      ? `${whose} has too little left of its quota.${advice(refusal)}`
+      : `${whose} has used up its quota.`
   const renewed = Number.isFinite(retryAfterMs)
     ? ` It is renewed at ${new Date(time + retryAfterMs).toISOString().slice(0, 19)}Z.`
     : ''
@@ -71,7 +85,7 @@ function quotaUsedUp(refusal: Refusal, time: number, statusCode = 429): GatewayE
   })
 }
 
-/** What is left, what the request would need, and how it can need less. */
+/** Returns how much is left, how much the request would need, and how it can need less. */
 function advice({ left, needed }: Refusal): string {
   if (left === undefined || !needed) return ''
   const amount = (value: number) => String(Number(Math.max(0, value).toPrecision(6)))

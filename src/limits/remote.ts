@@ -10,14 +10,17 @@ import {
   type Refusal,
   StoreError
 } from './store.ts'
+import { type Upload, Uploads } from './uploads.ts'
 
 /** What a process asks of the one that counts for all; it goes through JSON. */
 export type LimitQuestion =
   | { op: 'reserve'; id: number; call: Call }
-  | { op: 'extend'; id: number; lease: number; spent: Amount; more: Amount; force: boolean }
+  | { op: 'extend'; id: number; lease: number; spent: Amount; more: Hold; force: boolean }
   | { op: 'book'; id: number; lease: number; spent: Amount }
   | { op: 'settle'; lease: number; spent: Amount }
-  | { op: 'look'; id: number; accounts: readonly Account[]; uploading: number[] }
+  | { op: 'look'; id: number; accounts: readonly Account[]; isUpload: boolean }
+  /** The request of this look is no upload any more. */
+  | { op: 'uploaded'; look: number }
 
 /** What it is answered; of a lease all but its accounts. */
 export interface LimitAnswer {
@@ -45,11 +48,13 @@ export class RemoteStore implements LimitStore {
 
   async look(
     accounts: readonly Account[],
-    uploading: (account: Account) => number
+    _uploading: unknown,
+    upload?: Upload
   ): Promise<Refusal | undefined> {
     const id = ++this.#lastId
-    const counts = accounts.map(uploading)
-    const question = { op: 'look', id, accounts, uploading: counts } as const
+    const isUpload = upload !== undefined
+    if (isUpload) upload.onEnd = () => this.#ask({ op: 'uploaded', look: id })
+    const question = { op: 'look', id, accounts, isUpload } as const
     const { refusal } = await this.#answer(id, question).catch((): Partial<LimitAnswer> => ({}))
     return refusal && toRefusal(refusal)
   }
@@ -116,23 +121,26 @@ export class RemoteLeases {
   readonly #store: LimitStore
   readonly #tell: (answer: LimitAnswer) => void
   readonly #open = new Map<number, Lease>()
+  readonly #uploads: Uploads
+  /** Uploads of the other process, by their looks. */
+  readonly #uploading = new Map<number, Upload>()
   #isGone = false
 
-  constructor(store: LimitStore, tell: (answer: LimitAnswer) => void) {
+  /** @param uploads of all other processes */
+  constructor(
+    store: LimitStore,
+    tell: (answer: LimitAnswer) => void,
+    uploads: Uploads = new Uploads()
+  ) {
     this.#store = store
     this.#tell = tell
+    this.#uploads = uploads
   }
 
   async hear(question: LimitQuestion): Promise<void> {
     if (question.op === 'reserve') return this.#reserve(question.id, question.call)
-    if (question.op === 'look') {
-      const { id, accounts, uploading } = question
-      const refusal = await this.#store.look(
-        accounts,
-        account => uploading[accounts.indexOf(account)]!
-      )
-      return this.#tell({ id, ...(refusal === undefined ? {} : { refusal }) })
-    }
+    if (question.op === 'look') return this.#look(question)
+    if (question.op === 'uploaded') return this.#endUpload(question.look)
     const lease = this.#open.get(question.lease)
     if (question.op === 'settle') {
       this.#open.delete(question.lease)
@@ -154,6 +162,23 @@ export class RemoteLeases {
     this.#isGone = true
     for (const lease of this.#open.values()) this.#store.settle(lease, lease.spent)
     this.#open.clear()
+    for (const id of this.#uploading.keys()) this.#endUpload(id)
+  }
+
+  async #look({ id, accounts, isUpload }: LimitQuestion & { op: 'look' }): Promise<void> {
+    const others = this.#uploads.of(accounts)
+    // Before the store is asked: all of a burst would be told that there is room.
+    if (isUpload && !this.#isGone) this.#uploading.set(id, this.#uploads.begin(accounts))
+    const refusal = await this.#store.look(accounts, others)
+    if (refusal === undefined) return this.#tell({ id })
+    this.#endUpload(id)
+    this.#tell({ id, refusal })
+  }
+
+  #endUpload(id: number): void {
+    const upload = this.#uploading.get(id)
+    this.#uploading.delete(id)
+    if (upload !== undefined) this.#uploads.end(upload)
   }
 
   async #reserve(id: number, call: Call): Promise<void> {

@@ -15,7 +15,7 @@ local EXACT, GRAIN = 512, 500
 -- Keys that are told of in one answer, unless more of them have the same time.
 local NEWS = 10000
 local MINUTES, DAY = 150000, 86400000
--- What a client address has spent of a quota without a period is kept this long (ms) after its last request.
+-- Time (ms) after its last request for which usage of a client address is kept, of a quota without a period.
 local ADDRESS_KEPT = 62 * DAY
 -- Differences of clocks (ms): between gateways and Redis, and of a clock that is set back a little.
 local SKEW, STEP = ${SKEW}, 1000
@@ -137,10 +137,17 @@ local function bucket(counter, account)
   return level, level >= 1 and 0 or (1 - level) / rate * 1000
 end
 
-local function token_wait(counter, account, amount)
+-- As {@link shareOf}.
+local function share_of(account, hold)
+  local typical = hold.typical or hold
+  local quota = account.reserve == 'typical' and typical or hold
+  return { tokens = quota.tokens, cost = quota.cost, window = typical.tokens }
+end
+
+local function token_wait(counter, account, share)
   local limit = account.tokens_per_minute
   if limit == 0 then return 0 end
-  local wanted = math.min(amount, limit) + sum(counter.held_window)
+  local wanted = math.min(share.window, limit) + sum(counter.held_window)
   if wanted > limit then return RETRY end
   return window_wait(counter.tokens, limit, wanted)
 end
@@ -181,10 +188,11 @@ local function has_quota(counter, account, more, but_held)
   return left > 0
 end
 
-local function hold(counter, more)
-  counter.held_tokens[me] = (counter.held_tokens[me] or 0) + more.tokens
-  counter.held_cost[me] = (counter.held_cost[me] or 0) + more.cost
-  counter.held_window[me] = (counter.held_window[me] or 0) + (more.window or more.tokens)
+local function hold(counter, account, more)
+  local share = share_of(account, more)
+  counter.held_tokens[me] = (counter.held_tokens[me] or 0) + share.tokens
+  counter.held_cost[me] = (counter.held_cost[me] or 0) + share.cost
+  counter.held_window[me] = (counter.held_window[me] or 0) + share.window
 end
 
 local function spend(counter, account, amount)
@@ -198,6 +206,7 @@ local function spend(counter, account, amount)
 end
 
 local function refusal(counter, account, uploading)
+  local share, least = share_of(account, order.hold), share_of(account, order.least)
   local longest, limit, max = 0, nil, 0
   local function check(name, most, wait)
     if most > 0 and wait > longest then longest, limit, max = wait, name, most end
@@ -207,13 +216,17 @@ local function refusal(counter, account, uploading)
   local per_minute = account.requests_per_minute
   check('requests_per_minute', per_minute,
     per_minute > 0 and window_wait(counter.requests, per_minute, 1) or 0)
-  local for_tokens = token_wait(counter, account, order.hold.window or order.hold.tokens)
-  if order.least > account.tokens_per_minute then for_tokens = math.huge end
+  local for_tokens = order.onlyRates and 0 or token_wait(counter, account, share)
+  if least.window > account.tokens_per_minute then for_tokens = math.huge end
   check('tokens_per_minute', account.tokens_per_minute, for_tokens)
-  check('max_concurrent', account.max_concurrent,
-    sum(counter.slots) + (uploading or 0) < account.max_concurrent and 0 or RETRY)
-  if not has_quota(counter, account, order.hold) then
-    if has_quota(counter, account, order.hold, true) then
+  local is_free = order.onlyRates or sum(counter.slots) + (uploading or 0) < account.max_concurrent
+  check('max_concurrent', account.max_concurrent, is_free and 0 or RETRY)
+  local unit = account.quota_unit
+  local is_fresh = account.total_quota > 0 and counter['spent_' .. unit] == 0
+  -- An estimate alone rejects nothing permanently.
+  local is_alone = is_fresh and sum(counter['held_' .. unit]) == 0
+  if not order.onlyRates and not has_quota(counter, account, is_alone and least or share) then
+    if has_quota(counter, account, is_fresh and least or share, true) then
       check('reserved_quota', account.total_quota, RETRY)
     else
       check('total_quota', account.total_quota,
@@ -223,8 +236,7 @@ local function refusal(counter, account, uploading)
   if limit then
     local refused = { scope = account.scope, limit = limit, max = max, wait = longest == math.huge and -1 or longest }
     if limit == 'total_quota' or limit == 'reserved_quota' then
-      local unit = account.quota_unit
-      refused.left, refused.needed = account.total_quota - counter['spent_' .. unit], order.hold[unit]
+      refused.left, refused.needed = account.total_quota - counter['spent_' .. unit], share[unit]
     end
     return refused
   end
@@ -290,11 +302,13 @@ function operations.reserve()
     for index, account in ipairs(order.accounts) do
       local counter = counters[index]
       bucket(counter, account)
-      local per_minute = account.requests_per_minute
-      if per_minute > 0 then take_grain(counter.requests, per_minute, 1) end
-      if account.rate > 0 then counter.level = counter.level - 1 end
+      if not order.isBooking then
+        local per_minute = account.requests_per_minute
+        if per_minute > 0 then take_grain(counter.requests, per_minute, 1) end
+        if account.rate > 0 then counter.level = counter.level - 1 end
+      end
       counter.slots[me] = (counter.slots[me] or 0) + 1
-      hold(counter, order.hold)
+      hold(counter, account, order.hold)
       state[index] = left(counter, account)
     end
     write_all(counters)
@@ -308,13 +322,14 @@ function operations.extend()
     for index, account in ipairs(order.accounts) do
       local counter = counters[index]
       spend(counter, account, order.spent)
-      hold(counter, order.less)
-      -- What is reserved of a quota already needs no more of it.
-      has_room = has_room and token_wait(counter, account, order.more.window or order.more.tokens) == 0
-        and (order.more[account.quota_unit] == 0 or has_quota(counter, account, order.more))
+      hold(counter, account, order.less)
+      -- A part of a quota that is reserved already needs no more of it.
+      local share = share_of(account, order.more)
+      has_room = has_room and token_wait(counter, account, share) == 0
+        and (share[account.quota_unit] == 0 or has_quota(counter, account, share))
     end
     if has_room or order.force then
-      for _, counter in ipairs(counters) do hold(counter, order.more) end
+      for index, account in ipairs(order.accounts) do hold(counters[index], account, order.more) end
     end
     write_all(counters)
     return { held = has_room or order.force }
@@ -332,7 +347,7 @@ function operations.settle()
         counter.held_tokens[me], counter.held_cost[me], counter.held_window[me] = nil, nil, nil
       else
         counter.slots[me] = slots
-        hold(counter, order.less)
+        hold(counter, account, order.less)
       end
     end
     write_all(counters)
@@ -344,7 +359,7 @@ end
 function operations.beat()
   redis.call('ZADD', KEYS[1], now, me)
   -- What came in the same millisecond may be told twice.
-  -- Of a clock that is set back all are told again: some may have come while it was ahead.
+  -- After a clock was set back all are sent again: some may have come while it was ahead.
   local since = order.since > now and now - 30 * DAY or order.since
   local news = redis.call('ZRANGEBYSCORE', KEYS[3], since, now, 'WITHSCORES', 'LIMIT', 0, NEWS)
   local heard = #news < 2 * NEWS and now or tonumber(news[#news])
@@ -369,29 +384,31 @@ function operations.join()
   return { epoch = epoch, now = now, last = last }
 end
 
+local function seed(index, account)
+  local counter, own = read(index), account.own
+  roll(counter, account)
+  counter.slots[me] = own.slots > 0 and own.slots or nil
+  counter.held_tokens[me] = own.slots > 0 and own.held.tokens or nil
+  counter.held_cost[me] = own.slots > 0 and own.held.cost or nil
+  counter.held_window[me] = own.slots > 0 and own.held.window or nil
+  for _, entry in ipairs(own.requests) do
+    take_grain(counter.requests, account.requests_per_minute, entry[2], entry[1])
+  end
+  for _, entry in ipairs(own.tokens) do
+    take_grain(counter.tokens, account.tokens_per_minute, entry[2], entry[1])
+  end
+  if account.total_quota > 0 then
+    counter.spent_tokens = math.max(counter.spent_tokens, own.known.tokens) + own.owed.tokens
+    counter.spent_cost = math.max(counter.spent_cost, own.known.cost) + own.owed.cost
+  end
+  write(index, counter, account)
+end
+
 -- What this replica has, in place of what Redis thinks it has, and what Redis has not heard of.
 function operations.seed()
-  return each(function(counters)
-    for index, account in ipairs(order.accounts) do
-      local counter, own = counters[index], account.own
-      counter.slots[me] = own.slots > 0 and own.slots or nil
-      counter.held_tokens[me] = own.slots > 0 and own.held.tokens or nil
-      counter.held_cost[me] = own.slots > 0 and own.held.cost or nil
-      counter.held_window[me] = own.slots > 0 and own.held.window or nil
-      for _, entry in ipairs(own.requests) do
-        take_grain(counter.requests, account.requests_per_minute, entry[2], entry[1])
-      end
-      for _, entry in ipairs(own.tokens) do
-        take_grain(counter.tokens, account.tokens_per_minute, entry[2], entry[1])
-      end
-      if account.total_quota > 0 then
-        counter.spent_tokens = math.max(counter.spent_tokens, own.known.tokens) + own.owed.tokens
-        counter.spent_cost = math.max(counter.spent_cost, own.known.cost) + own.owed.cost
-      end
-    end
-    write_all(counters)
-    return { seeded = true }
-  end)
+  -- A damaged key keeps no replica from joining.
+  for index, account in ipairs(order.accounts) do pcall(seed, index, account) end
+  return { seeded = true }
 end
 
 function operations.leave()

@@ -1,5 +1,6 @@
 import type { Limits } from './limits.ts'
 import type { Periods } from './period.ts'
+import type { Upload } from './uploads.ts'
 
 /** Where limits are counted: in this process, or for several processes together. */
 
@@ -10,6 +11,8 @@ export interface Account {
   scope: Scope
   /** A key's id, a user, a model, an address; '' for everybody together. */
   id: string
+  /** Name among all subjects: it is looked up many times for one request. */
+  name: string
   limits: Limits
   /** What of its quota was spent before it was first counted here. */
   spent?: { amount: number; at: number | undefined } | undefined
@@ -21,10 +24,10 @@ export interface Amount {
   cost: number
 }
 
-/** What a request reserves. */
+/** Reservation of a request: all that it can need. */
 export interface Hold extends Amount {
-  /** Tokens for tokens_per_minute, where they differ from those for quotas. */
-  window?: number | undefined
+  /** Usual need of such requests, where that differs: for tokens_per_minute, and for quotas with `reserve: typical`. */
+  typical?: Amount | undefined
 }
 
 export const NOTHING: Amount = { tokens: 0, cost: 0 }
@@ -32,12 +35,19 @@ export const NOTHING: Amount = { tokens: 0, cost: 0 }
 /** What one call wants. */
 export interface Call {
   accounts: readonly Account[]
-  /** What it reserves. */
+  /** Amount to reserve. */
   hold: Hold
-  /** What it will surely spend: with more than a minute's tokens it could never be let through. */
-  least: number
+  /**
+   * Amount that it needs however wrong the estimates are. With more than a minute's tokens it could never be let through; a
+   * quota of which nothing is spent or reserved lets it through if this fits.
+   */
+  least: Hold
   /** Takes even where there is no room. */
   force?: boolean
+  /** Only rates may reject it: it reads what another request has reserved tokens for. */
+  onlyRates?: boolean
+  /** It books what is spent already: it is no request, and rates do not count it. Used with `force`. */
+  isBooking?: boolean
 }
 
 export type LimitName =
@@ -56,7 +66,7 @@ export interface Refusal {
   max: number
   /** When it is worth trying again; Infinity: never, as it stands. */
   retryAfterMs: number
-  /** Of a quota, in its unit: what is left, and what the request needs to reserve. */
+  /** Amounts of a quota in its unit: left, and needed by the request. */
   left?: number
   needed?: number
 }
@@ -98,11 +108,13 @@ export interface LimitStore {
   /**
    * Whether a request would be rejected now; takes nothing. Where the store is not there it is not.
    *
-   * @param uploading requests of an account whose bodies are being read
+   * @param uploading other requests of each account whose bodies are being read in this process
+   * @param upload the request itself, which a store that counts uploads of several processes counts until it ends
    */
   look(
     accounts: readonly Account[],
-    uploading: (account: Account) => number
+    uploading: readonly number[],
+    upload?: Upload
   ): Refusal | undefined | Promise<Refusal | undefined>
   /**
    * Books what has been spent since the last time, and reserves `more` where every account has room for
@@ -140,12 +152,16 @@ export const ADDRESS = '\n'
 /** Client addresses whose limits are counted; of more, those that are looked at next are forgotten. */
 export const MAX_ADDRESSES = 100_000
 
-/** Whether this is the name ({@link idOf}) of a client address: there may be any number of them. */
+/** Whether this is the name of a client address: there may be any number of them. */
 export function isAddress(name: string): boolean {
   return name.startsWith(`per_key:${ADDRESS}`)
 }
 
-/** The name of a subject among all of them. */
-export function idOf({ scope, id }: Account): string {
-  return `${scope}:${id}`
+export function toAccount(
+  scope: Scope,
+  id: string,
+  limits: Limits,
+  spent?: Account['spent']
+): Account {
+  return { scope, id, name: `${scope}:${id}`, limits, spent }
 }

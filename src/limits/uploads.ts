@@ -1,7 +1,15 @@
-import { type Account, idOf, type Refusal } from './store.ts'
+import type { Account, Refusal } from './store.ts'
 
 /** When a slot may be free again (ms). */
 const RETRY = 1_000
+
+/** One request whose body is being read. */
+export interface Upload {
+  /** Names of the accounts in which it has a slot. */
+  readonly names: readonly string[]
+  /** Is called when it ends. */
+  onEnd?: () => void
+}
 
 /**
  * Requests whose bodies are being read, by account: each has a slot of `max_concurrent` from its first byte on, so that
@@ -10,45 +18,47 @@ const RETRY = 1_000
  * @example
  * const uploads = new Uploads()
  * const limits = { ...noLimits, max_concurrent: 1 }
- * const upload = uploads.begin([{ scope: 'per_key', id: 'alice', limits }])
- * uploads.refusal(upload).limit // 'max_concurrent'
+ * const accounts = [toAccount('per_key', 'alice', limits)]
+ * const upload = uploads.begin(accounts)
+ * uploads.refusal(accounts, uploads.of(accounts)).limit // 'max_concurrent'
  * uploads.end(upload)
  */
 export class Uploads {
   readonly #counts = new Map<string, number>()
 
-  /** Returns how many uploads of an account are under way. */
-  of(account: Account): number {
-    return this.#counts.get(idOf(account)) ?? 0
+  /** Returns how many uploads of each account are under way. */
+  of(accounts: readonly Account[]): number[] {
+    return accounts.map(account => this.#counts.get(account.name) ?? 0)
   }
 
   /**
-   * Returns why an upload gets no slot; only uploads of this process are counted.
+   * Returns why one more upload gets no slot.
    *
-   * @param processes that share the limits
+   * @param others uploads of each account that are under way
    */
-  refusal(accounts: readonly Account[], processes = 1): Refusal | undefined {
-    for (const account of accounts) {
-      const max = account.limits.max_concurrent
-      if (max > 0 && this.of(account) >= Math.ceil(max / processes)) {
-        return { scope: account.scope, limit: 'max_concurrent', max, retryAfterMs: RETRY }
+  refusal(accounts: readonly Account[], others: readonly number[]): Refusal | undefined {
+    for (const [at, { scope, limits }] of accounts.entries()) {
+      const max = limits.max_concurrent
+      if (max > 0 && others[at]! >= max) {
+        return { scope, limit: 'max_concurrent', max, retryAfterMs: RETRY }
       }
     }
     return undefined
   }
 
-  /** Returns the accounts in which the upload has a slot, until they are given to {@link end}. */
-  begin(accounts: readonly Account[]): Account[] {
-    const limited = accounts.filter(({ limits }) => limits.max_concurrent > 0)
-    for (const account of limited) this.#counts.set(idOf(account), this.of(account) + 1)
-    return limited
+  /** Returns an upload that has its slots until it is given to {@link end}. */
+  begin(accounts: readonly Account[]): Upload {
+    const names = accounts.filter(({ limits }) => limits.max_concurrent > 0).map(({ name }) => name)
+    for (const name of names) this.#counts.set(name, (this.#counts.get(name) ?? 0) + 1)
+    return { names }
   }
 
-  end(accounts: readonly Account[]): void {
-    for (const account of accounts) {
-      const others = this.of(account) - 1
-      if (others > 0) this.#counts.set(idOf(account), others)
-      else this.#counts.delete(idOf(account))
+  end({ names, onEnd }: Upload): void {
+    for (const name of names) {
+      const others = this.#counts.get(name)! - 1
+      if (others > 0) this.#counts.set(name, others)
+      else this.#counts.delete(name)
     }
+    onEnd?.()
   }
 }

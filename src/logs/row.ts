@@ -43,7 +43,7 @@ export function toRow(exchange: Exchange): RequestRow {
   return {
     request_id: exchange.id,
     timestamp: new Date(exchange.time).toISOString(),
-    client_ip: exchange.clientIp ?? null,
+    client_ip: exchange.clientIp,
     method: request.method,
     // Before a path there may be a name and a password.
     path: url.startsWith('/') ? url.split('?', 1)[0]!.slice(0, MAX_PATH) : null,

@@ -2,65 +2,85 @@ import type { Usage } from '../exchange.ts'
 
 /**
  * A stored response whose usage was not known when its request ended: one that is made in the background, or
- * whose stream was cut. Whoever reads it later shows what it has cost.
+ * whose stream was cut. A later read shows what it has cost.
  */
 export interface UnbilledResponse {
   /** Tokens of its prompt, estimated. */
   readonly promptTokens: number
+  /** Position of the event that a read begins after. */
+  readonly startsAfter?: number
+  /** Takes over what its request has reserved; absent: nothing stays reserved. */
+  hold?: ((release: () => void) => void) | undefined
+  /** Gives back what is reserved; absent: the response is not settled. */
+  release?: (() => void) | undefined
   /**
-   * Takes what an exchange has seen of its usage; undefined: nothing. `isComplete`: there will be no more.
+   * Takes what an exchange has seen of its usage.
    *
-   * @returns what of it has not been billed before; undefined: nothing
+   * @returns the part that has not been billed before; undefined: none
    */
-  bill(
-    usage: Usage | undefined,
-    isComplete: boolean
-  ): Usage | Promise<Usage | undefined> | undefined
+  bill(seen: Seen): Usage | Promise<Usage | undefined> | undefined
 }
 
-/** Maximum number of responses of which it is remembered what was billed. */
-export const MAX_BILLED = 10_000
+/** What an exchange has seen of a stored response. */
+export interface Seen {
+  /** Undefined: nothing. */
+  usage: Usage | undefined
+  /** There will be no more. */
+  isComplete: boolean
+  /** The events that the usage was counted from; absent: it is that of the whole response. */
+  part?: Part | undefined
+}
+
+/** Events of a stream, by their positions: those after `from`, up to `to`. */
+export type Part = readonly [from: number, to: number]
+
+/** The usage of a response that is billed so far, and the parts of its stream that it covers. */
+export interface Bill extends Usage {
+  parts?: Part[]
+}
+
+/** Parts of a stream that are remembered. */
+const MAX_PARTS = 64
+const DETAILS = ['cachedTokens', 'cacheWriteTokens', 'reasoningTokens'] as const
 
 /**
- * What was billed of stored responses, so that each token is billed once: a response can be read several
- * times, in part, and by several processes at a time.
+ * Adds usage to a bill. Usage of a whole response costs by how much it is more than what was billed before. The output of
+ * a part costs as large a share of it as was not billed before.
+ *
+ * @returns the new bill, and the part that is due now; undefined: none
  *
  * @example
- * const billed = new Billed()
  * const usage = { promptTokens: 5, completionTokens: 2, totalTokens: 7, exactness: 'exact' }
- * billed.raise('resp_1', usage).totalTokens // 7
- * billed.raise('resp_1', usage) // undefined
+ * const { bill, due } = charge(usage, undefined)
+ * due?.totalTokens // 7
+ * charge(usage, undefined, bill).due // undefined
+ * charge({ ...usage, completionTokens: 10, exactness: 'counted' }, [0, 10]).bill.parts // [[0, 10]]
  */
-export class Billed {
-  readonly #usage = new Map<string, Usage>()
-
-  get size(): number {
-    return this.#usage.size
+export function charge(
+  usage: Usage,
+  part?: Part,
+  before?: Bill
+): { bill: Bill; due: Usage | undefined } {
+  const { parts = [], ...billed } = before ?? { ...usage, ...NOTHING }
+  const due = merge(usage, billed, (now, then) => Math.max(0, now - then))
+  if (part !== undefined) {
+    due.completionTokens = Math.ceil(usage.completionTokens * shareOfNew(part, parts))
   }
-
-  /** Returns by how much this usage is more than what was billed before; undefined: it is not. */
-  raise(response: string, usage: Usage): Usage | undefined {
-    const before = this.#usage.get(response)
-    if (before === undefined) {
-      if (this.#usage.size >= MAX_BILLED) this.#usage.delete(this.#usage.keys().next().value!)
-      this.#usage.set(response, usage)
-      return usage
-    }
-    this.#usage.set(response, most(usage, before))
-    const due = difference(usage, before)
-    return due.totalTokens > 0 ? due : undefined
-  }
+  due.totalTokens = due.promptTokens + due.completionTokens
+  const bill: Bill = merge(due, billed, (now, then) => now + then)
+  const isNew = part !== undefined && part[1] > part[0]
+  const all = isNew ? union([...parts, part]).slice(-MAX_PARTS) : parts
+  if (all.length > 0) bill.parts = all
+  return { bill, due: due.totalTokens > 0 ? due : undefined }
 }
 
-const PARTS = ['cachedTokens', 'cacheWriteTokens', 'reasoningTokens'] as const
-
-function most(one: Usage, other: Usage): Usage {
-  return merge(one, other, Math.max)
-}
-
-function difference(usage: Usage, before: Usage): Usage {
-  const due = merge(usage, before, (now, then) => Math.max(0, now - then))
-  return { ...due, totalTokens: due.promptTokens + due.completionTokens }
+const NOTHING = {
+  promptTokens: 0,
+  completionTokens: 0,
+  totalTokens: 0,
+  cachedTokens: 0,
+  cacheWriteTokens: 0,
+  reasoningTokens: 0
 }
 
 function merge(one: Usage, other: Usage, by: (one: number, other: number) => number): Usage {
@@ -70,8 +90,27 @@ function merge(one: Usage, other: Usage, by: (one: number, other: number) => num
     totalTokens: by(one.totalTokens, other.totalTokens),
     exactness: one.exactness
   }
-  for (const part of PARTS) {
-    if (one[part] !== undefined) merged[part] = by(one[part], other[part] ?? 0)
+  for (const detail of DETAILS) {
+    if (one[detail] !== undefined) merged[detail] = by(one[detail], other[detail] ?? 0)
+    else if (other[detail]) merged[detail] = other[detail]
   }
   return merged
+}
+
+/** Returns how much of a part is in none of the others, from 0 to 1. */
+function shareOfNew([from, to]: Part, others: readonly Part[]): number {
+  if (to <= from) return 1
+  const known = others.map(([start, end]) => Math.max(0, Math.min(end, to) - Math.max(start, from)))
+  return 1 - known.reduce((sum, each) => sum + each, 0) / (to - from)
+}
+
+/** Joins parts that touch each other. */
+function union(parts: Part[]): Part[] {
+  const joined: [number, number][] = []
+  for (const [from, to] of parts.toSorted(([one], [other]) => one - other)) {
+    const last = joined.at(-1)
+    if (last !== undefined && from <= last[1]) last[1] = Math.max(last[1], to)
+    else joined.push([from, to])
+  }
+  return joined
 }

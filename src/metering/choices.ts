@@ -86,7 +86,7 @@ export class Choices {
   }
 
   /**
-   * What the backend has reported; undefined: nothing.
+   * Returns the usage that the backend has reported; undefined: none.
    *
    * @param prompts number of prompts in the request
    */

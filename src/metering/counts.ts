@@ -1,12 +1,11 @@
 import type { Usage } from '../exchange.ts'
 
-/** No backend counts more tokens than this for one request: what is above is a defect. */
+/** No backend counts more tokens than this for one request: a higher count is a defect. */
 const MAX_TOKENS = 100_000_000
-/** A prompt, or an output, of more tokens than this is only possible if as much text has passed. */
-const LONG_PROMPT = 10_000_000
-const LONG_OUTPUT = 1_000_000
+/** An output of more tokens than this is only possible if as much text has passed. */
+export const LONG_OUTPUT = 1_000_000
 /** No character of text is more tokens than this. */
-const TOKENS_PER_CHARACTER = 3
+export const TOKENS_PER_CHARACTER = 3
 
 /** The counts that `Usage` cannot do without. */
 const MAIN = /^(prompt|completion|input|output|total)_tokens$/
@@ -55,7 +54,8 @@ export class Counts {
 
   /**
    * One shape for all. Cached tokens are part of the prompt in OpenAI's counts and beside it in
-   * Anthropic's; here they are always part of it.
+   * Anthropic's; here they are always part of it. The total is the sum of both parts, which are checked, whatever
+   * the backend reports as total.
    */
   toUsage(): Usage | undefined {
     const counts = this.#counts
@@ -72,7 +72,7 @@ export class Counts {
     return {
       promptTokens,
       completionTokens,
-      totalTokens: Math.max(counts.total_tokens ?? 0, promptTokens + completionTokens),
+      totalTokens: promptTokens + completionTokens,
       ...this.#parts(promptTokens, completionTokens),
       exactness: 'exact'
     }
@@ -103,19 +103,10 @@ function isCount(value: unknown): value is number {
 }
 
 /**
- * Whether a backend can have counted this usage.
+ * Whether a response in which this many characters have passed can have this many tokens.
  *
- * @param asked characters of the request
- * @param passed characters of the response
+ * @param most tokens that it can have without as much text: those of reasoning that is not shown, for one
  */
-export function isPlausible(usage: Usage, asked: number, passed: number): boolean {
-  const { promptTokens, completionTokens, totalTokens } = usage
-  const isPrompt = promptTokens <= Math.max(LONG_PROMPT, TOKENS_PER_CHARACTER * asked)
-  const rest = totalTokens - promptTokens - completionTokens
-  return isPrompt && isOutput(completionTokens, passed) && isOutput(rest, passed)
-}
-
-/** Whether a response in which this many characters have passed can have this many tokens. */
-export function isOutput(tokens: number, passed: number): boolean {
-  return tokens <= Math.max(LONG_OUTPUT, TOKENS_PER_CHARACTER * passed)
+export function isOutput(tokens: number, passed: number, most = LONG_OUTPUT): boolean {
+  return tokens <= Math.max(most, TOKENS_PER_CHARACTER * passed)
 }

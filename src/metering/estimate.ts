@@ -1,6 +1,7 @@
 import { FRAMES } from '../dialects/prompt.ts'
 import { Fit } from './fit.ts'
-import { hasText, type PromptText, promptFeatures } from './prompt.ts'
+import { Lessons } from './lessons.ts'
+import { hasText, type PromptText, promptFeatures, withOptional } from './prompt.ts'
 import {
   characters,
   MOST_CHARACTERS,
@@ -26,7 +27,7 @@ const CHARACTERS = [0.04, 0.35, 0.15, 0.05, -0.15, 0.05, 0.3, 0.65, 0.7, 0.7]
 const RUNS = [0.75, -0.2, 1.2, 0.1, 0.85, 0.85, 0.8, 0.1, 0.1, 0.15]
 const TEXT_WEIGHTS = [...CHARACTERS, ...RUNS, 0]
 const TEXT_VARIANCES = [...new Array(TEXT_COUNTS).fill(0.05), 4]
-/** What servers add: marks of the beginning and the end, a chat template, and instructions for the use of tools. */
+/** Tokens that servers add: marks of the beginning and the end, a chat template, and instructions for the use of tools. */
 const ADDED = [...FRAMES.map(frame => (frame === 'plain' ? 1 : 20)), 100]
 const NOTHING_ADDED = ADDED.map(() => 0)
 const ADDED_VARIANCES = [...FRAMES.map(frame => (frame === 'plain' ? 2 : 100) ** 2), 200 ** 2]
@@ -55,18 +56,22 @@ const OTHERS = 3
 /** How far such a lesson counts as off at most: a share, and tokens. */
 const MOST_OFF = 0.25
 const MOST_OFF_TOKENS = 4
+/** Text (characters) that only some servers read, up to which a prompt teaches: a switch for a chat template. */
+const MAX_OPTIONAL = 64
 /** A caller's prompts are never estimated below this share of what their text would be for a new caller. */
 const LEAST = 1 / 3
 
-/** Whose tokens they are. */
+/** Model and caller whose tokens are estimated. */
 export interface Source {
   model: string
   /** Caller, or another name that stands for one tenant. */
   caller: string
 }
 
-/** What was learned about one model, from all callers or from one of them. */
+/** Weights of one model, learned from all callers or from one of them. */
 class Known {
+  readonly outputs = new Lessons()
+  readonly inputs = new Lessons()
   readonly text: Fit
   readonly prompt: Fit
   /** How far to trust the text and the deltas, in streams of single tokens and in others. */
@@ -81,16 +86,16 @@ class Known {
   }
 }
 
-/** What is known to all callers of a model, and who has taught it last: outputs and prompts. */
+/** Weights for all callers of a model, and the callers that taught them last: outputs and prompts. */
 class Common extends Known {
-  readonly outputs: string[] = []
-  readonly inputs: string[] = []
+  readonly outputTeachers: string[] = []
+  readonly inputTeachers: string[] = []
   /** Its latest reasoning was not shown. */
   hidesReasoning = false
 }
 
 /**
- * Tokens from text, without a tokenizer: each response with usage teaches how many tokens the text and the deltas of
+ * Tokens from text, without a tokenizer: responses with usage teach how many tokens the text and the deltas of
  * its model amount to. A caller teaches what is estimated for itself. What is estimated for callers that have taught
  * nothing yet is learned from several of them by turns and in small steps, so that no caller can spoil it.
  *
@@ -117,7 +122,8 @@ export class Estimates {
     return Math.max(1, Math.round(outputOf(known, passed)))
   }
 
-  input(source: Source, prompt: PromptText): number {
+  input(source: Source, read: PromptText): number {
+    const prompt = withOptional(read)
     if (!hasText(prompt)) return 0
     if (characters(prompt.counts) === 0) return prompt.tokens
     const prior = this.#prior(source)
@@ -130,22 +136,24 @@ export class Estimates {
   learnOutput(source: Source, passed: Passed, tokens: number): void {
     if (!isPlausible(passed.text, tokens, MAX_BESIDE)) return
     const { own, common } = this.#remember(source)
-    if (own === undefined) return
+    if (own === undefined || !own.outputs.isDue(outputOf(own, passed), tokens)) return
     learnOutput(own, passed, tokens)
-    if (takesTurn(common.outputs, source.caller)) {
+    if (takesTurn(common.outputTeachers, source.caller)) {
       learnOutput(common, passed, limited(tokens, outputOf(common, passed)))
     }
   }
 
   learnInput(source: Source, prompt: PromptText, tokens: number): void {
-    if (prompt.hasData || !isPlausible(prompt.counts, tokens, MAX_TEMPLATE)) return
+    if (prompt.hasData || prompt.isOpen || isUnsure(prompt)) return
+    if (!isPlausible(prompt.counts, tokens, MAX_TEMPLATE)) return
     // Servers may cut a prompt that is too long for them.
     if (tokens < leastOf(this.#prior(source), prompt)) return
-    const features = promptFeatures(prompt)
     const { own, common } = this.#remember(source)
     if (own === undefined) return
+    const features = promptFeatures(prompt)
+    if (!own.inputs.isDue(own.prompt.of(features), tokens)) return
     own.prompt.learn(features, tokens)
-    if (takesTurn(common.inputs, source.caller)) {
+    if (takesTurn(common.inputTeachers, source.caller)) {
       common.prompt.learn(features, limited(tokens, common.prompt.of(features)))
     }
   }
@@ -191,6 +199,11 @@ function nameOf({ model, caller }: Source): string {
 /** The least that a caller's prompt can be, whatever it has taught: without what a server adds. */
 function leastOf(prior: Known, { counts }: PromptText): number {
   return LEAST * prior.prompt.of([...counts, ...NOTHING_ADDED])
+}
+
+/** Whether servers may read much more of a request than its certain text. */
+function isUnsure({ counts, optional }: PromptText): boolean {
+  return characters(optional) > Math.max(MAX_OPTIONAL, characters(counts) / 16)
 }
 
 /** Whether a caller may teach all of them now: after others have used the model. */

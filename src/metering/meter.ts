@@ -2,35 +2,24 @@ import type { Dialect } from '../dialects/dialect.ts'
 import type { Failure } from '../dialects/failure.ts'
 import type { Usage } from '../exchange.ts'
 import type { Framing } from '../http.ts'
+import { EventReader } from '../wire/event-reader.ts'
 import { Choices, type ChoiceTexts, type Told } from './choices.ts'
 import { Counts, isOutput } from './counts.ts'
 import type { Passed } from './estimate.ts'
-import { Sample, withoutUsage } from './sample.ts'
+import { Sample, withExtras, withoutUsage } from './sample.ts'
 import { addText, characters, type TextCounts } from './text.ts'
 import { JsonWatcher, MemberNames } from './watcher.ts'
 
-const DATA = Buffer.from('data:')
 const THE_END = Buffer.from('[DONE]')
 const EMPTY = Buffer.alloc(0)
-const LF = 0x0a
-const CR = 0x0d
 const MAX_HELD = 64 * 1024
 /** Maximum size (bytes) of running usage that is kept unread. */
 const MAX_RUNNING = 512
-
-/** Where in a line of an event stream the next byte stands. */
-const LINE_START = 0
-const DATA_START = 1
-const DATA_LINE = 2
-const OTHER_LINE = 3
 
 /**
  * Reads the usage out of an answer that passes by. Bytes go on as they came and when they came; only
  * where the usage chunk was asked for by the gateway and not by the client, that one event is taken
  * out, and for that an event's beginning waits for its end. The same holds for running usage in the other events.
- *
- * Event streams are read as https://html.spec.whatwg.org/multipage/server-sent-events.html says:
- * LF, CRLF or CR, one optional space after the colon, over any split of the bytes.
  *
  * @example
  * const meter = new Meter({ framing: 'sse', dialect: openai, takeOut: false })
@@ -51,6 +40,8 @@ export class Meter {
   /** `id` of the answer, and who wants to know it as soon as it is seen. */
   id: string | undefined
   onId: ((id: string) => void) | undefined
+  /** `sequence_number` of the next event, as far as events have them. */
+  sequence = 0
   /** `status` of a response. */
   #status: string | undefined
   readonly framing: Framing
@@ -69,21 +60,20 @@ export class Meter {
   #toldTokens = 0
   #toldText: TextCounts | undefined
   #toldDeltas = 0
-  #line = LINE_START
-  #matched = 0
+  readonly #reader: EventReader | undefined
   #endMatched = 0
-  #afterCr = false
-  #hasData = false
   /** The beginning of an event that may have to be taken out. */
   #held: Buffer | undefined
   #tooLong = false
+  /** The event with the finish reason: it waits for the usage chunk, which may tell more than usage. */
+  #finish: Buffer | undefined
+  /** The last event did not go on. */
+  #isDropped = false
   /** The last event, which waits until it is released. */
   #lastEvent: Buffer | undefined
   #isReleased = false
-  /** What passed ended in the middle of a line, or of an event. */
-  #isMidLine = false
-  #isMidEvent = false
-  #tookOut = false
+  /** More follows the last event than is kept. */
+  #isTrailed = false
   #sample: Sample | undefined
   /** Running usage of the latest event, as JSON, and its length while it has not been read. */
   #running: Buffer | undefined
@@ -106,6 +96,7 @@ export class Meter {
   }) {
     this.#mustEnd = options.mustEnd ?? false
     this.framing = options.framing
+    this.#reader = options.framing === 'json' ? undefined : new EventReader(options.framing)
     this.#dialect = options.dialect
     this.#takeOut = options.takeOut && options.framing === 'sse'
     this.#strips = options.strips === true && options.framing === 'sse'
@@ -115,6 +106,11 @@ export class Meter {
   /** The last event of a stream has passed by; it is kept back until it is released. */
   get isOver(): boolean {
     return this.#isReleased || this.#lastEvent !== undefined
+  }
+
+  /** What passed ends with a whole event of an event stream, and more is to come. */
+  get isBetweenEvents(): boolean {
+    return this.framing === 'sse' && !this.isOver && this.#reader!.isBetweenEvents
   }
 
   /** Returns what was kept back from the last event on, and keeps nothing back from now on. */
@@ -145,16 +141,16 @@ export class Meter {
   pass(chunk: Buffer): Buffer | undefined {
     if (this.#isReleased) return chunk
     if (this.#lastEvent !== undefined) {
-      this.#lastEvent = Buffer.concat([this.#lastEvent, chunk])
+      // A backend may send more after the end of its stream: that is not kept without bound.
+      this.#isTrailed ||= this.#lastEvent.length + chunk.length > MAX_HELD
+      if (!this.#isTrailed) this.#lastEvent = Buffer.concat([this.#lastEvent, chunk])
       return undefined
     }
     const before = this.deltas
     let out: Buffer | undefined = chunk
-    if (this.framing === 'sse') {
-      if (this.#isLikeSample(chunk)) out = this.#addDelta(chunk, this.#sample!)
-      else out = this.#events(chunk)
-    } else if (this.framing === 'ndjson') out = this.#lines(chunk)
-    else this.#watcher.feed(chunk, 0, chunk.length)
+    if (this.#reader === undefined) this.#watcher.feed(chunk, 0, chunk.length)
+    else if (this.#isLikeSample(chunk)) out = this.#addDelta(chunk, this.#sample!)
+    else out = this.#events(chunk, this.#reader)
     if (this.deltas !== before) {
       this.lastDeltaAt = performance.now()
       if (before === 0) this.firstDeltaAt = this.lastDeltaAt
@@ -165,28 +161,21 @@ export class Meter {
   /** The answer is over; returns what is still kept back: the last event, or one that never ended. */
   end(): Buffer | undefined {
     this.#readRunning()
-    if (this.framing !== 'sse') this.#harvest()
-    // The last event may lack its blank line.
-    else if (this.#hasData) {
-      if (this.#isOurs()) this.#held = undefined
-      else if (this.#held && this.#strips && this.#isRunning())
-        this.#held = withoutUsage(this.#held)
-      this.#endEvent()
-    }
-    const kept = this.#lastEvent ?? this.#held
-    this.#lastEvent = undefined
-    this.#held = undefined
+    this.#endStream()
+    const kept = join([this.#finish ?? EMPTY, this.#lastEvent ?? this.#held ?? EMPTY])
+    this.#finish = this.#lastEvent = this.#held = undefined
     return kept
   }
 
   breakOff(): string {
-    this.#held = undefined
-    this.#lastEvent = undefined
-    if (this.framing === 'json') return ''
-    if (this.framing === 'ndjson') return this.#isMidLine ? '\n' : ''
-    if (this.#changes && !this.#tooLong) return ''
-    if (this.#line !== LINE_START || this.#matched > 0) return '\n\n'
-    return this.#isMidEvent ? '\n' : ''
+    const finish = String(this.#finish ?? '')
+    this.#finish = this.#held = this.#lastEvent = undefined
+    const reader = this.#reader
+    if (reader === undefined) return ''
+    if (this.framing === 'ndjson') return reader.isBetweenLines ? '' : '\n'
+    if (this.#changes && !this.#tooLong) return finish
+    if (!reader.isBetweenLines) return '\n\n'
+    return reader.isBetweenEvents ? '' : '\n'
   }
 
   /** A response is shown that is not complete. */
@@ -196,9 +185,11 @@ export class Meter {
   }
 
   isCutShort(): boolean {
-    // The last line may lack its end.
-    if (this.framing === 'ndjson') this.#harvest()
-    return this.#mustEnd && this.framing !== 'json' && !this.finished && this.failure === undefined
+    if (!this.#mustEnd || this.framing === 'json') return false
+    this.#endStream()
+    // Servers may report the usage of one choice while they still write others.
+    const isCounted = this.hasFinalUsage && this.choices <= 1
+    return !this.finished && !isCounted && this.failure === undefined
   }
 
   /**
@@ -251,27 +242,25 @@ export class Meter {
     return this.deltas === 0 || (this.#toldTokens > 0 && this.#toldDeltas === this.deltas)
   }
 
-  #lines(chunk: Buffer): Buffer | undefined {
-    let at = 0
-    this.#isMidLine = chunk[chunk.length - 1] !== LF
-    while (at < chunk.length) {
-      const end = chunk.indexOf(LF, at)
-      this.#watcher.feed(chunk, at, end === -1 ? chunk.length : end)
-      if (end === -1) return chunk
-      const isLast = this.#watcher.seen.done
-      this.#harvest()
-      if (isLast) {
-        this.#lastEvent = chunk.subarray(at)
-        return chunk.subarray(0, at)
+  /** Reads the last event, whose line end or blank line may be missing. */
+  #endStream(): void {
+    const reader = this.#reader
+    if (reader === undefined) return this.#harvest()
+    if (reader.isBetweenEvents || this.#lastEvent !== undefined) return
+    reader.feedEnd()
+    for (let next = reader.next(); next !== undefined; next = reader.next()) {
+      if (next === 'data') this.#data(reader)
+      else if (reader.hasData) {
+        this.#held = this.#held && this.#changed(this.#held)
+        this.#endEvent(reader)
       }
-      at = end + 1
     }
-    return chunk
   }
 
   #isLikeSample(chunk: Buffer): boolean {
-    const isKnown = this.#sample !== undefined && this.#isBetweenEvents()
-    return isKnown && this.#sample!.fits(chunk) && this.#canKeepUsage(this.#sample!)
+    const sample = this.#sample
+    if (sample === undefined || this.#finish || !this.#reader!.isBetweenEvents) return false
+    return sample.fits(chunk) && this.#canKeepUsage(sample)
   }
 
   #canKeepUsage({ hasUsage, usageBegin, usageEnd }: Sample): boolean {
@@ -304,10 +293,6 @@ export class Meter {
     this.#noteTold()
   }
 
-  #isBetweenEvents(): boolean {
-    return !this.#isMidEvent && this.#line === LINE_START && this.#matched === 0 && !this.#afterCr
-  }
-
   /** Remembers an event that came alone, and in which there was one piece of the answer and no more. */
   #takeSample(chunk: Buffer): void {
     const { seen } = this.#watcher
@@ -317,139 +302,118 @@ export class Meter {
     this.#sampledChoice = seen.index ?? 0
   }
 
-  #events(chunk: Buffer): Buffer | undefined {
+  #events(chunk: Buffer, reader: EventReader): Buffer | undefined {
     this.#readRunning()
-    const hasCr = chunk.includes(CR)
-    const isAlone = !hasCr && this.#isBetweenEvents()
-    const kept: Buffer[] = []
-    /** What stands before `keepFrom` has gone on or was taken out; the event began at `eventStart`. */
-    let keepFrom = 0
-    let eventStart = 0
-    let at = 0
-    while (at < chunk.length) {
-      const byte = chunk[at]!
-      if (this.#afterCr) {
-        this.#afterCr = false
-        if (byte === LF) {
-          at++
-          const endsEvent = eventStart === at - 1 && this.#held === undefined && !this.#tooLong
-          if (endsEvent) {
-            if (this.#tookOut) keepFrom = at
-            eventStart = at
-          }
-          continue
-        }
-      }
-      this.#tookOut = false
-      if (this.#line === DATA_START) {
-        this.#line = DATA_LINE
-        if (byte === 0x20) at++
+    const isAlone = this.framing === 'sse' && reader.isBetweenEvents
+    const out: Buffer[] = []
+    // The event begins at `start`; what stands from `from` on has not gone on yet.
+    let start = reader.feed(chunk)
+    if (this.#finish !== undefined) this.#finish = join([this.#finish, chunk.subarray(0, start)])
+    let from = this.#isDropped ? start : 0
+    for (let next = reader.next(); next !== undefined; next = reader.next()) {
+      if (next === 'data') {
+        this.#data(reader)
         continue
       }
-      if (this.#line === LINE_START && byte === DATA[this.#matched]) {
-        at++
-        if (++this.#matched === DATA.length) {
-          this.#line = DATA_START
-          this.#hasData = true
-        }
-        continue
+      const end = reader.to
+      const event = this.#isChanged ? this.#wholeEvent(chunk.subarray(start, end)) : undefined
+      if (this.#finish !== undefined) {
+        out.push(this.#isOurs() && event ? withExtras(this.#finish, event) : this.#finish)
+        this.#finish = undefined
       }
-      const isBlank =
-        this.#line === LINE_START && this.#matched === 0 && (byte === LF || byte === CR)
-      const end = isBlank ? at : lineEnd(chunk, at, hasCr)
-      if (this.#line === DATA_LINE) this.#data(chunk, at, end)
-      else if (!isBlank) this.#line = OTHER_LINE
-      at = end
-      if (end === chunk.length) break
-      this.#afterCr = chunk[end] === CR
-      this.#line = LINE_START
-      this.#matched = 0
-      at++
-      this.#isMidEvent = !isBlank
-      if (isBlank) {
-        if (this.#isLast()) return this.#keepLast(chunk, kept, keepFrom, eventStart)
-        if (this.#isOurs()) {
-          if (this.#held === undefined) kept.push(chunk.subarray(keepFrom, eventStart))
-          keepFrom = at
-          this.#tookOut = true
-        } else if (this.#strips && this.#isRunning()) {
-          if (this.#held === undefined) kept.push(chunk.subarray(keepFrom, eventStart))
-          kept.push(withoutUsage(join([this.#held ?? EMPTY, chunk.subarray(eventStart, at)])!))
-          keepFrom = at
-        } else if (this.#held !== undefined) kept.push(this.#held)
+      if (this.#isLast()) {
+        out.push(chunk.subarray(from, start))
+        this.#lastEvent = join([this.#held ?? EMPTY, chunk.subarray(start)])
         this.#held = undefined
-        this.#tooLong = false
-        if (isAlone && eventStart === 0 && at === chunk.length) this.#takeSample(chunk)
-        this.#endEvent()
-        eventStart = at
+        this.#endEvent(reader)
+        return join(out)
       }
+      const changed = event && this.#changed(event)
+      this.#isDropped = event !== undefined && changed === undefined
+      if (event !== undefined) {
+        out.push(chunk.subarray(from, start), changed ?? EMPTY)
+        from = end
+      } else if (this.#held !== undefined) out.push(this.#held)
+      this.#held = undefined
+      this.#tooLong = false
+      if (isAlone && start === 0 && end === chunk.length) this.#takeSample(chunk)
+      this.#endEvent(reader)
+      start = end
     }
-    if (!this.#changes) return chunk
-    return this.#hold(chunk, kept, keepFrom, eventStart)
+    return this.#changes ? this.#hold(chunk, out, from, start) : chunk
   }
 
-  /** The last event, and whatever may come behind it, waits to be released. */
-  #keepLast(
-    chunk: Buffer,
-    kept: Buffer[],
-    keepFrom: number,
-    eventStart: number
-  ): Buffer | undefined {
-    const last = chunk.subarray(eventStart)
-    this.#lastEvent = this.#held === undefined ? last : Buffer.concat([this.#held, last])
-    this.#held = undefined
-    this.#endEvent()
-    if (eventStart > keepFrom) kept.push(chunk.subarray(keepFrom, eventStart))
-    return join(kept)
+  #wholeEvent(rest: Buffer): Buffer {
+    return this.#held === undefined ? rest : Buffer.concat([this.#held, rest])
+  }
+
+  /** Whether the event that just ended must not go on as it is. */
+  get #isChanged(): boolean {
+    if (this.#tooLong) return false
+    return this.#isOurs() || this.#isFinish() || (this.#strips && this.#isRunning())
+  }
+
+  /** Returns what goes on of an event now: all but usage that only the gateway asked for. */
+  #changed(event: Buffer): Buffer | undefined {
+    if (!this.#isChanged) return event
+    if (this.#isOurs()) return undefined
+    const rest = this.#strips && this.#isRunning() ? withoutUsage(event) : event
+    if (!this.#isFinish()) return rest
+    this.#finish = rest
+    return undefined
   }
 
   /** Is the event that just ended the one that ends the stream? */
   #isLast(): boolean {
-    const { type } = this.#watcher.seen
+    const { done, type } = this.#watcher.seen
     if (this.#endMatched === THE_END.length) return true
+    if (this.framing === 'ndjson') return done
     return type !== undefined && this.#dialect.endTypes.includes(type)
   }
 
   /** Keeps back the beginning of an unfinished event, and joins what goes on. */
-  #hold(chunk: Buffer, kept: Buffer[], keepFrom: number, eventStart: number): Buffer | undefined {
-    const rest = chunk.length - eventStart
-    if (rest > 0 && !this.#tooLong) {
-      const length = (this.#held?.length ?? 0) + rest
+  #hold(chunk: Buffer, out: Buffer[], from: number, start: number): Buffer | undefined {
+    const beginning = chunk.subarray(start)
+    if (beginning.length > 0 && !this.#tooLong) {
+      const length = (this.#held?.length ?? 0) + beginning.length
       if (length <= MAX_HELD) {
-        if (eventStart > keepFrom) kept.push(chunk.subarray(keepFrom, eventStart))
-        const beginning = chunk.subarray(eventStart)
-        this.#held = this.#held ? Buffer.concat([this.#held, beginning]) : beginning
-        return join(kept)
+        this.#held = this.#wholeEvent(beginning)
+        return join([...out, chunk.subarray(from, start)])
       }
       this.#tooLong = true
-      if (this.#held !== undefined) kept.push(this.#held)
+      if (this.#held !== undefined) out.push(this.#held)
       this.#held = undefined
     }
-    if (keepFrom === 0 && kept.length === 0) return chunk
-    if (keepFrom < chunk.length) kept.push(chunk.subarray(keepFrom))
-    return join(kept)
+    return join([...out, chunk.subarray(from)])
   }
 
-  #data(chunk: Buffer, from: number, to: number): void {
-    this.#watcher.feed(chunk, from, to)
+  #data({ bytes, from, to }: EventReader): void {
+    this.#watcher.feed(bytes, from, to)
     for (
       let at = from;
       at < to && this.#endMatched >= 0 && this.#endMatched < THE_END.length;
       at++
     ) {
-      this.#endMatched = chunk[at] === THE_END[this.#endMatched] ? this.#endMatched + 1 : -1
+      this.#endMatched = bytes[at] === THE_END[this.#endMatched] ? this.#endMatched + 1 : -1
     }
   }
 
   /** Is the event that just ended the usage chunk that only the gateway asked for? */
   #isOurs(): boolean {
-    return this.#takeOut && !this.#tooLong && this.#isUsageChunk()
+    return this.#takeOut && this.#isUsageChunk()
+  }
+
+  /** Has the event that just ended the finish reason of the only choice, before the usage chunk? */
+  #isFinish(): boolean {
+    const { finishReasons, usage } = this.#watcher.seen
+    const isLast = finishReasons !== undefined && this.#choices.count <= 1
+    return this.#takeOut && isLast && (usage === undefined || this.#strips)
   }
 
   /** Has the event that just ended both a choice and usage? */
   #isRunning(): boolean {
     const { hasChoices, usage } = this.#watcher.seen
-    return hasChoices && usage !== undefined && !this.#tooLong
+    return hasChoices && usage !== undefined
   }
 
   /** Does what passes differ from what the backend sends? */
@@ -457,11 +421,11 @@ export class Meter {
     return this.#takeOut || this.#strips
   }
 
-  #endEvent(): void {
+  #endEvent({ hasData, isError }: EventReader): void {
     if (this.#endMatched === THE_END.length) this.#saidEnd = true
     this.#endMatched = 0
-    if (this.#hasData) this.#harvest()
-    this.#hasData = false
+    this.#watcher.seen.isErrorEvent = isError
+    if (hasData) this.#harvest()
   }
 
   /** Takes what was seen in the JSON text that just ended. */
@@ -480,6 +444,7 @@ export class Meter {
     if (seen.evalCount !== undefined) this.#counts.set('output_tokens', seen.evalCount)
     this.failure ??= this.#dialect.failure(seen)
     this.#status = seen.status
+    this.sequence = (seen.sequence ?? this.sequence) + 1
     if (seen.finishReasons !== undefined) this.#endedChoice = true
     else if (this.#saysEnd()) this.#saidEnd = true
     if (this.id === undefined && seen.id !== undefined) {
@@ -522,14 +487,6 @@ export class Meter {
 export function memberNames(dialect: Dialect, framing: Framing): MemberNames {
   const { answerMembers, deltaMembers, reasoningMembers } = dialect
   return new MemberNames(framing === 'json' ? answerMembers : deltaMembers, reasoningMembers)
-}
-
-function lineEnd(chunk: Buffer, from: number, hasCr: boolean): number {
-  const lf = chunk.indexOf(LF, from)
-  const end = lf === -1 ? chunk.length : lf
-  if (!hasCr) return end
-  const cr = chunk.indexOf(CR, from)
-  return cr === -1 ? end : Math.min(cr, end)
 }
 
 function join(parts: Buffer[]): Buffer | undefined {

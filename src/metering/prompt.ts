@@ -1,4 +1,4 @@
-import { FRAMES, type PromptForm, TOOLS } from '../dialects/prompt.ts'
+import { FRAMES, OPEN, type PromptForm, TOOLS } from '../dialects/prompt.ts'
 import type { Body } from '../payload.ts'
 import type { Member } from '../wire/json-scanner.ts'
 import {
@@ -14,20 +14,33 @@ import {
 /** The text of a request that its model reads, without what is no text but data: images and audio in Base64. */
 export interface PromptText {
   counts: TextCounts
+  /** The same of text that only some servers put into the prompt. */
+  optional: TextCounts
   /** Tokens that the client sent as numbers. */
   tokens: number
   frame: PromptForm['frame']
   hasTools: boolean
   hasData: boolean
+  /** Bytes of the body. */
+  size: number
+  /** The model may read more than the body: images, files, an earlier response, or the same text several times. */
+  isMore: boolean
+  /** The text does not bound the tokens: the request has a template of its own, or embeddings. */
+  isOpen: boolean
 }
 
 const QUOTE = 0x22
+/** First byte of null. */
+const NULL = 0x6e
 const BRACKET = 0x5b
 /** Longer text is counted in samples, so that no field takes longer than about 5 us. */
 const MAX_READ = 1024
 /** Steps at which data is looked for, and its least length (bytes): what is shorter counts as text. */
 const STEP = 4 * 1024
 const DATA = 256
+/** Texts by which a body refers to content elsewhere. Only the first bytes of a body are searched for them. */
+const ELSEWHERE = ['http', 'url', 'file', 'previous_response_id'].map(name => Buffer.from(name))
+const SEARCHED = 64 * 1024
 /** Images behind this many others count as text: the work for one request is bounded. */
 const MAX_DATA = 64
 
@@ -39,16 +52,48 @@ const MAX_DATA = 64
  * const members = [{ name: 'prompt', start: 10, end: 21, elements: 0 }]
  * promptText({ bytes, members }, { fields: ['prompt'], frame: 'plain' }).counts[0] // 8
  */
-export function promptText({ bytes, members }: Body, { fields, frame }: PromptForm): PromptText {
-  const text = { counts: noText(), tokens: 0, frame, hasTools: false, hasData: false }
+export function promptText({ bytes, members }: Body, form: PromptForm): PromptText {
+  const { fields, optional = [], frame, repeated = [] } = form
+  const text: PromptText = {
+    counts: noText(),
+    optional: noText(),
+    tokens: 0,
+    frame,
+    hasTools: false,
+    hasData: false,
+    size: bytes.length,
+    isMore: repeated.length > 0 || isElsewhere(bytes),
+    isOpen: false
+  }
   const read = members.filter(({ name }) => fields.includes(name))
+  const perElement = repeated.length > 0 ? elementsOf(read, repeated) : 1
+  const timesOf = ({ name, elements }: Member) =>
+    elements <= 1 || repeated.includes(name) ? perElement : 1
   // A request in an unknown form costs something all the same.
   for (const member of read.length > 0 ? read : members) {
-    if (isTokens(bytes, member)) addTokens(text, bytes, member)
-    else addField(text, bytes, member)
+    if (isTokens(bytes, member)) addTokens(text, bytes, member, timesOf(member))
+    else addField(text, text.counts, bytes, member, timesOf(member))
     if (member.elements > 0 && TOOLS.includes(member.name)) text.hasTools = true
   }
+  for (const member of members) {
+    if (!optional.includes(member.name) || isNull(bytes, member)) continue
+    if (read.length > 0) addField(text, text.optional, bytes, member, timesOf(member))
+    if (OPEN.includes(member.name)) text.isOpen = text.isMore = true
+  }
   return text
+}
+
+/** Returns how often the model reads a repeated field: with each element of the longest list. */
+function elementsOf(members: readonly Member[], repeated: readonly string[]): number {
+  const lists = members.filter(({ name }) => !repeated.includes(name))
+  return Math.max(1, ...lists.map(({ elements }) => elements))
+}
+
+/** Returns the prompt with the text that only some servers put into it. */
+export function withOptional(prompt: PromptText): PromptText {
+  const { counts, optional } = prompt
+  if (characters(optional) === 0) return prompt
+  return { ...prompt, counts: counts.map((count, kind) => count + optional[kind]!) }
 }
 
 /** Returns whether there is a prompt. */
@@ -61,9 +106,13 @@ export function leastTokens({ counts, tokens }: PromptText): number {
   return tokens + Math.floor(characters(counts) / MOST_CHARACTERS)
 }
 
-/** What a prompt's tokens depend on: its text, and what the server puts around it. */
+/** Features on which a prompt's tokens depend: its text, and text that the server puts around it. */
 export function promptFeatures({ counts, frame, hasTools }: PromptText): number[] {
   return [...counts, ...FRAMES.map(each => (each === frame ? 1 : 0)), hasTools ? 1 : 0]
+}
+
+function isNull(bytes: Buffer, { start }: Member): boolean {
+  return bytes[start] === NULL
 }
 
 /** Whether it is a list of numbers, or of such lists. */
@@ -73,19 +122,26 @@ function isTokens(bytes: Buffer, { elements, last }: Member): boolean {
   return first !== undefined && first >= 0x30 && first <= 0x39
 }
 
-function addTokens(text: PromptText, bytes: Buffer, { elements, start, last, end }: Member): void {
+function addTokens(text: PromptText, bytes: Buffer, member: Member, times: number): void {
+  const { elements, start, last, end } = member
   text.hasData = true
   if (bytes[last] !== BRACKET) {
-    text.tokens += elements
+    text.tokens += elements * times
     return
   }
   const counts = noText()
   addText(counts, bytes, start, end)
-  text.tokens += Math.round(numbers(counts))
+  text.tokens += Math.round(numbers(counts)) * times
 }
 
-function addField(text: PromptText, bytes: Buffer, { start, end }: Member): void {
-  const { counts } = text
+function addField(
+  text: PromptText,
+  total: TextCounts,
+  bytes: Buffer,
+  { start, end }: Member,
+  times: number
+): void {
+  const counts = times === 1 ? total : noText()
   const isString = bytes[start] === QUOTE
   let from = isString ? start + 1 : start
   const to = isString ? end - 1 : end
@@ -93,13 +149,21 @@ function addField(text: PromptText, bytes: Buffer, { start, end }: Member): void
   for (let at = start + STEP; at < to && found < MAX_DATA; at += STEP) {
     if (!isData(bytes, at, to)) continue
     found++
-    text.hasData = true
+    text.hasData = text.isMore = true
     addText(counts, bytes, from, Math.max(from, bytes.lastIndexOf(QUOTE, at) + 1), MAX_READ)
     from = bytes.indexOf(QUOTE, at)
     if (from === -1 || from > to) from = to
     at = from
   }
   addText(counts, bytes, from, to, MAX_READ)
+  if (counts === total) return
+  for (const [kind, count] of counts.entries()) total[kind]! += count * times
+}
+
+/** Whether a part of the prompt may be elsewhere. In a longer body its text is long enough to tell nothing. */
+function isElsewhere(bytes: Buffer): boolean {
+  const searched = bytes.subarray(0, SEARCHED)
+  return ELSEWHERE.some(name => searched.includes(name))
 }
 
 /** No word is as long as that. */

@@ -1,6 +1,7 @@
 import { type Member, membersOf } from '../wire/json-scanner.ts'
 
 const QUOTE = 0x22
+const BACKSLASH = 0x5c
 const LF = 0x0a
 const CR = 0x0d
 const COMMA = 0x2c
@@ -26,7 +27,7 @@ export class Sample {
   usageBegin = 0
   usageEnd = 0
   readonly #before: Buffer
-  /** What stands behind the text, up to the usage, where there is one. */
+  /** Bytes behind the text, up to the usage if there is one. */
   readonly #behind: Buffer
   readonly #last: Buffer | undefined
   /** Where in `behind` the member with the usage begins, with its comma. */
@@ -72,6 +73,8 @@ export class Sample {
     const end = last === undefined ? chunk.length - behind.length : chunk.indexOf(QUOTE, begin)
     if (
       end <= begin ||
+      // The quote may be escaped.
+      chunk[end - 1] === BACKSLASH ||
       (last === undefined && chunk.indexOf(QUOTE, begin) !== end) ||
       chunk.indexOf(LF, begin) !== chunk.length - 2 ||
       chunk.indexOf(CR, begin) !== -1 ||
@@ -102,6 +105,23 @@ export class Sample {
   }
 }
 
+/** Fields of a usage chunk that other chunks have as well. */
+const FRAME = new Set(
+  `id object created model choices usage system_fingerprint service_tier obfuscation`.split(' ')
+)
+
+/** Returns an event with what else a usage chunk has beside usage (`timings` of llama.cpp), if their data is in one line. */
+export function withExtras(event: Buffer, usageChunk: Buffer): Buffer {
+  const known = membersIn(event).members.map(({ name }) => name)
+  if (known.length === 0) return event
+  const { json, members } = membersIn(usageChunk)
+  const extras = members.filter(({ name }) => !FRAME.has(name) && !known.includes(name))
+  if (extras.length === 0) return event
+  const end = event.lastIndexOf(CLOSING)
+  const more = extras.flatMap(({ from, end: to }) => [Buffer.from(','), json.subarray(from, to)])
+  return Buffer.concat([event.subarray(0, end), ...more, event.subarray(end)])
+}
+
 /** Returns an event without the usage in it; the same one where it cannot be taken out. */
 export function withoutUsage(event: Buffer): Buffer {
   const found = findUsage(event)
@@ -113,17 +133,22 @@ export function withoutUsage(event: Buffer): Buffer {
 
 /** Finds the top-level usage of an event whose data is in one line; `from`: with the comma before, if there is one. */
 function findUsage(event: Buffer): Pick<Member, 'from' | 'start' | 'end'> | undefined {
-  const first = event.indexOf(OPENING)
-  const json = event.subarray(first, event.lastIndexOf(CLOSING) + 1)
+  const { json, members } = membersIn(event)
+  const first = json.byteOffset - event.byteOffset
+  const at = members.findIndex(({ name }) => name === 'usage')
+  if (at === -1) return undefined
+  const { from, start, end } = members[at]!
+  const before = at === 0 ? from : json.indexOf(COMMA, members[at - 1]!.end)
+  return { from: first + before, start: first + start, end: first + end }
+}
+
+/** The JSON of an event whose data is in one line, and its members; of any other event none. */
+function membersIn(event: Buffer): { json: Buffer; members: readonly Member[] } {
+  const json = event.subarray(event.indexOf(OPENING), event.lastIndexOf(CLOSING) + 1)
   try {
-    const members = membersOf(json)
-    const at = members.findIndex(({ name }) => name === 'usage')
-    if (at === -1) return undefined
-    const { from, start, end } = members[at]!
-    const before = at === 0 ? from : json.indexOf(COMMA, members[at - 1]!.end)
-    return { from: first + before, start: first + start, end: first + end }
+    return { json, members: membersOf(json) }
   } catch {
-    return undefined
+    return { json, members: [] }
   }
 }
 

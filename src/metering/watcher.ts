@@ -31,6 +31,7 @@ export interface Seen extends Report {
   hasTimings: boolean
   /** There is reasoning. */
   hasReasoning: boolean
+  sequence: number | undefined
 }
 
 const NAMES = {
@@ -46,12 +47,13 @@ const NAMES = {
   status: 10,
   error_type: 11,
   finish_reason: 12,
-  // Those from here on may be numbers or the like.
+  // Members from here on may be numbers or the like.
   done: 13,
   error: 14,
   prompt_eval_count: 15,
   eval_count: 16,
-  code: 17
+  code: 17,
+  sequence_number: 18
 } as const
 /** Flags on a name's number: its text is a piece of the answer; it is reasoning. */
 const DELTA = 64
@@ -400,6 +402,9 @@ export class JsonWatcher {
       case NAMES.code:
         seen.code = text
         break
+      case NAMES.sequence_number:
+        seen.sequence = Number(text)
+        break
       case NAMES.eval_count:
         seen.evalCount = Number(text)
         break
@@ -521,6 +526,7 @@ function nothing(): Seen {
     error: undefined,
     errorType: undefined,
     delta: false,
+    isErrorEvent: false,
     texts: 0,
     textBegin: 0,
     textEnd: 0,
@@ -530,6 +536,7 @@ function nothing(): Seen {
     choices: 0,
     index: undefined,
     hasTimings: false,
-    hasReasoning: false
+    hasReasoning: false,
+    sequence: undefined
   }
 }

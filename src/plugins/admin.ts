@@ -1,4 +1,4 @@
-import { hash, timingSafeEqual } from 'node:crypto'
+import crypto from 'node:crypto'
 import { normalizeIP } from '@fastify/rate-limit'
 import Fastify, {
   type FastifyInstance,
@@ -6,15 +6,15 @@ import Fastify, {
   type FastifyRequest,
   LogController
 } from 'fastify'
-import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import { withExchanges } from '../exchange.ts'
 import type { Issue } from '../issues.ts'
 import { Lru } from '../keys/lru.ts'
-import { ADDRESS_OR_NONE, listen } from '../listen.ts'
+import { ADDRESS_OR_NONE, listen, serversOf } from '../listen.ts'
 import { checkOptions, type Given, OptionsError, Section } from '../options.ts'
-import type {} from '../peers.ts'
+import { part, share, toPart } from '../parts.ts'
+import { VERSION } from '../version.ts'
 
 /**
  * Lets in who has the admin token, and nobody else: under `/admin` of this server, or of a server of its
@@ -49,13 +49,9 @@ export type AdminOptions = Static<typeof AdminOptions>
 /** The options of the plugin, and the routes that need the token. */
 export type GivenAdminOptions = Given<AdminOptions> & { routes: FastifyPluginAsync }
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    admin: {
-      /** Takes over another token; anything else needs a restart. */
-      update(options: AdminOptions): void
-    }
-  }
+export interface Admin {
+  /** Takes over another token; anything else needs a restart. */
+  update(options: AdminOptions): void
 }
 
 const PREFIX = '/admin'
@@ -77,7 +73,7 @@ const adminPlugin: FastifyPluginAsync<GivenAdminOptions> = async function admin(
   const issues = adminIssues(options)
   if (issues.length > 0) throw new OptionsError(issues)
   let expected = digest(options.token)
-  fastify.decorate('admin', {
+  share(fastify, 'admin', {
     update(changed) {
       if (changed.token !== '') expected = digest(changed.token)
     }
@@ -88,9 +84,10 @@ const adminPlugin: FastifyPluginAsync<GivenAdminOptions> = async function admin(
   const guarded: FastifyPluginAsync = async scope => {
     scope.addHook('onRequest', async (request, reply) => {
       reply.header('cache-control', 'no-store')
-      const address = normalizeIP(request.ip)
-      failures.check(address)
+      const address = normalizeIP(request.exchange.clientIp)
       const token = presentedToken(request)
+      if (token !== undefined && crypto.timingSafeEqual(digest(token), expected)) return
+      failures.check(address)
       if (token === undefined) {
         throw new GatewayError(
           'missing_admin_token',
@@ -98,9 +95,8 @@ const adminPlugin: FastifyPluginAsync<GivenAdminOptions> = async function admin(
           { headers: { 'www-authenticate': 'Bearer' } }
         )
       }
-      if (timingSafeEqual(digest(token), expected)) return
       failures.count(address)
-      fastify.log.warn({ action: 'refused', by: request.ip }, 'admin')
+      fastify.log.warn({ action: 'refused', by: request.exchange.clientIp }, 'admin')
       throw new GatewayError('invalid_admin_token', 'This admin token is not valid.')
     })
     await scope.register(routes)
@@ -124,11 +120,21 @@ async function serveApart(
   }) as unknown as FastifyInstance
   withExchanges(own)
   await own.register(routes, { prefix: PREFIX })
-  own.setNotFoundHandler((_request, reply) => reply.code(404).send())
+  own.get('/health', (_request, reply) => reply.send({ status: 'ok', version: VERSION }))
+  own.setNotFoundHandler((_request, reply) => {
+    const error = { code: 'not_found', message: 'There is no such route.' }
+    reply.code(404).send({ error })
+  })
+  const connections = part(fastify, 'connections')
+  connections?.watch(own.server, true)
   fastify.addHook('onReady', async () => {
     const url = await listen(own, address)
+    for (const other of serversOf(own).slice(1)) connections?.watch(other, true)
     // Of several workers one line is enough.
-    log[fastify.peers === undefined ? 'info' : 'debug']({ url }, 'the admin API is listening')
+    log[part(fastify, 'peers') === undefined ? 'info' : 'debug'](
+      { url },
+      'the admin API is listening'
+    )
   })
   fastify.addHook('onClose', () => own.close())
 }
@@ -137,7 +143,7 @@ async function serveApart(
 class Failures {
   readonly #byAddress = new Lru<string, { count: number; until: number }>(MAX_ADDRESSES)
 
-  /** @throws {GatewayError} for an address that has failed too often, whatever it shows now */
+  /** @throws {GatewayError} for an address that has failed too often */
   check(address: string): void {
     const { count, until } = this.#byAddress.get(address) ?? { count: 0, until: 0 }
     const left = until - performance.now()
@@ -163,7 +169,10 @@ function presentedToken({ headers }: FastifyRequest): string | undefined {
 
 /** Of the same length, however long the token is. */
 function digest(token: string): Buffer {
-  return hash('sha256', token, 'buffer')
+  return crypto.hash('sha256', token, 'buffer')
 }
 
-export default fp(adminPlugin, { name: 'admin', fastify: '5.x' })
+export default toPart(adminPlugin, {
+  name: 'admin',
+  decorates: ['admin']
+})

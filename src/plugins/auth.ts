@@ -1,6 +1,6 @@
+import '../check-node.ts'
 import { existsSync } from 'node:fs'
 import type { FastifyPluginAsync, FastifyRequest } from 'fastify'
-import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import { type Caller, withExchanges } from '../exchange.ts'
@@ -12,6 +12,7 @@ import { DEFAULT_STORE, KeyStore, keyFile, type OnKeyChange } from '../keys/key-
 import { Keyring } from '../keys/keyring.ts'
 import {
   closeSources,
+  looksIntoStore,
   SourceOptions,
   type Sources,
   sourceIssues,
@@ -19,9 +20,8 @@ import {
 } from '../keys/sources.ts'
 import { type StaticKey, StaticKeyList } from '../keys/static.ts'
 import { checkOptions, type Given, HeaderName, OptionsError, Section } from '../options.ts'
-import type {} from '../peers.ts'
+import { part, share, toPart } from '../parts.ts'
 import { StorageOptions } from '../store/storage.ts'
-import type {} from './usage.ts'
 
 /**
  * Checks API keys: a request with a good key gets `request.caller`, any other is answered 401, 403,
@@ -51,8 +51,9 @@ export const AuthOptions = Section(
     skip_paths: Type.Array(
       Type.String({ pattern: '^/[^*?#]+$', expects: 'a path such as /health' }),
       {
-        default: ['/health'],
-        description: 'Paths that need no key, with all below them'
+        default: ['/health', '/healthz', '/livez', '/readyz'],
+        description:
+          'Paths that need no key, with all below them and their other names (/healthz of /health)'
       }
     ),
     status_codes: StatusCodes,
@@ -81,24 +82,15 @@ export type AuthOptions = Static<typeof AuthOptions>
 export type GivenAuthOptions = Given<Omit<AuthOptions, 'keys'>> & {
   keys?: readonly (string | Given<StaticKey>)[]
   storage?: Given<StorageOptions>
-}
-
-declare module 'fastify' {
-  interface FastifyRequest {
-    caller: Caller | undefined
-  }
-  interface FastifyInstance {
-    keys: Keys
-  }
-  interface FastifyContextConfig {
-    /** false: it needs no API key. */
-    auth?: boolean
-  }
+  /** Directory of the embedded store if `db_path` is relative; default: `./data`, as of the program. */
+  dataDir?: string | undefined
 }
 
 export interface Keys {
   update(options: AuthOptions, storage: StorageOptions): Promise<void>
   credentialHeaders(): readonly string[]
+  /** @throws {GatewayError} `model_not_allowed` if the key of a request is restricted to other models */
+  checkModel(request: FastifyRequest): void
   /** Status of a response to a caller whose quota is used up. */
   quotaStatus(): number
   /** Drops what is remembered of the key with this SHA-256, or of all, in this process. */
@@ -112,23 +104,25 @@ export interface Keys {
 }
 
 const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fastify, given) {
-  const { storage: givenStorage, ...givenOptions } = given
+  const { storage: givenStorage, dataDir, ...givenOptions } = given
   const storage = checkOptions(StorageOptions, givenStorage)
   let options = checkOptions(AuthOptions, { enabled: true, ...givenOptions })
   let headerNames: string[] = []
   let keyring: Keyring | undefined
   let sources: Sources = new Map()
   let opened: KeyStore | undefined
+  let isStoreChecked = false
   const onChange: Keys['onChange'] = []
-  const file = keyFile(fastify.dataDir, options.db_path)
+  const file = keyFile(dataDir, options.db_path)
   const issues = sourceIssues(options, storage)
   if (issues.length > 0) throw new OptionsError(issues)
   withExchanges(fastify)
 
   if (!fastify.hasRequestDecorator('caller')) fastify.decorateRequest('caller', undefined)
-  fastify.decorate('keys', {
+  share(fastify, 'keys', {
     update,
     credentialHeaders: () => headerNames,
+    checkModel,
     quotaStatus: () => options.status_codes.quota_exceeded.http_code,
     forget: hash => keyring?.forget(hash),
     async hear(news) {
@@ -149,7 +143,8 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
     closeSources(sources, new Map())
     await opened?.close()
   })
-  fastify.peers?.onNews(news => {
+  const peers = part(fastify, 'peers')
+  peers?.onNews(news => {
     if (news.kind === 'keys') forget(news.hashes)
   })
   await update(options, storage).catch(async error => {
@@ -159,8 +154,9 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
 
   /** What is refused changes nothing. */
   async function update(changed: AuthOptions, storage: StorageOptions): Promise<void> {
-    const { dataDir, log } = fastify
+    const { log } = fastify
     const next = await toSources(changed, { storage, dataDir, store, log }, sources)
+    await checkStore(changed)
     if (changed.enabled) await admitSomebody(next, store, file, log)
     const before = { keyring, sources }
     const { mode, status_codes: codes } = changed
@@ -171,10 +167,17 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
     void before.keyring?.idle().then(() => closeSources(before.sources, next))
   }
 
+  /** Keys that cannot be read would be refused one by one: better not to start. */
+  async function checkStore(changed: AuthOptions): Promise<void> {
+    if (isStoreChecked || !looksIntoStore(changed) || !existsSync(file)) return
+    await store().check()
+    isStoreChecked = true
+  }
+
   function store(): KeyStore {
     opened ??= new KeyStore(file, (hashes, validFor) => {
       forget(hashes)
-      fastify.peers?.tell({ kind: 'keys', ...(hashes === undefined ? {} : { hashes }) })
+      peers?.tell({ kind: 'keys', ...(hashes === undefined ? {} : { hashes }) })
       for (const listener of onChange) listener(hashes, validFor)
     })
     return opened
@@ -186,6 +189,12 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
   }
 
   fastify.addHook('onRequest', async request => {
+    const { settlement } = request.exchange
+    if (!isCaller(request.caller)) request.caller = undefined
+    if (settlement !== undefined) {
+      request.caller = settlement.caller
+      return
+    }
     if (!options.enabled || request.routeOptions.config.auth === false) return
     if (isSkipped(request, fastify.prefix, options.skip_paths)) return
     const key = presentedKey(request, headerNames)
@@ -196,25 +205,33 @@ const authPlugin: FastifyPluginAsync<GivenAuthOptions> = async function auth(fas
         { headers: { 'www-authenticate': 'Bearer' } }
       )
     }
-    request.caller = await keyring!.caller(key, request.ip)
+    request.caller = await keyring!.caller(key, request.exchange.clientIp)
   })
 
   fastify.addHook('preHandler', (request, _reply, done) => {
-    const models = request.caller?.models
-    const { endpoint } = request.exchange
-    if (models === undefined || endpoint === undefined || endpoint.body === 'none') return done()
-    if (endpoint.body === 'stream') {
-      throw new GatewayError(
-        'model_not_allowed',
-        'This API key is held to some models, and the model of an upload is not read.'
-      )
-    }
-    const model = request.payload?.model
-    if (model === undefined || !matchesModel(models, model)) {
-      throw new GatewayError('model_not_allowed', 'This API key may not use this model.')
-    }
+    checkModel(request)
     done()
   })
+}
+
+function checkModel({ caller, exchange: { endpoint }, payload }: FastifyRequest): void {
+  const models = caller?.models
+  if (models === undefined || endpoint === undefined || endpoint.body === 'none') return
+  if (endpoint.body === 'stream') {
+    throw new GatewayError(
+      'model_not_allowed',
+      'This API key is held to some models, and the model of an upload is not read.'
+    )
+  }
+  const model = payload?.model
+  if (model === undefined || !matchesModel(models, model)) {
+    throw new GatewayError('model_not_allowed', 'This API key may not use this model.')
+  }
+}
+
+/** Whether this is a caller, which a host may have set; its decorator of this name may be another thing. */
+function isCaller(value: unknown): value is Caller {
+  return typeof (value as Caller | null | undefined)?.id === 'string'
 }
 
 /** The first key that one of the headers holds. */
@@ -229,13 +246,21 @@ function presentedKey(request: FastifyRequest, names: readonly string[]): string
   return undefined
 }
 
-/** Paths are compared by whole segments: /health skips /health/ready, but not /healthy. */
+/**
+ * Paths are compared by whole segments: /health skips /health/ready, but not /healthy. It also skips /healthz, which is
+ * the same route; /healthz alone does not skip /health, which has more below it.
+ */
 function isSkipped(request: FastifyRequest, prefix: string, skipPaths: string[]): boolean {
+  const { aliasOf, endpoint } = request.routeOptions.config
   const path = pathBelow(request.url, prefix)
+  const paths = [path, aliasOf ?? (endpoint?.upstreamPrefix ?? '') + path]
   return skipPaths.some(skip => {
     const bare = skip.endsWith('/') ? skip.slice(0, -1) : skip
-    return path === bare || path.startsWith(`${bare}/`)
+    return paths.some(each => each === bare || each.startsWith(`${bare}/`))
   })
 }
 
-export default fp(authPlugin, { name: 'auth', fastify: '5.x' })
+export default toPart(authPlugin, {
+  name: 'auth',
+  decorates: ['keys']
+})

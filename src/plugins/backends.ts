@@ -1,12 +1,13 @@
+import '../check-node.ts'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { isDeepStrictEqual } from 'node:util'
 import type { FastifyPluginAsync } from 'fastify'
-import fp from 'fastify-plugin'
 import { type DemoBackend, startDemo } from '../demo.ts'
 import { modelMissing, modelNotFound } from '../errors.ts'
-import type {} from '../exchange.ts'
 import { type Explain, explainer } from '../explain.ts'
+import type { Say } from '../logs/shared-lines.ts'
 import { checkOptions, type Given } from '../options.ts'
-import type {} from '../peers.ts'
+import { part, share, toPart } from '../parts.ts'
 import type { AttemptResult } from '../pool/attempt.ts'
 import { Discovery } from '../pool/discovery.ts'
 import { type Found, joined } from '../pool/found.ts'
@@ -23,12 +24,6 @@ import { type OnCircuit, Pool } from '../pool/pool.ts'
  * await fastify.register(backends, { backends: [{ url: 'http://127.0.0.1:8001', weight: 2 }] })
  * fastify.backends.pool.available // true
  */
-
-declare module 'fastify' {
-  interface FastifyInstance {
-    backends: Backends
-  }
-}
 
 /** The pool, how it is changed, and who wants to know of attempts and circuits. */
 export interface Backends {
@@ -57,6 +52,12 @@ export interface Backends {
   readonly demoUrl: string | undefined
 }
 
+/** How long (ms) a start waits for the first connection to each backend. */
+const FIRST_CONNECTION_MS = 250
+
+const PANIC =
+  'health checks say that every backend is down: requests are tried nevertheless (health_check.panic)'
+
 const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async function backends(
   fastify,
   given
@@ -64,8 +65,10 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
   let options = checkOptions(BackendsOptions, given)
   let found: readonly Found[] = []
   let sources: ReadonlyMap<string, string> = new Map()
-  const checker = new HealthChecker(fastify.log)
-  const discovery = new Discovery(fastify.log)
+  const peers = part(fastify, 'peers')
+  const say: Say = peers?.say ?? ((level, fields, msg) => fastify.log[level](fields, msg))
+  const checker = new HealthChecker(say)
+  const discovery = new Discovery(say)
   let demo: DemoBackend | undefined
   const prepare = async (changed: BackendsOptions) => {
     // The original's reference file has it, so it must not stop a start.
@@ -82,15 +85,26 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     }
   ]
   await prepare(options)
-  const workers = fastify.peers?.count
-  const pool = new Pool(toPool(options, demo?.url, workers), (backend, turn) => {
-    for (const listener of onCircuit) listener(backend, turn)
+  const workers = peers?.count
+  const pool = new Pool(toPool(options, demo?.url, workers), {
+    circuit(backend, turn) {
+      for (const listener of onCircuit) listener(backend, turn)
+    },
+    reach(backend, { origin, basePath, reach: { failure: reason } }) {
+      if (reason === undefined) return say('info', { backend }, 'backend can be reached')
+      say('warn', { backend, url: origin + basePath, reason }, 'backend cannot be reached')
+    },
+    panic(isPanicking) {
+      if (isPanicking) say('warn', {}, PANIC)
+      else say('info', {}, 'health checks decide again which backends get requests')
+    }
   })
   const watch = () => {
     checker.watch(pool.backends, toHealthCheck(options.health_check))
     discovery.watch(pool.backends, options.routing.model_discovery)
+    return Promise.all(pool.backends.map(({ live }) => live.reach.begin()))
   }
-  watch()
+  const reached = watch()
   let isClosed = false
   const apply = () => {
     // A reload that waits for its sources may outlast the gateway.
@@ -98,7 +112,7 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     const all = joined(options.backends, found)
     sources = all.sources
     pool.update(toPool({ ...options, backends: all.backends }, demo?.url, workers))
-    watch()
+    void watch()
     for (const listener of onChange) listener()
   }
 
@@ -107,21 +121,21 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     if (backend !== undefined) backend.live.isDrained = drained
     return backend !== undefined
   }
-  fastify.peers?.onNews(news => {
+  peers?.onNews(news => {
     if (news.kind === 'backend') setDrained(news.backend, news.drained)
   })
 
-  fastify.decorate('backends', {
+  share(fastify, 'backends', {
     pool,
     onAttempt: [],
     models: () => listModels(pool.backends),
     drain(backend, drained) {
       if (!setDrained(backend, drained)) return false
-      fastify.peers?.tell({ kind: 'backend', backend, drained })
+      peers?.tell({ kind: 'backend', backend, drained })
       return true
     },
     onCircuit,
-    explain: explainer(pool.decisions, fastify.peers),
+    explain: explainer(pool.decisions, peers),
     onChange,
     get demoUrl() {
       return demo?.url
@@ -143,25 +157,29 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
   // Before keys, limits and prices are looked up: all of them depend on the model.
   fastify.addHook('preValidation', (request, _reply, done) => {
     const { payload, exchange } = request
-    const needsModel = payload !== undefined && exchange.endpoint?.spends !== undefined
-    if (!needsModel || payload.model !== undefined || payload.previousResponseId !== undefined) {
-      return done()
-    }
-    if (pool.backends.length === 0) return done()
+    if (payload === undefined || payload.model !== undefined) return done()
+    if (payload.previousResponseId !== undefined || pool.backends.length === 0) return done()
+    const { spends, isFree } = exchange.endpoint ?? {}
+    const isOptional = spends === undefined && !pool.hasSeveralModels
+    // What spends nothing may lack a model where all backends have the same.
+    if (isFree && isOptional) return done()
     const imply = () => {
-      payload.model = pool.onlyModel
+      payload.model = pool.impliedModel
       payload.isModelImplied = payload.model !== undefined
       return payload.isModelImplied
     }
-    if (imply()) return done()
+    if (imply() || isOptional) return done()
     discovery.find(imply).then(() => done(imply() ? undefined : modelMissing()), done)
   })
 
   // Before a limit is asked: a model that nobody has costs nothing.
   fastify.addHook('preHandler', (request, _reply, done) => {
+    // A caller learns of no model that it may not use, whichever part is registered first.
+    part(fastify, 'keys')?.checkModel(request)
     const model = request.exchange?.model
     // Who holds the response that is gone on with says itself what it has.
-    const isHeld = request.payload?.previousResponseId !== undefined
+    const isHeld =
+      request.payload?.previousResponseId !== undefined || request.exchange.pinned !== undefined
     // Where there are no backends at all that is what the caller is told.
     if (
       model === undefined ||
@@ -175,6 +193,11 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
     discovery.find(isFound).then(() => done(isFound() ? undefined : modelNotFound(model)), done)
   })
 
+  // So that /health/ready is right from the first time.
+  fastify.addHook('onReady', async () => {
+    await Promise.race([reached, sleep(FIRST_CONNECTION_MS, undefined, { ref: false })])
+  })
+
   fastify.addHook('onClose', async () => {
     isClosed = true
     checker.stop()
@@ -184,4 +207,7 @@ const backendsPlugin: FastifyPluginAsync<Given<BackendsOptions>> = async functio
   })
 }
 
-export default fp(backendsPlugin, { name: 'backends', fastify: '5.x' })
+export default toPart(backendsPlugin, {
+  name: 'backends',
+  decorates: ['backends']
+})

@@ -1,13 +1,12 @@
+import '../check-node.ts'
 import type { FastifyPluginAsync } from 'fastify'
-import fp from 'fastify-plugin'
 import { Finder } from '../discovery/finder.ts'
 import type { Source } from '../discovery/source.ts'
 import { DiscoveryOptions, discoveryIssues } from '../discovery/sources.ts'
 import { checkOptions, type Given, OptionsError } from '../options.ts'
+import { part, share, toPart } from '../parts.ts'
 import type { Found } from '../pool/found.ts'
 import { StorageOptions } from '../store/storage.ts'
-import type {} from './backends.ts'
-import type {} from './usage.ts'
 
 /**
  * Finds backends while the gateway runs, and tells the backends plugin of all changes. It waits for the
@@ -19,12 +18,11 @@ import type {} from './usage.ts'
  * await fastify.register(discovery, { sources: [{ type: 'dns', dns }] })
  */
 
-export type GivenDiscoveryOptions = Given<DiscoveryOptions> & { storage?: Given<StorageOptions> }
-
-declare module 'fastify' {
-  interface FastifyInstance {
-    discovery: Discovery
-  }
+/** The options of the plugin; `storage` has what its sources name. */
+export type GivenDiscoveryOptions = Given<DiscoveryOptions> & {
+  storage?: Given<StorageOptions>
+  /** Directory of an SQLite database that is named by a relative path. */
+  dataDir?: string | undefined
 }
 
 /** Where backends are found. */
@@ -45,29 +43,30 @@ const discoveryPlugin: FastifyPluginAsync<GivenDiscoveryOptions> = async functio
   fastify,
   given
 ) {
-  const { storage: givenStorage, ...givenOptions } = given
+  const { storage: givenStorage, dataDir, ...givenOptions } = given
   const options = checkOptions(DiscoveryOptions, { enabled: true, ...givenOptions })
   const storage = checkOptions(StorageOptions, givenStorage)
   const issues = discoveryIssues(options, storage)
   if (issues.length > 0) throw new OptionsError(issues)
+  const backends = part(fastify, 'backends')!
   const around = {
     log: fastify.log,
-    dataDir: fastify.dataDir,
-    onChange: (found: readonly Found[]) => fastify.backends.find(found)
+    dataDir,
+    onChange: (found: readonly Found[]) => backends.find(found)
   }
   const finder = new Finder(around, PATIENCE)
-  fastify.decorate('discovery', {
+  share(fastify, 'discovery', {
     get sources() {
       return finder.sources
     },
     update: (changed, changedStorage) => finder.update(changed, changedStorage)
   } satisfies Discovery)
   fastify.addHook('onClose', () => finder.close())
-  fastify.backends.find(await finder.update(options, storage))
+  backends.find(await finder.update(options, storage))
 }
 
-export default fp(discoveryPlugin, {
+export default toPart(discoveryPlugin, {
   name: 'discovery',
-  fastify: '5.x',
-  decorators: { fastify: ['backends'] }
+  needs: ['backends'],
+  decorates: ['discovery']
 })

@@ -1,6 +1,7 @@
+import '../check-node.ts'
 import type { FastifyPluginAsync } from 'fastify'
-import fp from 'fastify-plugin'
 import { withExchanges } from '../exchange.ts'
+import { toPart } from '../parts.ts'
 
 /**
  * One log line for each exchange, when it has ended. Never a key, a body or a query string.
@@ -32,10 +33,13 @@ const logPlugin: FastifyPluginAsync = async function log(fastify) {
       completionTokens: usage?.completionTokens,
       exactness: usage?.exactness
     }
-    const isQuiet = exchange.endpoint === undefined && exchange.outcome === 'ok'
+    const isOwn = exchange.settlement !== undefined && usage === undefined
+    const isQuiet = (exchange.endpoint === undefined || isOwn) && exchange.outcome === 'ok'
     if (isQuiet) fastify.log.debug(line, 'exchange')
     else fastify.log.info(line, 'exchange')
   })
 }
 
-export default fp(logPlugin, { name: 'log', fastify: '5.x' })
+export default toPart(logPlugin, {
+  name: 'log'
+})

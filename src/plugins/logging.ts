@@ -1,6 +1,6 @@
+import '../check-node.ts'
 import { isDeepStrictEqual } from 'node:util'
 import type { FastifyPluginAsync } from 'fastify'
-import fp from 'fastify-plugin'
 import type { Static } from 'typebox'
 import { Type } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
@@ -10,6 +10,7 @@ import { REQUEST_TABLE, RequestLog, RequestLogOptions } from '../logs/requests.t
 import { type RequestRow, toRow, toStillbornRow } from '../logs/row.ts'
 import type { LogSink } from '../logs/sink.ts'
 import { checkOptions, type Given, OptionsError, Section } from '../options.ts'
+import { share, toPart } from '../parts.ts'
 import type { Database } from '../store/sql.ts'
 import { openDatabase, StorageOptions, storageIssues } from '../store/storage.ts'
 import { Table } from '../store/table.ts'
@@ -33,17 +34,9 @@ export const LoggingOptions = Section(
 )
 export type LoggingOptions = Static<typeof LoggingOptions>
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    logging: {
-      /** @throws when the new file cannot be written; then the old one stays */
-      update(options: LoggingOptions, storage: StorageOptions): Promise<void>
-    }
-  }
-  interface FastifyContextConfig {
-    /** Asked by machines all the time. */
-    probe?: boolean
-  }
+export interface Logging {
+  /** @throws when the new file cannot be written; then the old one stays */
+  update(options: LoggingOptions, storage: StorageOptions): Promise<void>
 }
 
 /** How long (ms) a statement may take. */
@@ -66,13 +59,17 @@ interface Logs {
 }
 
 /** The options of the plugin; `storage` has what the request log names. */
-export type GivenLoggingOptions = Given<LoggingOptions> & { storage?: Given<StorageOptions> }
+export type GivenLoggingOptions = Given<LoggingOptions> & {
+  storage?: Given<StorageOptions>
+  /** Directory of relative paths; without it, the working directory. */
+  dataDir?: string | undefined
+}
 
 const loggingPlugin: FastifyPluginAsync<GivenLoggingOptions> = async function logging(
   fastify,
   given
 ) {
-  const { storage: givenStorage, ...givenOptions } = given
+  const { storage: givenStorage, dataDir, ...givenOptions } = given
   let options = checkOptions(LoggingOptions, { enabled: true, ...givenOptions })
   let storage = checkOptions(StorageOptions, givenStorage)
   const issues = requestLogIssues(options, storage)
@@ -82,12 +79,10 @@ const loggingPlugin: FastifyPluginAsync<GivenLoggingOptions> = async function lo
   function open({ enabled, access, request }: LoggingOptions, { databases }: StorageOptions): Logs {
     const found = databases.find(({ name }) => name === request.storage)
     const db =
-      enabled && request.enabled
-        ? openDatabase(found!, fastify.dataDir, STATEMENT_TIMEOUT)
-        : undefined
+      enabled && request.enabled ? openDatabase(found!, dataDir, STATEMENT_TIMEOUT) : undefined
     const table = db && new Table(db, request.table, REQUEST_TABLE)
     return {
-      access: enabled && access.enabled ? openAccessLog(access, fastify.dataDir) : undefined,
+      access: enabled && access.enabled ? openAccessLog(access, dataDir) : undefined,
       requests: table && new RequestLog(rows => table.insert(rows), fastify.log),
       db
     }
@@ -100,18 +95,18 @@ const loggingPlugin: FastifyPluginAsync<GivenLoggingOptions> = async function lo
 
   const exchanges = withExchanges(fastify)
   fastify.addHook('onRequest', ({ exchange }, _reply, done) => {
-    if (logs.requests !== undefined && options.request.include_body) exchange.keepsBody = true
+    exchange.logsBody = logs.requests !== undefined && options.request.include_body
     done()
   })
   exchanges.onEnd('log', exchange => {
     if (logs.access === undefined && logs.requests === undefined) return
     if (isAnsweredProbe(exchange)) return
     const { payload } = exchange.request
-    write(toRow(exchange), options.request.include_body ? payload?.bytes : undefined)
+    write(toRow(exchange), exchange.logsBody ? payload?.bytes : undefined)
   })
   exchanges.onStillborn.push((error, id, clientIp) => write(toStillbornRow(id, error, clientIp)))
 
-  fastify.decorate('logging', {
+  share(fastify, 'logging', {
     async update(changed, changedStorage) {
       const same = isDeepStrictEqual([changed, changedStorage], [options, storage])
       if (same) return
@@ -138,4 +133,7 @@ function isAnsweredProbe({ request, outcome }: Exchange): boolean {
   return request.routeOptions.config.probe === true && outcome === 'ok'
 }
 
-export default fp(loggingPlugin, { name: 'logging', fastify: '5.x' })
+export default toPart(loggingPlugin, {
+  name: 'logging',
+  decorates: ['logging']
+})

@@ -1,15 +1,16 @@
+import '../check-node.ts'
 import type { FastifyPluginAsync } from 'fastify'
-import fp from 'fastify-plugin'
 import type { Dialect } from '../dialects/dialect.ts'
 import { type Endpoint, type Exchange, type Usage, withExchanges } from '../exchange.ts'
 import type { Framing } from '../http.ts'
-import type { UnbilledResponse } from '../metering/billed.ts'
-import { isPlausible } from '../metering/counts.ts'
+import type { Seen, UnbilledResponse } from '../metering/billed.ts'
 import { Estimates, type Passed, type Source } from '../metering/estimate.ts'
 import { Meter, memberNames } from '../metering/meter.ts'
+import { type Asked, isPlausible, isPlausibleOutput } from '../metering/plausible.ts'
 import { hasText, leastTokens, type PromptText, promptText } from '../metering/prompt.ts'
 import { characters } from '../metering/text.ts'
 import type { MemberNames } from '../metering/watcher.ts'
+import { part, share, toPart } from '../parts.ts'
 import type { UsageField } from '../payload-edits.ts'
 
 /**
@@ -22,17 +23,15 @@ import type { UsageField } from '../payload-edits.ts'
  * await fastify.register(metering)
  * fastify.exchanges.onEnd('record', exchange => console.log(exchange.usage?.totalTokens))
  */
-declare module 'fastify' {
-  interface FastifyInstance {
-    /** What an exchange likely spends, before the backend has said it. */
-    tokens: {
-      /** Tokens of the prompt, and what they are at least: no tokenizer needs fewer. */
-      input(exchange: Exchange): number
-      least(exchange: Exchange): number
-      /** Tokens that have passed of an answer. */
-      output(exchange: Exchange): number
-    }
-  }
+/** What an exchange likely spends, before the backend has said it. */
+export interface Tokens {
+  /** Tokens of the prompt, and what they are at least: no tokenizer needs fewer. */
+  input(exchange: Exchange): number
+  least(exchange: Exchange): number
+  /** Whether the text of the prompt does not bound its tokens. */
+  isOpen(exchange: Exchange): boolean
+  /** Tokens that have passed of an answer. */
+  output(exchange: Exchange): number
 }
 
 const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
@@ -47,7 +46,7 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     return known
   }
 
-  fastify.decorate('tokens', {
+  share(fastify, 'tokens', {
     input(exchange) {
       const prompt = promptOf(exchange)
       return prompt === undefined ? 0 : estimates.input(sourceOf(exchange), prompt)
@@ -56,17 +55,18 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
       const prompt = promptOf(exchange)
       return prompt === undefined ? 0 : leastTokens(prompt)
     },
+    isOpen: exchange => promptOf(exchange)?.isOpen ?? false,
     output(exchange) {
       const { meter, endpoint } = exchange
       if (meter === undefined || endpoint?.spends !== 'input and output') return 0
-      const { tokens, since } = meter.counted
+      const { tokens, since } = counted(exchange, meter)
       return tokens + estimates.output(sourceOf(exchange), since)
     }
   })
 
   fastify.addHook('preHandler', ({ exchange, payload }, _reply, done) => {
     const { endpoint } = exchange
-    exchange.promptEstimate = fastify.tokens.input(exchange)
+    exchange.promptEstimate = part(fastify, 'tokens')!.input(exchange)
     if (endpoint?.asksForUsage && payload?.stream) {
       const wanted: UsageField[] = []
       if (!payload.includeUsage) wanted.push('include_usage')
@@ -76,7 +76,7 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     done()
   })
 
-  fastify.answerHooks.push((exchange, answer) => {
+  part(fastify, 'answerHooks')!.push((exchange, answer) => {
     const { reply, request, endpoint, stored } = exchange
     const isRead = endpoint?.body !== 'none' && request.method === 'POST'
     if (!isRead && (stored === undefined || request.method === 'HEAD')) return undefined
@@ -100,10 +100,13 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
   })
 
   exchanges.onEnd('metering', exchange => {
-    const { meter } = exchange
+    const { meter, stored, settlement } = exchange
     if (meter !== undefined) {
       measure(exchange, meter, estimates)
-      if (exchange.stored !== undefined) bill(exchange, exchange.stored, meter)
+      if (stored !== undefined) billMeasured(exchange, stored, meter)
+    } else if (settlement?.isLost && stored !== undefined) {
+      exchange.usage = promptAlone(stored.promptTokens)
+      bill(exchange, stored, { usage: exchange.usage, isComplete: false })
     } else if (exchange.outcome === 'client_gone' && exchange.isWaiting) {
       estimatePrompt(exchange, estimates)
     }
@@ -113,7 +116,7 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
 /** Maximum number of models, and of pairs of a model and a caller, whose tokens are learned. */
 const MAX_LEARNED = 1000
 
-/** Whose tokens an exchange spends. Keys of one user are one caller. */
+/** Returns the model and caller whose tokens an exchange spends. Keys of one user are one caller. */
 function sourceOf({ request, model = '', clientIp = '' }: Exchange): Source {
   const { caller } = request
   return { model, caller: caller?.userId ?? caller?.id ?? clientIp }
@@ -133,10 +136,11 @@ function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
     exchange.outcome = 'backend_failed'
     exchange.errorCode = 'backend_failed'
   }
+  if (exchange.endpoint?.isFree) return
   const { usage: said, isAll } = reported(exchange, meter, estimates)
   // A failure alone costs as little as one that comes with a status of its own.
   if (meter.failure !== undefined && said === undefined && meter.deltas === 0) return
-  // What is made in the background has its usage later.
+  // A response that is made in the background has its usage later.
   if (meter.framing === 'json' && meter.isOngoing && said === undefined) return
   if (meter.framing !== 'json') {
     exchange.firstTokenAt = meter.firstDeltaAt
@@ -146,7 +150,7 @@ function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
   const isRight = isOver && isAll && said !== undefined && !meter.isUsageWrong
   if (isRight) teach(exchange, meter, estimates, said)
   if (isRight && saysAll(exchange, meter, said)) {
-    // Of what several backends have written none has counted the whole.
+    // No backend has counted all that several backends have written.
     exchange.usage = exchange.isDivided ? { ...said, exactness: 'counted' } : said
   } else {
     const isWhole = isOver && meter.failure === undefined
@@ -154,13 +158,24 @@ function measure(exchange: Exchange, meter: Meter, estimates: Estimates): void {
   }
 }
 
-/** What was billed before of a stored response, is not billed again. */
-function bill(exchange: Exchange, stored: UnbilledResponse, meter: Meter): void {
+function billMeasured(exchange: Exchange, stored: UnbilledResponse, meter: Meter): void {
   const { usage, outcome } = exchange
   const isSaid = usage?.exactness === 'exact'
   const isComplete =
     !meter.isOngoing && (isSaid || (outcome === 'ok' && meter.failure === undefined))
-  const due = stored.bill(usage, isComplete)
+  const { startsAfter = 0 } = stored
+  const isPart = !isSaid && meter.framing !== 'json'
+  bill(exchange, stored, {
+    usage,
+    // The end of a stream does not say what came before.
+    isComplete: isComplete && (isSaid || startsAfter === 0),
+    part: isPart ? [startsAfter, startsAfter + meter.deltas] : undefined
+  })
+}
+
+/** Bills a stored response, without the part that was billed before. */
+function bill(exchange: Exchange, stored: UnbilledResponse, seen: Seen): void {
+  const due = stored.bill(seen)
   exchange.usage = undefined
   if (!(due instanceof Promise)) exchange.usage = due
   else {
@@ -170,19 +185,42 @@ function bill(exchange: Exchange, stored: UnbilledResponse, meter: Meter): void 
   }
 }
 
-/** What the backend reported, if it can be true, and whether that is of all choices. */
+/** Returns the usage that the backend reported, if it can be true, and whether it is of all choices. */
 function reported(exchange: Exchange, meter: Meter, estimates: Estimates) {
-  const { prompt, request } = exchange
-  const { prompts = 1, echo = false } = request.payload ?? {}
+  const { prompts = 1, echo = false } = exchange.request.payload ?? {}
   const source = sourceOf(exchange)
   // Text that repeats the prompt says nothing about the output.
   const tokensOf = (passed: Passed) => (echo ? 0 : estimates.output(source, passed))
   const told = meter.choices > 1 ? meter.told(prompts, tokensOf) : undefined
   const { usage, isAll } = told ?? { usage: meter.usage, isAll: true }
   if (usage === undefined) return { usage, isAll }
-  const asked = prompt === undefined ? 0 : characters(prompt.counts)
-  const isTrue = isPlausible(usage, asked, characters(meter.passed(true).text))
+  const isTrue = isPlausible(usage, askedOf(exchange, meter), passedOf(meter))
   return { usage: isTrue ? usage : undefined, isAll }
+}
+
+/** Tokens that the backend has counted on the way, if they can be true, and what has passed since. */
+function counted(exchange: Exchange, meter: Meter): { tokens: number; since: Passed } {
+  const { tokens, since } = meter.counted
+  const isTrue = isPlausibleOutput(tokens, askedOf(exchange, meter), passedOf(meter))
+  return isTrue ? { tokens, since } : { tokens: 0, since: meter.passed(false) }
+}
+
+/** Returns the facts of a request that bound its usage. */
+function askedOf(exchange: Exchange, meter: Meter): Asked {
+  const { prompt, endpoint, request, isDivided } = exchange
+  const { payload, server } = request
+  return {
+    prompt,
+    maxTokens: endpoint?.spends === 'input' ? 0 : payload?.maxTokens,
+    sequences: payload?.sequences ?? 1,
+    continued: isDivided ? passedOf(meter) : 0,
+    // The context of models for audio says nothing: servers cut it into parts.
+    contextLength: () => payload && server.backends?.pool.contextLength(exchange)
+  }
+}
+
+function passedOf(meter: Meter): number {
+  return characters(meter.passed(true).text)
 }
 
 /** Whether nothing has passed that the backend has not counted, or all has that there is to count. */
@@ -222,7 +260,7 @@ function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Us
   if (shown > 0) estimates.learnOutput(source, passed, shown)
   if (usage.reasoningTokens) estimates.noteReasoning(source, meter.hidesReasoning)
   const { prompt } = exchange
-  // What a stored response brings along is part of the prompt and not of its text.
+  // A stored response before it is part of the prompt and not of its text.
   const isText = prompt !== undefined && payload.previousResponseId === undefined
   if (isText && promptTokens > 0) estimates.learnInput(source, prompt, promptTokens)
 }
@@ -255,7 +293,9 @@ function estimate(
   if (spends === undefined) return
   const source = sourceOf(exchange)
   const { prompts = 1 } = exchange.request.payload ?? {}
-  const { tokens, since } = isWhole ? { tokens: 0, since: meter.passed(true) } : meter.counted
+  const { tokens, since } = isWhole
+    ? { tokens: 0, since: meter.passed(true) }
+    : counted(exchange, meter)
   const output = spends === 'input' ? 0 : tokens + estimates.output(source, since)
   const saidOutput = said?.completionTokens ?? 0
   const completionTokens = isRight && saidOutput > 0 ? saidOutput : Math.max(output, saidOutput)
@@ -263,7 +303,7 @@ function estimate(
     exchange.prompt === undefined
       ? (stored?.promptTokens ?? 0)
       : estimates.input(source, exchange.prompt)
-  // What was reported of several prompts may be about one of them.
+  // Usage that was reported of several prompts may be about one of them.
   const promptTokens =
     prompts > 1 && !isRight
       ? Math.max(prompt, said?.promptTokens ?? 0)
@@ -293,11 +333,13 @@ function estimatePrompt(exchange: Exchange, estimates: Estimates): void {
   const { endpoint, prompt } = exchange
   if (endpoint?.spends === undefined || prompt === undefined) return
   const promptTokens = estimates.input(sourceOf(exchange), prompt)
-  const usage = { promptTokens, completionTokens: 0, totalTokens: promptTokens }
-  exchange.usage = {
-    ...usage,
-    exactness: mayBeMore(exchange, estimates, 0) ? 'at_least' : 'counted'
-  }
+  const usage = promptAlone(promptTokens)
+  exchange.usage = mayBeMore(exchange, estimates, 0) ? usage : { ...usage, exactness: 'counted' }
+}
+
+function promptAlone(promptTokens: number): Usage {
+  const exactness = 'at_least'
+  return { promptTokens, completionTokens: 0, totalTokens: promptTokens, exactness }
 }
 
 /**
@@ -309,8 +351,8 @@ function saysItsEnd(endpoint: Endpoint | undefined): boolean {
   return endpoint.dialect.name !== 'openai' || endpoint.asksForUsage === true
 }
 
-export default fp(meteringPlugin, {
+export default toPart(meteringPlugin, {
   name: 'metering',
-  fastify: '5.x',
-  decorators: { fastify: ['answerHooks'] }
+  needs: ['proxy'],
+  decorates: ['tokens']
 })

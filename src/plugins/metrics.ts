@@ -1,12 +1,13 @@
+import '../check-node.ts'
 import client, { Counter, Gauge, Histogram, Registry } from '@prometheus-io/client'
 import type { FastifyPluginAsync } from 'fastify'
 import fastifyMetricsModule from 'fastify-metrics'
-import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type Exchange, type Exchanges, withExchanges } from '../exchange.ts'
 import { forgetDeparted } from '../metrics/departed.ts'
 import { discoveryMetrics } from '../metrics/discovery.ts'
 import { AtStart, checkOptions, type Given, NotBuilt, Section } from '../options.ts'
+import { part, share, toPart } from '../parts.ts'
 import { PRIORITIES } from '../pool/queue.ts'
 
 /**
@@ -52,12 +53,6 @@ export const MetricsOptions = AtStart(
 )
 export type MetricsOptions = Static<typeof MetricsOptions>
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    metricsRegistry: Registry
-  }
-}
-
 // A CommonJS module whose types say `export default`: the plugin is its `default`.
 const fastifyMetrics = fastifyMetricsModule.default
 
@@ -77,7 +72,7 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
   const options = checkOptions(MetricsOptions, given)
   const registry = new Registry()
   const registers: [Registry] = [registry]
-  fastify.decorate('metricsRegistry', registry)
+  share(fastify, 'metricsRegistry', registry)
   if (!options.enabled) return
 
   await fastify.register(fastifyMetrics, {
@@ -195,33 +190,52 @@ const metricsPlugin: FastifyPluginAsync<Given<MetricsOptions>> = async function 
     outcomes.inc({ outcome: 'rejected' })
   })
 
-  connectionMetrics(fastify.connections, exchanges, registers)
-  if (fastify.hasDecorator('backends')) backendMetrics(fastify.backends, registers)
-  if (fastify.hasDecorator('discovery')) discoveryMetrics(fastify.discovery, registers)
-  if (fastify.hasDecorator('limits')) {
-    const refusals = new Counter({
-      name: 'llmproxy_limit_refusals_total',
-      help: 'Requests refused by a limit, or in shadow mode those that would have been',
-      labelNames: ['scope', 'limit', 'mode'],
-      registers
-    })
-    const stopped = new Counter({
-      name: 'llmproxy_limit_stopped_total',
-      help: 'Answers ended before their time because a budget was used up',
-      registers
-    })
-    const troubles = new Counter({
-      name: 'llmproxy_limit_store_errors_total',
-      help: 'Steps that the store of the limits could not take',
-      registers
-    })
-    fastify.limits.observers.push({
-      refused: ({ scope, limit }, mode) => refusals.inc({ scope, limit, mode }),
-      stopped: () => stopped.inc(),
-      trouble: () => troubles.inc()
-    })
-  }
-  if (fastify.hasDecorator('usage')) usageMetrics(fastify.usage, registers)
+  connectionMetrics(part(fastify, 'connections'), exchanges, registers)
+  // Whichever parts are registered, and in any order.
+  fastify.addHook('onReady', async () => {
+    const backends = part(fastify, 'backends')
+    if (backends !== undefined) backendMetrics(backends, registers)
+    const discovery = part(fastify, 'discovery')
+    if (discovery !== undefined) discoveryMetrics(discovery, registers)
+    const limits = part(fastify, 'limits')
+    if (limits !== undefined) {
+      const refusals = new Counter({
+        name: 'llmproxy_limit_refusals_total',
+        help: 'Requests refused by a limit, or in shadow mode those that would have been',
+        labelNames: ['scope', 'limit', 'mode'],
+        registers
+      })
+      const stopped = new Counter({
+        name: 'llmproxy_limit_stopped_total',
+        help: 'Answers ended before their time because a budget was used up',
+        registers
+      })
+      const troubles = new Counter({
+        name: 'llmproxy_limit_store_errors_total',
+        help: 'Steps that the store of the limits could not take',
+        registers
+      })
+      limits.observers.push({
+        refused: ({ scope, limit }, mode) => refusals.inc({ scope, limit, mode }),
+        stopped: () => stopped.inc(),
+        trouble: () => troubles.inc()
+      })
+    }
+    const dataDirWatch = part(fastify, 'dataDirWatch')
+    if (dataDirWatch !== undefined) {
+      new Gauge({
+        name: 'llmproxy_data_dir_not_safe',
+        help: '1: the data directory was deleted or replaced, or is not writable',
+        aggregator: 'max',
+        registers,
+        collect() {
+          this.set(Number(dataDirWatch.trouble !== undefined))
+        }
+      })
+    }
+    const usage = part(fastify, 'usage')
+    if (usage !== undefined) usageMetrics(usage, registers)
+  })
 }
 
 function connectionMetrics(
@@ -260,7 +274,7 @@ function backendMetrics(
   onChange.push(sweep)
   new Gauge({
     name: 'llmproxy_backend_up',
-    help: '1: health checks find nothing wrong with the backend',
+    help: '1: the backend can be called: no health check, connection, circuit or refusal says otherwise',
     labelNames: ['backend'],
     // Of several workers: down as soon as one of them finds it so.
     aggregator: 'min',
@@ -268,7 +282,17 @@ function backendMetrics(
     collect() {
       sweep()
       this.reset()
-      for (const { name, live } of pool.backends) this.set({ backend: name }, Number(live.healthy))
+      for (const { name, live } of pool.backends)
+        this.set({ backend: name }, Number(live.trouble === undefined))
+    }
+  })
+  new Gauge({
+    name: 'llmproxy_health_check_panic',
+    help: '1: requests are tried although health checks say that every backend is down',
+    aggregator: 'max',
+    registers,
+    collect() {
+      this.set(Number(pool.isPanicking))
     }
   })
   new Gauge({
@@ -421,4 +445,7 @@ function isCounted(exchange: Exchange): boolean {
   return exchange.endpoint !== undefined || exchange.outcome === 'rejected'
 }
 
-export default fp(metricsPlugin, { name: 'metrics', fastify: '5.x' })
+export default toPart(metricsPlugin, {
+  name: 'metrics',
+  decorates: ['metricsRegistry', 'routeMetrics']
+})

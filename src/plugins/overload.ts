@@ -1,12 +1,11 @@
 import { totalmem } from 'node:os'
 import { getHeapStatistics } from 'node:v8'
 import type { FastifyPluginAsync } from 'fastify'
-import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import { withExchanges } from '../exchange.ts'
 import { checkOptions, Duration, type Given, Section, Size } from '../options.ts'
-import type {} from '../peers.ts'
+import { part, share, toPart } from '../parts.ts'
 
 /**
  * Sheds load that the process cannot carry: new requests get 503 `overloaded` while the event loop is late or the
@@ -42,14 +41,10 @@ export const OverloadOptions = Section(
 )
 export type OverloadOptions = Static<typeof OverloadOptions>
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    overload: {
-      update(options: Given<OverloadOptions>): void
-      /** Why new requests are rejected at the moment. */
-      readonly reason: string | undefined
-    }
-  }
+export interface Overload {
+  update(options: Given<OverloadOptions>): void
+  /** Why new requests are rejected at the moment. */
+  readonly reason: string | undefined
 }
 
 /** How often (ms) the process is looked at. */
@@ -69,7 +64,7 @@ const overloadPlugin: FastifyPluginAsync<Given<OverloadOptions>> = async functio
 
   function update(changed: Given<OverloadOptions>): void {
     options = checkOptions(OverloadOptions, changed)
-    const most = options.request_bodies ?? defaultBodies(fastify.peers?.count ?? 1)
+    const most = options.request_bodies ?? defaultBodies(part(fastify, 'peers')?.count ?? 1)
     exchanges.bodies.most = Math.max(most, fastify.initialConfig.bodyLimit ?? 0)
   }
 
@@ -79,7 +74,7 @@ const overloadPlugin: FastifyPluginAsync<Given<OverloadOptions>> = async functio
     const delay = now - expectedAt
     const isLate = options.event_loop_delay > 0 && delay > options.event_loop_delay
     late = isLate ? late + 1 : 0
-    // One stall is over when it is seen: rejecting requests afterwards helps nobody.
+    // A single stall has ended when it is measured: rejecting requests afterwards has no use.
     reason = late > 1 ? `the event loop is ${Math.round(delay)} ms late` : heapReason(options)
     expectedAt = now + INTERVAL
     if (reason !== undefined && before === undefined) {
@@ -89,7 +84,7 @@ const overloadPlugin: FastifyPluginAsync<Given<OverloadOptions>> = async functio
     }
   }, INTERVAL).unref()
 
-  fastify.decorate('overload', {
+  share(fastify, 'overload', {
     update,
     get reason() {
       return reason
@@ -119,4 +114,7 @@ function defaultBodies(processes: number): number {
   return Math.min(getHeapStatistics().heap_size_limit, limit) / 4
 }
 
-export default fp(overloadPlugin, { name: 'overload', fastify: '5.x' })
+export default toPart(overloadPlugin, {
+  name: 'overload',
+  decorates: ['overload']
+})

@@ -1,12 +1,14 @@
+import '../check-node.ts'
 import { pipeline } from 'node:stream'
+import { promisify } from 'node:util'
 import replyFrom from '@fastify/reply-from'
 import type { FastifyPluginAsync, FastifyReply, FastifyRequest } from 'fastify'
-import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { dropControls, ENGINE_CONTROLS, isControlHeader } from '../engine-controls.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
 import { isStream, pathBelow } from '../http.ts'
 import { checkOptions, Duration, type Given, Section } from '../options.ts'
+import { part, share, toPart } from '../parts.ts'
 import type { Answer } from '../pool/answer.ts'
 import { createDispatcher, EXCHANGE } from '../pool/dispatcher.ts'
 import { Renamed } from '../pool/renamed.ts'
@@ -36,7 +38,7 @@ export const ProxyOptions = Section(
     write_timeout: Duration('60s', 'How long a client may let bytes wait; 0: for ever', 0),
     heartbeat: Duration(
       '15s',
-      'How long a stream may wait in silence for its answer; 0: for ever',
+      'How long a stream may be silent before the client gets a comment; 0: for ever',
       0
     ),
     allow_engine_controls: AllowEngineControls
@@ -51,24 +53,15 @@ export type ProxyOptions = Static<typeof ProxyOptions>
  */
 export type AnswerHook = (exchange: Exchange, answer: Answer) => NodeJS.ReadableStream | undefined
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    answerHooks: AnswerHook[]
-    proxy: {
-      /** Holds for answers that begin after it. */
-      update(options: Given<ProxyOptions>): void
-    }
-  }
-  interface FastifyReply {
-    /** Sends the request to a backend and its answer to the client. */
-    forward(): FastifyReply
-  }
+export interface Forwarding {
+  /** Holds for answers that begin after it. */
+  update(options: Given<ProxyOptions>): void
 }
 
 const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function proxy(fastify, given) {
   let options = checkOptions(ProxyOptions, given)
   let allowed = new Set(options.allow_engine_controls)
-  const { pool, onAttempt } = fastify.backends
+  const { pool, onAttempt } = part(fastify, 'backends')!
   withExchanges(fastify)
 
   const hooks: AnswerHook[] = []
@@ -78,27 +71,29 @@ const proxyPlugin: FastifyPluginAsync<Given<ProxyOptions>> = async function prox
     return withName(exchange, answer, sent)
   }
 
-  await fastify.register(replyFrom, {
+  // Not registered: Fastify would end the start with the error of a decorator that is already there.
+  await promisify(replyFrom as never)(fastify, {
     undici: createDispatcher(pool, fastify.log, {
       heartbeat: () => options.heartbeat,
       attempted(backend, result) {
         for (const listener of onAttempt) listener(backend, result)
       },
       answers: (exchange, answer) => void prepare(exchange, answer),
-      passed: exchange => (fastify.hasDecorator('tokens') ? fastify.tokens.output(exchange) : 0)
-    }) as never,
+      asked: exchange => part(fastify, 'tokens')?.input(exchange) ?? 0,
+      passed: exchange => part(fastify, 'tokens')?.output(exchange) ?? 0
+    }),
     retryMethods: [],
     disableRequestLogging: true
   })
 
-  fastify.decorate('answerHooks', hooks)
-  fastify.decorate('proxy', {
+  share(fastify, 'answerHooks', hooks)
+  share(fastify, 'proxy', {
     update(changed) {
       options = checkOptions(ProxyOptions, changed)
       allowed = new Set(options.allow_engine_controls)
     }
   })
-  const credentials = () => fastify.keys?.credentialHeaders() ?? []
+  const credentials = () => part(fastify, 'keys')?.credentialHeaders() ?? []
 
   const rewriteRequestHeaders = (request: FastifyRequest, headers: Headers) =>
     toBackend(headers, request.exchange, credentials(), allowed)
@@ -154,7 +149,8 @@ function withName(exchange: Exchange, answer: Answer, sent: NodeJS.ReadableStrea
 
 /** The path at the backend; the query string follows by itself. */
 function backendPath(request: FastifyRequest, prefix: string): string {
-  return (request.exchange.endpoint?.upstreamPrefix ?? '') + pathBelow(request.url, prefix)
+  const path = pathBelow(request.url, prefix).replace(/(?<=.)\/$/, '')
+  return (request.exchange.endpoint?.upstreamPrefix ?? '') + path
 }
 
 /** The body as the bytes that came; a stream is passed on by reply-from itself. */
@@ -258,8 +254,8 @@ function connectionListed(header: string | string[] | undefined): string[] {
     .map(name => name.trim())
 }
 
-export default fp(proxyPlugin, {
+export default toPart(proxyPlugin, {
   name: 'proxy',
-  fastify: '5.x',
-  decorators: { fastify: ['backends'] }
+  needs: ['backends'],
+  decorates: ['proxy', 'answerHooks']
 })

@@ -1,24 +1,25 @@
+import '../check-node.ts'
 import { once } from 'node:events'
 import { resolve } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import type { FastifyPluginAsync } from 'fastify'
-import fp from 'fastify-plugin'
 import { type Static, Type } from 'typebox'
 import { type Exchange, withExchanges } from '../exchange.ts'
 import type { Distinct } from '../issues.ts'
 import { isTagName } from '../keys/fields.ts'
-import { matchesModel } from '../keys/key.ts'
+import { ModelList } from '../model-list.ts'
 import { checkOptions, type Given, HeaderName, OptionsError, Section, Size } from '../options.ts'
+import { part, share, toPart } from '../parts.ts'
 import type { OutboxState } from '../peers.ts'
-import { builtinFile } from '../reporters/builtin.ts'
+import { builtinFile, openBuiltin } from '../reporters/builtin.ts'
 import type { OnDelivery } from '../reporters/courier.ts'
 import { type Keeping, Outbox } from '../reporters/outbox.ts'
 import type { Sink } from '../reporters/posts.ts'
 import { cost, type Price, type PricedTokens, toRecord } from '../reporters/record.ts'
 import { toEntry } from '../reporters/reporter.ts'
 import { ReporterOptions, reporterIssues, toReporters } from '../reporters/reporters.ts'
-import { prepareStore, readSums, type Sum, type SumQuery } from '../reporters/usage-store.ts'
-import { Sqlite } from '../store/sqlite.ts'
+import { readSums, type Sum, type SumQuery } from '../reporters/usage-store.ts'
+import type { Sqlite } from '../store/sqlite.ts'
 import { StorageOptions } from '../store/storage.ts'
 
 /**
@@ -76,7 +77,7 @@ export const UsageOptions = Section(
     unpriced: Type.Enum(['allow', 'refuse'], {
       default: 'allow',
       description:
-        'A request for a model without a price while a budget of money applies to it: allow: it is not counted; refuse: 403 model_not_priced'
+        'A request for a model without a price while a budget of money applies to it: allow: it is not counted; refuse: 403 model_not_priced. Forms have the price of "*", because their model is not read'
     }),
     reporters: Type.Array(ReporterOptions, {
       default: [],
@@ -92,14 +93,6 @@ export const UsageOptions = Section(
 )
 export type UsageOptions = Static<typeof UsageOptions>
 
-declare module 'fastify' {
-  interface FastifyInstance {
-    usage: UsageReports
-    /** Where files go; without it nothing outlives the process. */
-    dataDir: string | undefined
-  }
-}
-
 export interface UsageReports extends Readonly<OutboxState> {
   readonly onDelivery: OnDelivery[]
   /** Whether requests without a price are rejected while a budget of money applies. */
@@ -113,21 +106,29 @@ export interface UsageReports extends Readonly<OutboxState> {
   flush(signal: AbortSignal): Promise<void>
 }
 
-const STATEMENT_TIMEOUT = 10_000
+/** Maximum size (bytes) of a request body in a record: it is copied several times, in one turn of the event loop. */
+const MAX_BODY = 256 * 1024
+/** Time (ms) for pending records when the server closes; a gateway has delivered them before. */
+const FLUSH_TIMEOUT = 5_000
 const DAY = 24 * 60 * 60 * 1000
 
 /** The options of the plugin; `storage` has what its reporters name. */
-export type GivenUsageOptions = Given<UsageOptions> & { storage?: Given<StorageOptions> }
+export type GivenUsageOptions = Given<UsageOptions> & {
+  storage?: Given<StorageOptions>
+  /** Directory of records that are not delivered yet; without it, they are kept in memory. */
+  dataDir?: string | undefined
+}
 
 const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(fastify, given) {
   const { log } = fastify
-  const { storage: givenStorage, ...givenOptions } = given
+  const { storage: givenStorage, dataDir, ...givenOptions } = given
+  const peers = part(fastify, 'peers')
   const onDelivery: UsageReports['onDelivery'] = []
   const delivered: OnDelivery = (result, records) => {
     for (const listener of onDelivery) listener(result, records)
   }
   let options = checkOptions(UsageOptions, { enabled: true, ...givenOptions })
-  let rules = toRules(options)
+  let rules = await toRules(options)
   let outbox: Outbox | undefined
   /** What a reporter of type builtin writes, for reading. */
   let store: Sqlite | undefined
@@ -141,23 +142,23 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
   async function update(changed: UsageOptions, changedStorage: StorageOptions): Promise<void> {
     // Deliveries that are under way would be made once more.
     const isSame = isDeepStrictEqual([changed, changedStorage], [options, storage])
+    rules = await toRules(changed)
     options = changed
     storage = changedStorage
-    rules = toRules(changed)
     // Of several processes another one delivers.
-    if (fastify.peers !== undefined || (isSame && outbox !== undefined)) return
-    const reporters = toReporters(changed, { storage, dataDir: fastify.dataDir, log })
+    if (peers !== undefined || (isSame && outbox !== undefined)) return
+    const reporters = await toReporters(changed, { storage, dataDir, log })
     if (changed.enabled && reporters.length === 0) log.warn('usage is enabled but has no reporters')
     if (outbox !== undefined) await outbox.update(reporters, toKeeping(changed))
     else if (reporters.length > 0) {
-      outbox = new Outbox(usageFile(fastify.dataDir), reporters, toKeeping(changed), log, delivered)
+      outbox = new Outbox(usageFile(dataDir), reporters, toKeeping(changed), log, delivered)
+      await outbox.open()
     }
   }
 
-  const state = (): OutboxState =>
-    fastify.peers?.outbox ?? outbox ?? { pending: 0, trouble: undefined }
+  const state = (): OutboxState => peers?.outbox ?? outbox ?? { pending: 0, trouble: undefined }
 
-  fastify.decorate('usage', {
+  share(fastify, 'usage', {
     get pending() {
       return state().pending
     },
@@ -174,9 +175,8 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
       return price && cost(price, tokens)
     },
     async sums(query) {
-      if (!rules.isSummed || fastify.dataDir === undefined) return undefined
-      store ??= new Sqlite(builtinFile(fastify.dataDir), STATEMENT_TIMEOUT)
-      await prepareStore(store)
+      if (!rules.isSummed || dataDir === undefined) return undefined
+      store ??= openBuiltin(builtinFile(dataDir), log)
       return readSums(store, query)
     },
     async flush(signal) {
@@ -194,30 +194,55 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
 
   const exchanges = withExchanges(fastify)
   fastify.addHook('onRequest', ({ exchange }, _reply, done) => {
-    exchange.keepsBody = rules.wantsBody
+    exchange.recordsBody = rules.wantsBody
+    done()
+  })
+  fastify.addHook('preHandler', ({ exchange, payload }, _reply, done) => {
+    const size = payload?.bytes.length ?? 0
+    if (exchange.recordsBody && size > MAX_BODY) {
+      exchange.recordsBody = false
+      exchange.omittedBody = size
+    }
     done()
   })
   /** Before a backend is chosen it is the one that likely will be. */
   function priceOf(exchange: Exchange): Price | undefined {
     if (!rules.hasPrices) return undefined
-    const { model, upstream } = exchange.served ?? fastify.backends?.pool.expect(exchange) ?? {}
+    const { model, upstream } =
+      exchange.served ?? part(fastify, 'backends')?.pool.expect(exchange) ?? {}
     return rules.price(upstream, model, exchange.served ? undefined : exchange.model)
   }
 
+  /** A body in a record counts with all others until the record is written down. */
+  function holdBody(exchange: Exchange, body: Buffer): Buffer | undefined {
+    try {
+      exchanges.bodies.take(body.length)
+      return body
+    } catch {
+      exchange.omittedBody = body.length
+      return undefined
+    }
+  }
+
   exchanges.onEnd('record', exchange => {
-    const sink: Sink | undefined = fastify.peers?.usage ?? outbox
-    if (sink === undefined || !rules.isOn || exchange.attempts === 0) return
+    const sink: Sink | undefined = peers?.usage ?? outbox
+    if (sink === undefined || !rules.isOn) return
+    const { settlement, usage, attempts } = exchange
+    if (settlement === undefined ? attempts === 0 : usage === undefined) return
     const price = priceOf(exchange)
-    const json = JSON.stringify(toRecord(exchange, fastify.prefix, rules.tags, price))
     // One that began under another configuration may have let its body go.
-    const body = rules.wantsBody && exchange.keepsBody ? exchange.request.payload?.bytes : undefined
+    const given =
+      rules.wantsBody && exchange.recordsBody ? exchange.request.payload?.bytes : undefined
+    const body = given && holdBody(exchange, given)
+    const json = JSON.stringify(toRecord(exchange, fastify.prefix, rules.tags, price))
     const entry = toEntry(json, body)
     const recorded = exchange.booked?.then(() => sink.append(entry)) ?? sink.append(entry)
+    if (body !== undefined) void recorded.then(() => exchanges.bodies.give(body.length))
     if (exchange.booked !== undefined) keepUntil(recorded)
     exchange.recorded = options.durability === 'strict' ? recorded : undefined
   })
   fastify.addHook('onClose', async () => {
-    await fastify.usage.flush(AbortSignal.abort())
+    await part(fastify, 'usage')!.flush(AbortSignal.timeout(FLUSH_TIMEOUT))
     await store?.close()
   })
 }
@@ -231,9 +256,14 @@ export function toKeeping({ retention_days, max_size }: UsageOptions): Keeping {
   return { keep: retention_days * DAY, max_size }
 }
 
+function* pricesByModel(prices: readonly Price[]): Generator<[string, Price]> {
+  for (const price of prices) yield [price.model, price]
+}
+
 /** What the options say about each record. */
-function toRules({ enabled, reporters, tags, prices }: UsageOptions) {
+async function toRules({ enabled, reporters, tags, prices }: UsageOptions) {
   const isOn = reporters.filter(each => enabled && each.enabled)
+  const priceOf = await ModelList.of(pricesByModel(prices))
   return {
     isOn: isOn.length > 0,
     hasPrices: prices.length > 0,
@@ -244,10 +274,12 @@ function toRules({ enabled, reporters, tags, prices }: UsageOptions) {
     price(...names: (string | undefined)[]): Price | undefined {
       const given = names.filter(name => name !== undefined)
       // A request that names no model gets the price of "*".
-      const known = given.length > 0 ? given : ['']
-      return prices.find(each => known.some(name => matchesModel([each.model], name)))
+      return given.length > 0 ? priceOf.find(...given) : priceOf.find('')
     }
   }
 }
 
-export default fp(usagePlugin, { name: 'usage', fastify: '5.x' })
+export default toPart(usagePlugin, {
+  name: 'usage',
+  decorates: ['usage']
+})

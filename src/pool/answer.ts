@@ -11,6 +11,8 @@ export interface Tap {
   pass(chunk: Buffer): Buffer | undefined
   /** The answer has said that it is over; its last words are kept back. */
   readonly isOver: boolean
+  /** It is a stream of events, and what passed ends with a whole one: a comment can follow. */
+  readonly isBetweenEvents: boolean
   /** Returns the last words, and keeps nothing back any more. */
   release(): Buffer | undefined
   /** The answer is over; returns what is still kept back. */
@@ -25,8 +27,8 @@ export interface Tap {
 
 /** The exchange an answer belongs to. */
 export interface Account {
-  /** What to tell a client whose stream breaks: an event in the dialect of its route. */
-  lastWords(error: GatewayError): string | undefined
+  /** What to tell a client whose stream breaks, in the dialect of its route, and whether that ends the stream. */
+  lastWords(error: GatewayError): { events: string; isEnd: boolean }
   /** Writes down what was spent; the answer's last bytes wait for what it returns. */
   conclude(): Promise<void> | undefined
 }
@@ -42,6 +44,9 @@ export interface Source {
 /** Clients drop what they have not read yet when a connection breaks: they get a moment (ms) to read. */
 const LAST_WORDS_MS = 500
 const READ_MS = 50
+
+/** Looks (for silence) within the interval of a heartbeat. */
+const BEAT_STEPS = 4
 
 /** What is wrong with a stream that does not say that it is over. */
 export const ENDLESS = 'the stream ended without its end'
@@ -94,7 +99,12 @@ export class Answer extends Readable {
   /** What was kept back until the end. */
   #rest: Buffer | undefined
   #response: ServerResponse | undefined
+  /** Whether the response writes to its connection itself: see {@link isPlain}. */
+  #isPlain = false
   #stalled: NodeJS.Timeout | undefined
+  #beating: NodeJS.Timeout | undefined
+  /** The backend has sent something since this was set to false. */
+  #isHeard = true
 
   constructor(controller: Dispatcher.DispatchController) {
     super()
@@ -116,6 +126,20 @@ export class Answer extends Readable {
     const { writableLength: unread } = this.#response ?? { writableLength: this.readableLength }
     if (this.#over === undefined && this.#early.length === 0 && unread === 0)
       this.data(Buffer.from(words))
+  }
+
+  /** Sends a comment whenever the backend has been silent for `interval` (ms; 0: never), between two events. */
+  beat(interval: number): void {
+    if (interval === 0 || this.#over !== undefined) return
+    let silent = 0
+    this.#beating = setInterval(() => {
+      silent = this.#isHeard ? 0 : silent + 1
+      if (silent >= BEAT_STEPS && this.tap?.isBetweenEvents) {
+        this.say(':\n\n')
+        silent = 0
+      }
+      this.#isHeard = false
+    }, interval / BEAT_STEPS).unref()
   }
 
   /** A backend has answered: from now on this is that answer. */
@@ -193,7 +217,10 @@ export class Answer extends Readable {
   override pipe<T extends NodeJS.WritableStream>(to: T, options?: { end?: boolean }): T {
     if (!(to instanceof ServerResponse) || options?.end === false) return super.pipe(to, options)
     this.#response = to
+    this.#isPlain = isPlain(to)
     this.#expected = Number(to.getHeader('content-length') ?? Number.POSITIVE_INFINITY)
+    // A head alone waits in Node for the first bytes of the body.
+    if (this.isStream && this.#early.length === 0) to.flushHeaders()
     this.#flow()
     return to
   }
@@ -205,6 +232,7 @@ export class Answer extends Readable {
 
   override _destroy(error: Error | null, done: (error: Error | null) => void): void {
     clearTimeout(this.#stalled)
+    clearInterval(this.#beating)
     if (this.#over === undefined) this.#controller.abort(error ?? new Error('the client has left'))
     done(error)
   }
@@ -218,6 +246,7 @@ export class Answer extends Readable {
   }
 
   #forward(chunk: Buffer): boolean {
+    this.#isHeard = true
     const out = this.tap === undefined ? chunk : this.tap.pass(chunk)
     // An empty chunk would be the end of a chunked body; undici has one after a pause.
     const open = out === undefined || out.length === 0 || this.#pass(out)
@@ -241,7 +270,8 @@ export class Answer extends Readable {
       return open
     }
     const { socket } = response
-    const to = socket !== null && isFramed(response, socket, out) ? socket : response
+    const isDirect = this.#isPlain && socket !== null && isFramed(response, socket, out)
+    const to = isDirect ? socket : response
     const open = to.write(to === response ? out : frame(out))
     if (!open) this.#waitFor(to)
     return open
@@ -291,6 +321,7 @@ export class Answer extends Readable {
   }
 
   #finish(): void {
+    clearInterval(this.#beating)
     if (this.#over === 'ended' && this.tap?.isCutShort()) this.#over = this.source?.broke(ENDLESS)
     if (this.#over === 'ended') {
       this.#isFinished = true
@@ -311,16 +342,21 @@ export class Answer extends Readable {
     this.#limitFlush(response)
   }
 
-  #words(error: GatewayError): string | undefined {
+  #words(error: GatewayError): { text: string; isEnd: boolean } | undefined {
     const before = this.tap?.breakOff() ?? ''
     const words = this.isStream ? this.account?.lastWords(error) : undefined
-    return words === undefined ? undefined : before + words
+    return words && { text: before + words.events, isEnd: words.isEnd }
   }
 
   #sayLast(response: ServerResponse, error: GatewayError): void {
     const words = this.#words(error)
     if (words === undefined) return void this.destroy(error)
-    response.write(words, () => {
+    if (words.isEnd) {
+      this.#endResponse(response, Buffer.from(words.text))
+      this.push(null)
+      return void this.resume()
+    }
+    response.write(words.text, () => {
       const cut = setTimeout(() => this.destroy(error), LAST_WORDS_MS)
       response.once('close', () => clearTimeout(cut))
     })
@@ -329,8 +365,9 @@ export class Answer extends Readable {
 
   #pushLast(error: GatewayError): void {
     const words = this.#words(error)
-    if (words !== undefined) this.push(words)
-    setImmediate(() => this.destroy(error))
+    if (words !== undefined) this.push(words.text)
+    if (words?.isEnd) this.push(null)
+    else setImmediate(() => this.destroy(error))
   }
 
   /** The end of an answer, too, must be taken within the stall timeout. */
@@ -340,6 +377,14 @@ export class Answer extends Readable {
     const stalled = setTimeout(() => response.destroy(), this.stallTimeout).unref()
     response.once('close', () => clearTimeout(stalled))
   }
+}
+
+/**
+ * Whether a response writes as Node's own do. One whose `write` was replaced reads or changes its body:
+ * `fastify.inject` collects it there, Express middleware compresses it. Such a body must pass `write`.
+ */
+function isPlain(response: ServerResponse): boolean {
+  return response.write === ServerResponse.prototype.write
 }
 
 const MAX_FRAMED = 16 * 1024

@@ -2,20 +2,29 @@ import type { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { type Dispatcher, errors } from 'undici'
 import type { Dialect } from '../dialects/dialect.ts'
-import type { Failure } from '../dialects/failure.ts'
+import { type Failure, isRequestsFault } from '../dialects/failure.ts'
 import { GatewayError } from '../errors.ts'
 import { type Framing, framingOf, isStream, parseRetryAfter } from '../http.ts'
 import type { UsageField } from '../payload-edits.ts'
+import { codingsOf } from '../wire/codings.ts'
 import { Pieces } from '../wire/edits.ts'
 import { free } from '../wire/gathered.ts'
-import { Answer } from './answer.ts'
+import { Answer, NOBODY_SENDS } from './answer.ts'
 import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
 import { isAllSent } from './connector.ts'
 import type { Sink } from './continuation.ts'
 import type { Choice } from './decisions.ts'
-import { CodingError, codingsOf, Decoder } from './decoder.ts'
-import { brokenOff, failureKind, isLocal, isOurs, statusFailure } from './failures.ts'
+import { CodingError, Decoder } from './decoder.ts'
+import {
+  brokenOff,
+  failureKind,
+  isLocal,
+  isOurs,
+  KeyRefusedError,
+  statusFailure
+} from './failures.ts'
 import { FirstEvent } from './first-event.ts'
+import { messageIn } from './heartbeat.ts'
 import type { Candidate, FailureKind } from './lineup.ts'
 import type { Demand, Facts, Job } from './load.ts'
 import { Patience, TotalTimeoutError } from './patience.ts'
@@ -55,14 +64,17 @@ export interface AttemptOwner {
   deliver(attempt: Attempt, head: Head, answer: Answer): Sink
   /** The backend refuses; returns whether another attempt is made, else the refusal is delivered. */
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean
+  /** All of an error response has come. */
+  read(refusal: Refusal): void
   /** It failed before there was anything to pass on. */
   failed(attempt: Attempt, kind: FailureKind, error: Error, progress: Progress): void
   /** The answer broke off after some of it was passed on. */
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void
   /** The backend seems not to take `stream_options` and should be asked without. */
   again(attempt: Attempt): void
-  /** When the client will have waited long enough for an answer to begin (monotonic, ms). */
+  /** When the client will have waited long enough for an answer to begin, and half of that (monotonic, ms). */
   readonly deadline: number
+  readonly headDeadline: number
   /** In which the request was made; undefined: nothing is made, and no failure of its own can be reported. */
   readonly dialect: Dialect | undefined
   /** The framing that the request asks for; undefined: none. */
@@ -80,11 +92,8 @@ const FAILURE_LATENCY = 10_000
 /** A refusal to serve a request counts as at least this slow: it must not attract others. */
 const REFUSAL_LATENCY = 1_000
 
-/**
- * A stream whose first event does not come is held back for this time (ms) after its first byte: who keeps
- * the connection alive with comments is at work, and has found nothing wrong yet.
- */
-const HOLD_MS = 1_000
+/** How long (ms) the body of a 500 may take before it counts as the fault of the backend. */
+const SUSPICION_MS = 1_000
 
 /** No era: what comes later does not count a second time. */
 const JUDGED = -1
@@ -96,10 +105,12 @@ const NOBODY: AttemptOwner = {
   sent() {},
   deliver: (_attempt, _head, answer) => answer,
   refused: () => false,
+  read() {},
   failed() {},
   broke() {},
   again() {},
   deadline: Number.POSITIVE_INFINITY,
+  headDeadline: Number.POSITIVE_INFINITY,
   dialect: undefined,
   asked: undefined,
   count() {}
@@ -130,7 +141,7 @@ export class Attempt implements BackendHandler {
   #answer: Answer | undefined
   /** Where it goes from when it is the client's. */
   #sink: Sink | undefined
-  /** Undoes the content codings of the response, if it has any. */
+  /** Decodes a response that has content codings. */
   #decoder: Decoder | undefined
   /** A content coding that cannot be undone, if it is one. */
   #coding: string | undefined
@@ -153,6 +164,8 @@ export class Attempt implements BackendHandler {
   #refusal: Refusal | undefined
   /** It may be our own question for usage that is refused. */
   #isInDoubt = false
+  /** Waits for the body of a 500. */
+  #suspicion: NodeJS.Timeout | undefined
 
   constructor(owner: AttemptOwner, candidate: Candidate, choice: Choice, limits: TimeLimits) {
     this.#owner = owner
@@ -174,12 +187,14 @@ export class Attempt implements BackendHandler {
       const late = () => this.socket?.destroy(new errors.ConnectTimeoutError())
       this.#connecting = setTimeout(late, connectTimeout).unref()
     }
-    this.backend.dispatch(options, this, fresh)
+    // What the client sends only once cannot be repeated where a pooled connection turns out to be closed.
+    this.backend.dispatch(options, this, fresh || this.#isStreamed)
   }
 
   /** An answer may still come of it. */
   get isPending(): boolean {
-    return !this.#isOver && (this.#refusal === undefined || this.#isInDoubt)
+    const isOpen = this.#refusal === undefined || this.#isInDoubt || this.#suspicion !== undefined
+    return !this.#isOver && isOpen
   }
 
   /** How long it has taken so far (ms). */
@@ -250,6 +265,17 @@ export class Attempt implements BackendHandler {
         return
       }
     } else if (statusCode < 400) this.backend.live.refuseUsage(this.withdrawn)
+    if (statusCode === 401) {
+      const error = new KeyRefusedError()
+      this.#failed(error)
+      return source.abort(error)
+    }
+    if (statusCode === 500) {
+      // Its body tells whether the request is at fault.
+      this.#suspicion = setTimeout(() => this.#suspect(), SUSPICION_MS).unref()
+      this.#refusal = new Refusal(this.#head, controller)
+      return
+    }
     const kind = statusFailure(statusCode)
     if (kind !== undefined) {
       this.#penalise()
@@ -263,6 +289,8 @@ export class Attempt implements BackendHandler {
     }
     this.#answer = new Answer(controller)
     this.#first = this.#expect(this.#head)
+    // A server may send the head before it begins: clients with a short timeout wait for the head.
+    if (this.#first !== undefined && isStream(framingOf(headers['content-type']))) this.#hold()
   }
 
   onResponseData(source: Dispatcher.DispatchController, chunk: Buffer): void {
@@ -333,7 +361,12 @@ export class Attempt implements BackendHandler {
     const isBegun = this.#isDelivered || this.#refusal !== undefined
     if (!isBegun) this.#judge(this.#first?.end() ?? 'response')
     this.#end()
+    if (this.#refusal !== undefined) this.#owner.read(this.#refusal)
     if (this.#isInDoubt) return this.#settleDoubt(this.#refusal!)
+    if (this.#suspicion !== undefined) {
+      this.#suspect(true)
+      if (this.#isDelivered) return
+    }
     if (this.#refusal !== undefined) return this.#refusal.end()
     if (!this.#isDelivered) this.#deliver(true)
     this.#sink!.end()
@@ -344,6 +377,7 @@ export class Attempt implements BackendHandler {
     this.#end()
     // An answer that was destroyed is one that its client gave up.
     if ((this.#sink ?? this.#answer)?.destroyed) return
+    this.#suspect()
     if (this.#isDelivered) return this.#sink!.break(this.#broke(error))
     if (this.#refusal !== undefined && !this.#isInDoubt) return this.#refusal.lose()
     const kind = failureKind(error)
@@ -368,11 +402,7 @@ export class Attempt implements BackendHandler {
   #begin(chunk: Buffer): void {
     const beginning = this.#first?.see(chunk) ?? 'response'
     if (this.#isHidden()) return this.#refuse()
-    if (beginning === 'incomplete') {
-      const hold = Math.min(HOLD_MS, this.#owner.deadline - performance.now())
-      this.#holding ??= setTimeout(() => this.#deliverOnce(), hold).unref()
-      return
-    }
+    if (beginning === 'incomplete') return this.#hold()
     this.#judge(beginning)
     if (this.#refusal !== undefined) return
     // What came in the same piece is on its way: an answer may be whole when it is delivered.
@@ -409,7 +439,15 @@ export class Attempt implements BackendHandler {
   }
 
   #wait(controller: Dispatcher.DispatchController): void {
-    this.#patience.begin(controller, this.#owner.deadline)
+    const owner = this.#owner
+    this.#patience.begin(controller, () => owner.deadline)
+  }
+
+  /** Waits for the first event, but not for long: its client waits for a head. */
+  #hold(): void {
+    const left = this.#owner.headDeadline - performance.now()
+    const hold = Math.max(0, Math.min(this.#limits.holdFirstEvent, left))
+    this.#holding ??= setTimeout(() => this.#deliverOnce(), hold).unref()
   }
 
   #deliverOnce(): void {
@@ -444,7 +482,10 @@ export class Attempt implements BackendHandler {
     if (statusCode === 401 || statusCode === 403) return this.#penalise()
     const now = performance.now()
     const ms = now - this.#startedAt
-    if (statusCode < 400) this.backend.live.reputation.observeSuccess(now)
+    if (statusCode < 400) {
+      this.backend.live.refusal = undefined
+      this.backend.live.reputation.observeSuccess(now)
+    }
     // A whole answer comes when it is complete: beside streams its first byte says nothing of the queue.
     if (isStream(framing)) {
       this.backend.live.streamedAt = now
@@ -458,6 +499,10 @@ export class Attempt implements BackendHandler {
   /** An error answer is too long to be kept. If it is the only one, it goes on as it comes. */
   #outgrown(controller: Dispatcher.DispatchController, chunk: Buffer): void {
     const refusal = this.#refusal!
+    if (this.#suspicion !== undefined) {
+      this.#suspect()
+      if (this.#refusal === undefined) return this.#sink!.data(chunk)
+    }
     if (!this.#isInDoubt)
       return controller.abort(new Error('the error answer is too long to be kept'))
     this.#isInDoubt = false
@@ -465,6 +510,28 @@ export class Attempt implements BackendHandler {
     this.#answer = new Answer(controller)
     for (const kept of [...refusal.chunks, chunk]) this.#answer.data(kept)
     this.#deliver()
+  }
+
+  /** A 500 has come, or what there is of it in time: either the request is at fault, or the backend. */
+  #suspect(isComplete = false): void {
+    if (this.#suspicion === undefined) return
+    clearTimeout(this.#suspicion)
+    this.#suspicion = undefined
+    const refusal = this.#refusal!
+    const isFault = isRequestsFault(messageIn(refusal.text) ?? '')
+    if (!isFault && this.#owner.refused(this, '5xx', refusal)) return this.#owner.count(this, '5xx')
+    this.#refusal = undefined
+    if (isFault) this.#failure = '4xx'
+    this.#answer = new Answer(this.#isOver ? NOBODY_SENDS : (this.#decoder ?? this.#controller!))
+    for (const chunk of refusal.chunks) this.#answer.data(chunk)
+    this.#deliver()
+    if (this.#isOver && isComplete) this.#sink!.end()
+  }
+
+  /** The backend is at fault for an attempt that failed. */
+  condemn(): void {
+    this.#penalise()
+    this.#fail()
   }
 
   #settleDoubt(refusal: Refusal): void {
@@ -529,6 +596,7 @@ export class Attempt implements BackendHandler {
     this.#patience.end()
     clearTimeout(this.#connecting)
     clearTimeout(this.#holding)
+    clearTimeout(this.#suspicion)
     this.backend.live.end()
     this.#job?.end()
     this.backend.live.breaker.leave(this.#era)

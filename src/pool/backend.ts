@@ -8,6 +8,7 @@ import type { ContinuationWay } from './continuation.ts'
 import { type Facts, type Job, Load, Speeds } from './load.ts'
 import type { ModelCard, ModelEntry } from './models.ts'
 import { PrefixIndex } from './prefix-index.ts'
+import { Reach } from './reach.ts'
 import { Reputation } from './reputation.ts'
 
 /** How long a backend is waited for, in milliseconds; 0: for ever. */
@@ -16,6 +17,8 @@ export interface TimeLimits {
   connectTimeout: number
   /** To the first byte of the answer's body. */
   timeout: number
+  /** How long a stream's head waits for its first event. */
+  holdFirstEvent: number
   /** Between two chunks. */
   idleTimeout: number
   /** To the end of the answer. */
@@ -47,6 +50,10 @@ export interface BackendConfig extends TimeLimits {
   /** Time to a connection for those who wait longest. */
   longestConnect: number
 }
+
+/** Why a backend cannot be called, as far as is known. */
+export const TROUBLES = ['unhealthy', 'unreachable', 'refused', 'circuit_open'] as const
+export type Trouble = (typeof TROUBLES)[number]
 
 /** Sees one request through; a connection that is being opened for it shows up in `socket`. */
 export interface BackendHandler extends Dispatcher.DispatchHandler {
@@ -128,8 +135,12 @@ export class Live {
   streamedAt = Number.NEGATIVE_INFINITY
   /** An active check has been made. */
   isProbed = false
+  /** Why it refuses the gateway, if it did when it was asked for its models. */
+  refusal: string | undefined
   /** What it lists itself, by id; undefined as long as that is not known. */
   models: ReadonlyMap<string, ModelCard> | undefined
+  /** Whether connections can be opened. */
+  readonly reach: Reach
   /** Whether its calls go well. */
   readonly breaker = new Breaker()
   /** What its calls were like. */
@@ -140,6 +151,8 @@ export class Live {
   readonly prefixes = new PrefixIndex()
   /** A request is over: there may be room for another one. */
   onEnd: (() => void) | undefined
+  /** Called when health checks or an operator have taken it out or back. */
+  onTurn: (() => void) | undefined
   /** Smooth weighted round robin keeps its place here. */
   currentWeight = 0
   readonly origin: string
@@ -168,16 +181,16 @@ export class Live {
     fleet = new Speeds()
   ) {
     this.load = new Load(fleet)
-    const { origin, pathname } = new URL(url)
-    this.origin = origin
-    this.basePath = pathname.replace(/\/+$/, '').replace(/\/v1$/, '')
-    const connect = directConnector(longestConnect)
+    const parsed = new URL(url)
+    this.origin = parsed.origin
+    this.basePath = parsed.pathname.replace(/\/+$/, '').replace(/\/v1$/, '')
+    this.reach = new Reach(parsed, directConnector(longestConnect))
     // No cap on connections: admission is the limits' work, and undici's own queue can't be seen.
     this.#settings = {
       allowH2: false,
       maxHeaderSize: MAX_HEAD,
       connect: (options, done) => {
-        const socket = connect(options, done)
+        const socket = this.reach.connect(options, done)
         const handler = this.#opening ?? this.#openingLater.shift()
         if (handler !== undefined) handler.socket = socket
       }
@@ -240,6 +253,20 @@ export class Live {
     if (healthy && !this.healthy) this.comeBack(performance.now())
     this.healthy = healthy
     this.changedAt = Date.now()
+    this.onTurn?.()
+  }
+
+  /** Why it cannot be called; undefined: it can, as far as is known. */
+  get trouble(): Trouble | undefined {
+    return this.healthy ? this.seenTrouble : 'unhealthy'
+  }
+
+  /** The same without what health checks say. A backend that asked for a rest is up: requests still get its answer. */
+  get seenTrouble(): Trouble | undefined {
+    if (this.reach.failure !== undefined) return 'unreachable'
+    if (this.refusal !== undefined) return 'refused'
+    const isOpen = this.breaker.state(performance.now()) === 'open'
+    return isOpen && !this.breaker.isResting ? 'circuit_open' : undefined
   }
 
   /** Somebody wants it to get no more calls; those under way go on. */
@@ -250,6 +277,7 @@ export class Live {
   set isDrained(isDrained: boolean) {
     if (this.#isDrained && !isDrained) this.comeBack(performance.now())
     this.#isDrained = isDrained
+    this.onTurn?.()
   }
 
   /** It is there (again), and cold: it may have been restarted, and its cache be empty. */
@@ -273,10 +301,12 @@ export class Live {
 
   /** Closes idle connections at once and busy ones when their answers have ended. */
   async close(): Promise<void> {
+    this.reach.close()
     await this.#sockets.close()
   }
 
   async destroy(): Promise<void> {
+    this.reach.close()
     await this.#sockets.destroy()
   }
 

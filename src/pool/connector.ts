@@ -14,6 +14,12 @@ let piece: Buffer | null = null
  * the socket does not tell of its end either, which undici would take for the answer's.
  */
 const left = new WeakMap<Socket, Buffer>()
+/** Sockets that have sent a request whose response has not begun. */
+const asked = new WeakSet<Socket>()
+const CONTINUE = Buffer.from('HTTP/1.1 100')
+const HEAD_END = Buffer.from('\r\n\r\n')
+const CHUNKED = /\r\ntransfer-encoding:[ \t]*chunked[ \t]*(\r|$)/i
+const LENGTH = /\r\ncontent-length:[^\r]*/gi
 
 /**
  * undici's own connections (`timeout` in ms), but each piece goes to its parser as it is read. A socket would
@@ -29,6 +35,7 @@ export function directConnector(timeout: number): Connector {
     const socket = (target.protocol === 'https:' ? connectTls : connect)(target, done)
     socket.read = read
     socket.unshift = unshift
+    socket.write = write as Socket['write']
     return socket
   }
 }
@@ -41,6 +48,8 @@ export function isAllSent(): boolean {
 function receive(this: Socket, length: number): boolean {
   piece = Buffer.allocUnsafe(length)
   received.copy(piece, 0, 0, length)
+  piece = acceptable(this, piece)
+  if (piece === null) return true
   reading = this
   this.emit('readable')
   reading = undefined
@@ -57,10 +66,41 @@ function read(this: Socket, size?: number): Buffer | null {
     return taken
   }
   const kept = left.get(this)
-  if (kept === undefined) return Socket.prototype.read.call(this, size)
+  if (kept === undefined) {
+    const chunk: Buffer | null = Socket.prototype.read.call(this, size)
+    return chunk && acceptable(this, chunk)
+  }
   if (size === 0) return null
   left.delete(this)
   return kept
+}
+
+/** undici writes nothing but heads as strings. */
+function write(this: Socket, chunk: unknown, ...more: unknown[]): boolean {
+  if (typeof chunk === 'string') asked.add(this)
+  return (Socket.prototype.write as (...given: unknown[]) => boolean).call(this, chunk, ...more)
+}
+
+/**
+ * Returns what a socket has received, in a form that undici accepts; null: nothing is left. In front of a response
+ * `100 Continue` is left out, which some servers send without being asked. A length beside chunks is left out, because the
+ * chunks count (RFC 9112, section 6.3).
+ */
+function acceptable(socket: Socket, chunk: Buffer): Buffer | null {
+  if (!asked.has(socket)) return chunk
+  let rest = chunk
+  let end = rest.indexOf(HEAD_END)
+  while (end >= CONTINUE.length && CONTINUE.compare(rest, 0, CONTINUE.length) === 0) {
+    rest = rest.subarray(end + HEAD_END.length)
+    end = rest.indexOf(HEAD_END)
+  }
+  if (rest.length === 0) return null
+  asked.delete(socket)
+  if (end === -1) return rest
+  const head = rest.toString('latin1', 0, end)
+  const plain = CHUNKED.test(head) ? head.replace(LENGTH, '') : head
+  if (plain.length === head.length) return rest
+  return Buffer.concat([Buffer.from(plain, 'latin1'), rest.subarray(end)])
 }
 
 function unshift(this: Socket, rest: Buffer): void {

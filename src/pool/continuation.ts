@@ -3,6 +3,7 @@ import type { GatewayError } from '../errors.ts'
 import { failureOf } from '../metering/event.ts'
 import type { Body } from '../payload.ts'
 import type { Change } from '../payload-edits.ts'
+import { EventReader } from '../wire/event-reader.ts'
 import { type Member, membersOf } from '../wire/json-scanner.ts'
 import { type Answer, ENDLESS } from './answer.ts'
 
@@ -36,6 +37,12 @@ export interface Continuer {
   forget(): void
 }
 
+/** Estimated tokens of a response's prompt, and of the text so far. */
+export interface TokensBefore {
+  prompt: number
+  text: number
+}
+
 /** An event of a stream, as far as it matters here. */
 interface Event {
   id?: unknown
@@ -55,7 +62,7 @@ interface Choice {
 const MAX_TEXT = 256 * 1024
 const MAX_EVENT = 64 * 1024
 const MAX_SAMPLE = 4 * 1024
-const BLANK_LINE = /(?:\r\n|\n|\r(?!\n)){2}/g
+const EMPTY = Buffer.alloc(0)
 const LF = 0x0a
 const QUOTE = 0x22
 const BRACE = 0x7b
@@ -137,8 +144,10 @@ export class Continuation implements Sink {
   text = ''
   readonly #continuer: Continuer
   readonly #answer: Answer
-  /** The beginning of an event. */
-  #held: Buffer | undefined
+  #reader = new EventReader('sse')
+  /** The beginning of an event, and its data. */
+  #held: Buffer[] = []
+  #data: Buffer[] = []
   /** Events that have not been passed on. */
   #taken: Buffer[] = []
   /** Nothing but text has passed, and not its end. */
@@ -149,8 +158,10 @@ export class Continuation implements Sink {
   /** How the answer has introduced itself. */
   #head: Pick<Event, 'id' | 'created' | 'model'> | undefined
   #hasRole = false
-  /** How many tokens other backends have written than the one that goes on; undefined: it is still the first. */
-  #before: number | undefined
+  /** What other backends have written; undefined: this is still the first. */
+  #before: TokensBefore | undefined
+  /** The first piece of the text may repeat what was written before. */
+  #mayEcho = false
   /** What stood before and behind the text of an event that came alone. */
   #sample: { before: Buffer; behind: Buffer } | undefined
 
@@ -171,14 +182,16 @@ export class Continuation implements Sink {
   /** The backend is not heard any more, until another one {@link goOn goes on}. */
   wait(): void {
     this.#isDeaf = this.#isWaiting = true
-    this.#held = undefined
     this.#answer.loseSource()
   }
 
-  /** @param tokens how many there were before */
-  goOn(answer: Answer, tokens: number): void {
+  goOn(answer: Answer, before: TokensBefore, way: ContinuationWay): void {
     this.#isDeaf = this.#isWaiting = false
-    this.#before = tokens
+    this.#before = before
+    this.#mayEcho = way === 'assistant_prefill'
+    this.#reader = new EventReader('sse')
+    this.#held = []
+    this.#data = []
     const early = answer.takeBack()
     this.#answer.takeOver(answer)
     this.#answer.data(Buffer.from(': goes on from another backend\n\n'))
@@ -188,36 +201,65 @@ export class Continuation implements Sink {
   data(chunk: Buffer): void {
     if (this.#isDeaf) return
     if (!this.#isKept || this.#isLikeSample(chunk)) return this.#answer.data(chunk)
-    const bytes = this.#held === undefined ? chunk : Buffer.concat([this.#held, chunk])
-    this.#held = undefined
-    let from = 0
-    for (const { index, 0: blank } of bytes.toString('latin1').matchAll(BLANK_LINE)) {
-      const end = index + blank.length
-      this.#take(bytes.subarray(from, end), end === chunk.length)
+    const isAlone = this.#reader.isBetweenEvents
+    let start = this.#reader.feed(chunk)
+    if (start > 0) this.#taken.push(chunk.subarray(0, start))
+    for (let next = this.#reader.next(); next !== undefined; next = this.#reader.next()) {
+      if (next === 'data') {
+        this.#data.push(this.#reader.data)
+        continue
+      }
+      const end = this.#reader.to
+      this.#endEvent(chunk.subarray(start, end), isAlone && start === 0 && end === chunk.length)
       if (this.#isDeaf) return
-      from = end
+      start = end
     }
     this.#pass()
-    const rest = bytes.subarray(from)
-    if (rest.length > MAX_EVENT) {
-      if (this.#before !== undefined) return this.#cut('an event that is too long')
-      this.#close()
-    }
-    if (rest.length === 0) return
-    if (this.#isKept) this.#held = rest
-    else this.#answer.data(rest)
+    this.#hold(chunk.subarray(start))
   }
 
   end(): void {
     if (this.#isDeaf) return
+    // The last event may lack its blank line. One that lacks more is dropped, as where the connection breaks.
+    if (this.#isKept && !this.#reader.isBetweenEvents) {
+      this.#reader.feedEnd()
+      for (let next = this.#reader.next(); next !== undefined; next = this.#reader.next()) {
+        if (next === 'data') this.#data.push(this.#reader.data)
+        else if (isComplete(Buffer.concat(this.#data).toString())) this.#endEvent(EMPTY)
+      }
+      if (this.#isDeaf) return
+      this.#pass()
+    }
     if (this.#isOpen && this.#continuer.canContinue()) return this.#cut(ENDLESS)
-    if (this.#held !== undefined) this.#answer.data(this.#held)
     this.#close()
     this.#answer.end()
   }
 
   break(error: GatewayError): void {
     if (!this.#isDeaf) this.#answer.break(error)
+  }
+
+  /** @param rest of the event: what was not held yet */
+  #endEvent(rest: Buffer, isAlone = false): void {
+    const event = this.#held.length === 0 ? rest : Buffer.concat([...this.#held, rest])
+    const data = this.#reader.hasData ? Buffer.concat(this.#data).toString() : ''
+    this.#held = []
+    this.#data = []
+    this.#take(event, data, isAlone)
+  }
+
+  /** Keeps the beginning of an event. */
+  #hold(beginning: Buffer): void {
+    if (beginning.length === 0) return
+    this.#held.push(beginning)
+    const length = this.#held.reduce((sum, each) => sum + each.length, 0)
+    if (length > MAX_EVENT) {
+      if (this.#before !== undefined) return this.#cut('an event that is too long')
+      this.#close()
+    }
+    if (this.#isKept) return
+    this.#answer.data(Buffer.concat(this.#held))
+    this.#held = []
   }
 
   /** Is what passes still looked at? */
@@ -249,7 +291,7 @@ export class Continuation implements Sink {
 
   /** Nearly every event is like the one before, but for its piece of the text. */
   #isLikeSample(chunk: Buffer): boolean {
-    if (this.#sample === undefined || this.#held !== undefined || !this.#isOpen) return false
+    if (this.#sample === undefined || !this.#isOpen || !this.#reader.isBetweenEvents) return false
     const { before, behind } = this.#sample
     const begin = before.length
     const end = chunk.length - behind.length
@@ -266,20 +308,20 @@ export class Continuation implements Sink {
   }
 
   /** @param isAlone nothing came with it */
-  #take(event: Buffer, isAlone = false): void {
-    const data = dataOf(event.toString())
-    if (data === undefined || data === '') return void this.#taken.push(event)
+  #take(event: Buffer, data: string, isAlone: boolean): void {
+    if (data === '') return void this.#taken.push(event)
     const json = parse(data)
     const said: Event | undefined = isObject(json) ? json : undefined
     const choices = said?.choices ?? []
     const choice: Choice | undefined = Array.isArray(choices) ? choices[0] : undefined
-    const failure = failureOf(data, openai, 'sse')
+    const failure = failureOf(data, openai, 'sse', this.#reader.isError)
     const isBroken = failure !== undefined && failure !== '4xx'
     if (isBroken && this.#isOpen && this.#continuer.canContinue()) {
       return this.#cut('an error in its stream')
     }
     const isLast = data === '[DONE]' || failure !== undefined
     const hadRole = this.#hasRole
+    if (this.#mayEcho && choice?.delta) this.#dropEcho(choice.delta)
     const isText = said !== undefined && !isLast && this.#read(said, choices, choice)
     if (this.#isOpen && !isText && !isLast && this.#before !== undefined) {
       return this.#cut('something else than text')
@@ -292,6 +334,14 @@ export class Continuation implements Sink {
     }
     const joined = this.#joined(said, choice, hadRole)
     if (joined !== undefined) this.#taken.push(joined)
+  }
+
+  /** Newer llama.cpp servers repeat an assistant message in their first piece. */
+  #dropEcho(delta: Record<string, unknown>): void {
+    const { content } = delta
+    if (typeof content !== 'string' || content === '') return
+    this.#mayEcho = false
+    if (content.startsWith(this.text)) delta.content = content.slice(this.text.length)
   }
 
   /** Returns whether it is text and no more. */
@@ -338,11 +388,18 @@ export class Continuation implements Sink {
   }
 }
 
-/** Who goes on has read what was written before as a part of the prompt. */
-function withTokensBefore(usage: Record<string, unknown>, tokens: number): Record<string, unknown> {
+/**
+ * A backend that goes on has read the text so far as a part of its prompt. The reported sum is divided as the estimates
+ * of both parts are.
+ */
+function withTokensBefore(
+  usage: Record<string, unknown>,
+  { prompt: asked, text }: TokensBefore
+): Record<string, unknown> {
   const { prompt_tokens, completion_tokens, prompt_tokens_details: details } = usage
   if (typeof prompt_tokens !== 'number' || typeof completion_tokens !== 'number') return usage
-  const before = Math.min(tokens, prompt_tokens)
+  const before =
+    asked > 0 ? Math.round((prompt_tokens * text) / (asked + text)) : Math.min(text, prompt_tokens)
   const prompt = prompt_tokens - before
   const changed = {
     ...usage,
@@ -354,20 +411,17 @@ function withTokensBefore(usage: Record<string, unknown>, tokens: number): Recor
   return { ...changed, prompt_tokens_details: { ...details, cached_tokens } }
 }
 
-/** The data of an event (https://html.spec.whatwg.org/multipage/server-sent-events.html); undefined: it has none. */
-function dataOf(event: string): string | undefined {
-  const lines = event.trimStart().split(/\r\n|\n|\r/)
-  const data = lines.filter(line => line.startsWith('data:'))
-  if (data.length === 0) return undefined
-  return data.map(line => line.slice(line[5] === ' ' ? 6 : 5)).join('\n')
-}
-
 function parse(json: string): unknown {
   try {
     return JSON.parse(json)
   } catch {
     return undefined
   }
+}
+
+/** Whether the data of an event has its end. */
+function isComplete(data: string): boolean {
+  return data === '[DONE]' || parse(data) !== undefined
 }
 
 function isObject(value: unknown): value is Record<string, unknown> {

@@ -1,52 +1,12 @@
-import type { Transform } from 'node:stream'
-import * as zlib from 'node:zlib'
 import type { Dispatcher } from 'undici'
+import { newDecoder, type Stage } from '../wire/codings.ts'
 
 /** Undoes the content codings of a response (RFC 9110, section 8.4.1) that no client has asked for. */
-
-/** Each piece goes on as soon as it can be read. */
-const AT_ONCE = { flush: zlib.constants.Z_SYNC_FLUSH }
-const CODINGS: Record<string, (() => Transform & zlib.Zlib) | undefined> = {
-  gzip: () => zlib.createGunzip(AT_ONCE),
-  'x-gzip': () => zlib.createGunzip(AT_ONCE),
-  deflate: () => zlib.createInflate(AT_ONCE),
-  br: () => zlib.createBrotliDecompress(),
-  zstd: () => zlib.createZstdDecompress()
-}
-/** A response with more codings than this is not read. */
-const MAX_CODINGS = 3
-/** Names that servers put into `content-encoding` although they are no codings. */
-const NO_CODING =
-  /^(identity|none|null|plain|text|binary|[78]-?bit|chunked|utf-?8|us-ascii|ascii)?$/
 
 /** The response cannot be decoded. */
 export class CodingError extends Error {
   readonly code = 'CONTENT_CODING'
 }
-
-/**
- * Content codings of a response, in the order in which they were applied. `unknown`: one that cannot be undone.
- *
- * @example
- * codingsOf('GZIP, utf-8') // { codings: ['gzip'], unknown: undefined }
- */
-export function codingsOf(header: string | string[] | undefined): {
-  codings: string[]
-  unknown: string | undefined
-} {
-  if (header === undefined || header === 'identity') return NOTHING
-  const names = String(header)
-    .toLowerCase()
-    .split(',')
-    .map(name => name.trim())
-    .filter(name => !NO_CODING.test(name))
-  const codings = names.filter(name => CODINGS[name] !== undefined)
-  const unknown = names.find(name => CODINGS[name] === undefined)
-  if (codings.length > MAX_CODINGS) return { codings: [], unknown: String(header) }
-  return { codings, unknown }
-}
-
-const NOTHING = { codings: [], unknown: undefined }
 
 /** Receives the decoded response. */
 export interface Decoded {
@@ -60,10 +20,12 @@ export class Decoder implements Dispatcher.DispatchController {
   readonly #codings: string[]
   readonly #source: Dispatcher.DispatchController
   readonly #to: Decoded
-  readonly #stages: (Transform & zlib.Zlib)[] = []
+  readonly #stages: Stage[] = []
   /** The backend has sent all, or broke off. */
   #isComplete = false
   #cause: Error | undefined
+  /** Bytes follow the end of a coding. */
+  #isTrailed = false
   #isAborted = false
   #isOver = false
 
@@ -134,8 +96,12 @@ export class Decoder implements Dispatcher.DispatchController {
 
   #begin(): void {
     for (const name of this.#codings.toReversed()) {
-      const stage = CODINGS[name]!()
+      const stage = newDecoder(name)
       stage.on('error', ({ message }) => this.#fail(`${name}: ${message}`))
+      // Node drops what a stage has not read as soon as that stage has ended.
+      stage.once('end', () => {
+        this.#isTrailed ||= stage.writableLength > 0
+      })
       this.#stages.at(-1)?.pipe(stage)
       this.#stages.push(stage)
     }
@@ -155,7 +121,7 @@ export class Decoder implements Dispatcher.DispatchController {
 
   #finish(): void {
     if (this.#isOver) return
-    const isTrailed = !this.#isComplete || this.#stages.some(each => each.writableLength > 0)
+    const isTrailed = this.#isTrailed || !this.#isComplete
     if (this.#cause === undefined && isTrailed) return this.#fail('bytes follow its end')
     this.#isOver = true
     if (this.#cause === undefined) this.#to.end()

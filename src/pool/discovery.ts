@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { isDeepStrictEqual } from 'node:util'
-import type { FastifyBaseLogger } from 'fastify'
 import { reasonOf } from '../errors.ts'
+import type { Say } from '../logs/shared-lines.ts'
 import { VERSION } from '../version.ts'
 import type { Backend, Live } from './backend.ts'
 import { type ModelCard, toCard } from './models.ts'
@@ -23,6 +23,9 @@ const PATIENCE_MS = 1_000
 /** How soon (ms) a backend that gave no list is asked again. */
 const UNKNOWN_MS = 5_000
 
+/** Statuses that say that a backend would refuse requests, too; 501 and 405 are about this route alone. */
+const REFUSAL = /^status (40[13]|50(?!1)\d|5[1-9]\d) /
+
 /** How a backend is asked. */
 interface Watched {
   backend: Backend
@@ -38,14 +41,14 @@ interface Watched {
  * `GET /api/tags` where that is not there. A backend that gives no list keeps the last one it gave.
  */
 export class Discovery {
-  readonly #log: FastifyBaseLogger
+  readonly #say: Say
   readonly #watched = new Map<Backend, Watched>()
   #settings: ModelDiscovery = { enabled: false, interval: 0, timeout: 0 }
   /** Why a backend gives no list, as it was logged. */
   readonly #complaints = new WeakMap<Live, string>()
 
-  constructor(log: FastifyBaseLogger) {
-    this.#log = log
+  constructor(say: Say) {
+    this.#say = say
   }
 
   /** Asks these backends from now on. One that is asked in this way already goes on as it is. */
@@ -118,22 +121,27 @@ export class Discovery {
       if (signal.aborted) return
       const before = backend.live.models
       backend.live.models = models
+      backend.live.refusal = undefined
       this.#complaints.delete(backend.live)
       const isNews = before === undefined || [...models.keys()].join() !== [...before.keys()].join()
-      if (isNews)
-        this.#log.info({ backend: backend.name, models: models.size }, 'backend lists models')
+      const { name } = backend
+      if (isNews) this.#say('info', { backend: name, models: models.size }, 'backend lists models')
     } catch (error) {
       if (!signal.aborted) this.#complain(backend, error as Error)
     }
   }
 
-  /** Says once why a backend gives no list; that it takes no calls without a key somebody has to know. */
+  /**
+   * Logs once why a backend gives no list. Without a key (401, 403) or with an error of its own (5xx) it will not take
+   * requests either. The same reason given again refuses nothing: a request may have succeeded since.
+   */
   #complain({ name, live }: Backend, error: Error): void {
     const reason = reasonOf(error)
     if (this.#complaints.get(live) === reason) return
     this.#complaints.set(live, reason)
-    const level = /^status 40[13]/.test(reason) ? 'warn' : 'info'
-    this.#log[level]({ backend: name, reason }, 'backend lists no models')
+    const isRefused = REFUSAL.test(reason)
+    live.refusal = isRefused ? reason : undefined
+    this.#say(isRefused ? 'warn' : 'info', { backend: name, reason }, 'backend lists no models')
   }
 }
 
@@ -153,6 +161,15 @@ function toCards(listed: unknown[]): Map<string, ModelCard> {
   for (const card of listed.slice(0, MAX_MODELS) as (Partial<ModelCard> | null)[]) {
     if (typeof card?.id !== 'string') throw new Error('a model without an id')
     cards.set(card.id, { ...toCard(card.id), ...card })
+  }
+  // Further names of a model (llama.cpp's --alias).
+  for (const card of [...cards.values()]) {
+    const { aliases } = card
+    for (const alias of Array.isArray(aliases) ? aliases : []) {
+      const isNew = typeof alias === 'string' && alias !== '' && !cards.has(alias)
+      if (isNew && cards.size < MAX_MODELS)
+        cards.set(alias, { ...card, id: alias, alias_of: card.id })
+    }
   }
   return cards
 }

@@ -5,6 +5,7 @@ import type { Dialect } from '../dialects/dialect.ts'
 import { GatewayError, reasonOf } from '../errors.ts'
 import { BYTES_PER_TOKEN, type Exchange, type Work } from '../exchange.ts'
 import { type Framing, parseRetryAfter } from '../http.ts'
+import { usageOfFailure } from '../metering/event.ts'
 import { LONGEST } from '../options.ts'
 import type { Payload } from '../payload.ts'
 import {
@@ -15,7 +16,7 @@ import {
   saltCache,
   type UsageField
 } from '../payload-edits.ts'
-import { Pieces } from '../wire/edits.ts'
+import { inPieces, Pieces } from '../wire/edits.ts'
 import type { Answer } from './answer.ts'
 import { AsEvent } from './as-event.ts'
 import type { Share } from './attained.ts'
@@ -54,9 +55,13 @@ interface Front {
   attempted(backend: string, result: AttemptResult): void
   /** A backend answers whose client has a head already: its answer may be changed before it goes on. */
   answers(exchange: Exchange, answer: Answer): void
-  /** How many tokens have passed of an answer; 0: nobody counts. */
+  /** Estimated tokens of a prompt, and of what has passed of its response; 0: they are not counted. */
+  asked(exchange: Exchange): number
   passed(exchange: Exchange): number
 }
+
+/** After this time (ms) a 500 is not repeated: the backend may have generated all that while. */
+const LONG_MS = 10_000
 
 /** How long (ms) the rest of an error answer may take once it is certain that it is the client's. */
 const REFUSAL_TIMEOUT = 1_000
@@ -106,6 +111,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   #hasRepeated = false
   /** Fields for usage that a backend did not accept. */
   #withdrawn: readonly UsageField[] = []
+  /** Attempts that ended with a 500, while it is not known whether the request is at fault. */
+  #suspects: { attempt: Attempt; text: string }[] = []
   /** The latest error answer of a backend; it is the client's when nothing better comes. */
   #refusal: Refusal | undefined
   #answer: Answer | undefined
@@ -165,8 +172,14 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     return queue.has(this) ? queue.position(this, performance.now()) : undefined
   }
 
+  /** Half of the time that the client waits for a head (monotonic, ms). */
+  get headDeadline(): number {
+    return (this.#exchange.startedAt + this.deadline) / 2
+  }
+
   open(head: Head, answer: Answer): void {
     this.#exchange.hadHeartbeat = true
+    this.deadline = Number.POSITIVE_INFINITY
     this.#answer = answer
     this.#showTrace()
     this.#call!.done(null, { ...head, body: answer })
@@ -181,6 +194,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     const losers = this.#race.win(attempt, head.statusCode < 300)
     if (losers.length > 0) this.#retries.forgive(losers.map(each => each.candidate))
     this.#attribute(attempt)
+    this.#condemn()
     this.deadline = Number.POSITIVE_INFINITY
     this.#delivered = attempt
     if (!this.#isContinuable(attempt, head, answer)) return this.#handOver(head, answer)
@@ -196,9 +210,18 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   refused(attempt: Attempt, kind: FailureKind, refusal: Refusal): boolean {
     const { statusCode, headers } = refusal.head
     this.#retries.rest(attempt.backend, parseRetryAfter(headers['retry-after']))
+    if (statusCode === 500) {
+      if (this.#isAgreed(attempt, refusal)) return false
+      this.#suspects.push({ attempt, text: refusal.text })
+    }
     const goesOn = this.#race.goesOnWithout(attempt)
-    const wait = goesOn ? 0 : this.#plan(kind, true)
-    if (wait === undefined && this.#gap === undefined) return false
+    // The backend has worked on it for long, and another one would again.
+    const isLong = statusCode === 500 && attempt.age > LONG_MS
+    const wait = goesOn ? 0 : isLong ? undefined : this.#plan(kind, true)
+    if (wait === undefined && this.#gap === undefined) {
+      this.#condemn()
+      return false
+    }
     const why = statusCode < 300 ? 'an error as its first event' : `status ${statusCode}`
     this.#logFailure(attempt, kind, why)
     if (wait === undefined) {
@@ -208,6 +231,37 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.#refusal = refusal
     if (!goesOn) this.#retry(wait)
     return true
+  }
+
+  read({ text }: Refusal): void {
+    const exchange = this.#exchange
+    const usage = usageOfFailure(text, exchange.dialect)
+    if (usage === undefined) return
+    const { input, output } = exchange.failed ?? { input: 0, output: 0 }
+    exchange.failed = { input: input + usage.promptTokens, output: output + usage.completionTokens }
+  }
+
+  /**
+   * Whether another backend gave the same 500: then the request is at fault, and none of them. Backends to fall back on
+   * may have another model, and are tried nevertheless.
+   */
+  #isAgreed({ backend, candidate: { tier } }: Attempt, { text }: Refusal): boolean {
+    const { tried } = this.#retries
+    const hasFallback = this.#lineup
+      .candidates(this.#exchange)
+      .some(each => each.tier !== tier && !isAmong(tried, each))
+    if (hasFallback || text === '') return false
+    const isSame = this.#suspects.some(
+      each => each.attempt.backend !== backend && each.text === text
+    )
+    if (isSame) this.#suspects = []
+    return isSame
+  }
+
+  /** Backends are at fault for their 500s, because no other has given the same. */
+  #condemn(): void {
+    for (const { attempt } of this.#suspects) attempt.condemn()
+    this.#suspects = []
   }
 
   failed(attempt: Attempt, kind: FailureKind, error: Error, progress: Progress): void {
@@ -227,7 +281,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     const wait = isOurs(error) ? undefined : this.#plan(kind, progress.isSent)
     if (wait !== undefined) return this.#retry(wait)
     const outcome = isOwn ? 'rejected' : kind === 'timeout' ? 'timed_out' : 'backend_failed'
-    this.#giveUp(withoutAnswer(kind, error), outcome)
+    this.#giveUp(withoutAnswer(kind, error, progress.isSent), outcome)
   }
 
   broke(attempt: Attempt, kind: FailureKind, error: GatewayError): void {
@@ -426,7 +480,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     const { headers: given, path, method, body: original } = this.#call!.options
     const { payload } = this.#exchange.request
     const changes = payload === undefined ? [] : this.#changes(attempt, payload)
-    const body = changes.length > 0 ? changed(payload!, changes) : original
+    const body = changes.length > 0 ? changed(payload!, changes) : inPieces(original)
     // A small copy goes when the response begins; undici would keep it for as long as a stream runs.
     if (body !== original && Buffer.isBuffer(body)) attempt.body = body
     const headers = withOwn(given, attempt.backend.config.headers, body)
@@ -496,16 +550,17 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
       this.#tryOther('5xx')
       return answer
     }
-    const tokens = this.#passed
+    const text = this.#passed
     this.#gap = undefined
     this.#delivered = attempt
     this.#heartbeat?.stop()
     this.#exchange.isWaiting = false
     this.#exchange.continuations++
-    if (tokens > 0) this.#exchange.isDivided = true
+    if (text > 0) this.#exchange.isDivided = true
     if (this.#exchange.meter !== undefined) this.#exchange.meter.isUsageOld = true
     this.#pool.continuations.continued++
-    this.#continuation!.goOn(answer, tokens)
+    const before = { prompt: this.#front.asked(this.#exchange), text }
+    this.#continuation!.goOn(answer, before, attempt.candidate.backend.config.continuation!)
     return this.#continuation!
   }
 
@@ -527,17 +582,21 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     this.#showTrace()
     this.#answer = answer
     done(null, { ...head, body: answer })
+    if (this.#exchange.takesComments && answer.framing === 'sse') {
+      answer.beat(this.#front.heartbeat())
+    }
     return answer
   }
 
   /** The client has its head, and heartbeats. */
   #join(open: Answer, head: Head, answer: Answer): Answer {
     const { framing } = answer
-    if (head.statusCode < 300 && (framing === 'sse' || framing === 'json')) {
+    if (head.statusCode < 300 && framing !== undefined) {
       open.framing = framing
       this.#front.answers(this.#exchange, open)
-      if (framing === 'json') open.tap = new AsEvent(open.tap)
+      if (framing !== 'sse') open.tap = new AsEvent(open.tap, framing === 'ndjson')
       open.takeOver(answer)
+      if (framing === 'sse') open.beat(this.#front.heartbeat())
       return open
     }
     void complaintOf(head, answer).then(error => {
@@ -578,6 +637,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   #cancel(): void {
+    this.#condemn()
     clearTimeout(this.#timer)
     this.#heartbeat?.stop()
     this.#pool.queue.leave(this)
@@ -585,6 +645,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   #giveUp(error: GatewayError, outcome: Exchange['outcome']): void {
+    this.#condemn()
     if (this.#exchange.closed) return
     if (this.#gap !== undefined) {
       this.#heartbeat?.stop()

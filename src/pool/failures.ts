@@ -12,13 +12,17 @@ const TIMEOUTS: unknown[] = [
   TotalTimeoutError.CODE
 ]
 
+/** 501 is no failure: the backend does not know what the request asks for, and another one would not either. */
 export function statusFailure(statusCode: number): FailureKind | undefined {
+  if (statusCode === 501) return undefined
   if (statusCode >= 500) return '5xx'
   return statusCode === 429 ? '429' : undefined
 }
 
 export function failureKind(error: Error & { code?: string }): FailureKind {
-  if (error instanceof CodingError) return '5xx'
+  // The backend has had the request, and has answered it in some way.
+  if (error instanceof CodingError || error instanceof KeyRefusedError) return '5xx'
+  if (isInvalidHttp(error)) return '5xx'
   return TIMEOUTS.includes(error.code) ? 'timeout' : 'connect_failure'
 }
 
@@ -39,8 +43,29 @@ export function isLocal(error: Error & { code?: unknown }): boolean {
   return SHORTAGES.includes(error.code)
 }
 
-/** There is no answer. */
-export function withoutAnswer(kind: FailureKind, cause: Error): GatewayError {
+/** The backend wants another key than the gateway has for it. The caller's own key never reaches a backend. */
+export class KeyRefusedError extends Error {
+  constructor() {
+    super('status 401: backends[].api_key is missing or wrong')
+  }
+}
+
+/** The response is not HTTP as undici reads it: an odd head, or `100 Continue` without being asked. */
+function isInvalidHttp(error: Error): boolean {
+  return (
+    error instanceof errors.HTTPParserError ||
+    error instanceof errors.HeadersOverflowError ||
+    error instanceof errors.ResponseContentLengthMismatchError ||
+    (error instanceof errors.SocketError && error.message === 'bad response')
+  )
+}
+
+/**
+ * There is no answer.
+ *
+ * @param isSent whether the backend has had the request, or a part of it
+ */
+export function withoutAnswer(kind: FailureKind, cause: Error, isSent: boolean): GatewayError {
   if (isOurs(cause)) {
     return new GatewayError('invalid_request', 'The request cannot be forwarded as it is.', {
       cause
@@ -50,14 +75,23 @@ export function withoutAnswer(kind: FailureKind, cause: Error): GatewayError {
     const message = 'The gateway cannot open a connection at the moment. Retry in 1 s.'
     return new GatewayError('overloaded', message, { headers: { 'retry-after': '1' }, cause })
   }
-  if (cause instanceof errors.HTTPParserError || cause instanceof errors.HeadersOverflowError) {
+  if (cause instanceof KeyRefusedError) {
+    const message = 'The backend did not accept the credentials of the gateway.'
+    return new GatewayError('backend_failed', message, { cause })
+  }
+  if (isInvalidHttp(cause)) {
     const message = 'The backend gave an answer that is not valid HTTP, or has too large a head.'
     return new GatewayError('backend_failed', message, { cause })
   }
   if (cause instanceof CodingError) return undecodable(cause)
-  return kind === 'timeout'
-    ? new GatewayError('backend_timeout', 'The backend did not answer in time.', { cause })
-    : new GatewayError('backend_unreachable', 'No backend could be reached.', { cause })
+  if (kind === 'timeout') {
+    return new GatewayError('backend_timeout', 'The backend did not answer in time.', { cause })
+  }
+  if (isSent) {
+    const message = 'The backend closed the connection before it responded.'
+    return new GatewayError('backend_failed', message, { cause })
+  }
+  return new GatewayError('backend_unreachable', 'No backend could be reached.', { cause })
 }
 
 /** The client has some of an answer. */

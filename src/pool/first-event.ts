@@ -2,6 +2,7 @@ import type { Dialect } from '../dialects/dialect.ts'
 import type { Failure } from '../dialects/failure.ts'
 import { type Framing, framingOfText } from '../http.ts'
 import { failureOf } from '../metering/event.ts'
+import { EventReader } from '../wire/event-reader.ts'
 
 /** Maximum bytes buffered while waiting for the first event. */
 const MAX_HELD = 16 * 1024
@@ -27,7 +28,7 @@ export interface Expected {
  *
  * @example
  * const expected = { dialect: openai, asked: 'sse', declared: undefined, isDecoded: false }
- * new FirstEvent(expected).see(Buffer.from('data: {"error":{"code":503}}\n')) // '5xx'
+ * new FirstEvent(expected).see(Buffer.from('data: {"error":{"code":503}}\n\n')) // '5xx'
  */
 export class FirstEvent {
   readonly chunks: Buffer[] = []
@@ -35,8 +36,10 @@ export class FirstEvent {
   /** What the text shows. */
   #shown: Framing | 'unclear' | undefined = 'unclear'
   #text = ''
-  /** Where the line begins that is not complete. */
-  #line = 0
+  /** Reads the text, once its framing is known; of the text it has had `#read` characters. */
+  #reader: EventReader | undefined
+  #read = 0
+  #data = ''
   #isSeen = false
 
   constructor(expected: Expected) {
@@ -74,9 +77,13 @@ export class FirstEvent {
   /** All has come. */
   end(): 'response' | Failure {
     if (this.#isSeen) return 'response'
+    // A line end shows what a beginning of a line is.
     this.#text += '\n'
     this.#look()
-    return this.#judge(this.framing === 'json' ? this.#text : this.#event())
+    if (this.framing === 'json') return this.#judge(this.#text)
+    const event = this.#event()
+    this.#reader?.feedEnd()
+    return this.#judge(event ?? this.#nextEvent())
   }
 
   #look(): void {
@@ -95,7 +102,7 @@ export class FirstEvent {
     const { dialect } = this.#expected
     if (event === undefined || framing === undefined || dialect === undefined) return 'response'
     if (framing === 'json' && USAGE.test(event)) return 'response'
-    return failureOf(event, dialect, framing) ?? 'response'
+    return failureOf(event, dialect, framing, this.#reader?.isError) ?? 'response'
   }
 
   /** Its JSON, when it is there; comments and the like are none. */
@@ -106,14 +113,20 @@ export class FirstEvent {
       const isTooLong = this.#text.length >= MAX_HELD
       return isTooLong || this.#expected.isDecoded ? undefined : this.#text
     }
-    for (;;) {
-      const end = this.#text.indexOf('\n', this.#line)
-      if (end === -1) return undefined
-      const line = this.#text.slice(this.#line, end).trim()
-      this.#line = end + 1
-      if (framing === 'ndjson' && line !== '') return line
-      const [, field, data] = /^(data|error):(.+)/.exec(line) ?? []
-      if (field !== undefined) return field === 'error' ? `{"error":${data}}` : data
+    this.#reader ??= new EventReader(framing)
+    const rest = this.#text.slice(this.#read)
+    this.#read = this.#text.length
+    this.#reader.feed(Buffer.from(rest, 'latin1'))
+    return this.#nextEvent()
+  }
+
+  /** The data of the first event that has some, as JSON. */
+  #nextEvent(): string | undefined {
+    const reader = this.#reader
+    for (let next = reader?.next(); reader && next !== undefined; next = reader.next()) {
+      if (next === 'data') this.#data += reader.data.toString('latin1')
+      else if (reader.hasData) return this.#data
     }
+    return undefined
   }
 }

@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { isDeepStrictEqual } from 'node:util'
-import type { FastifyBaseLogger } from 'fastify'
 import { reasonOf } from '../errors.ts'
+import type { Say } from '../logs/shared-lines.ts'
 import type { Backend } from './backend.ts'
 import { isLocal } from './failures.ts'
 
@@ -23,12 +23,12 @@ export interface HealthCheck {
  * first probe decides alone, so that a gateway does not begin by sending calls to a dead backend.
  */
 export class HealthChecker {
-  readonly #log: FastifyBaseLogger
+  readonly #say: Say
   readonly #watched = new Map<Backend, AbortController>()
   #check: HealthCheck | undefined
 
-  constructor(log: FastifyBaseLogger) {
-    this.#log = log
+  constructor(say: Say) {
+    this.#say = say
   }
 
   /**
@@ -74,13 +74,15 @@ export class HealthChecker {
         (failures >= check.unhealthyThreshold || (!live.isProbed && failures > 0))
       ) {
         live.turn(false)
-        this.#log.warn({ backend: backend.name, reason: failure }, 'backend is unhealthy')
+        // A backend that cannot be reached has its warning.
+        const level = live.reach.failure === undefined ? 'warn' : 'info'
+        this.#say(level, { backend: backend.name, reason: failure }, 'backend is unhealthy')
       } else if (
         !live.healthy &&
         (successes >= check.healthyThreshold || (!live.isProbed && successes > 0))
       ) {
         live.turn(true)
-        this.#log.info({ backend: backend.name }, 'backend is healthy')
+        this.#say('info', { backend: backend.name }, 'backend is healthy')
       }
       live.isProbed = true
     }

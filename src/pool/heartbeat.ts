@@ -90,7 +90,7 @@ async function read(answer: Answer): Promise<string> {
 }
 
 /** OpenAI's and Anthropic's errors are objects, Ollama's are texts, and FastAPI's stand in `detail`. */
-function messageIn(text: string): string | undefined {
+export function messageIn(text: string): string | undefined {
   try {
     const { error, message, detail } = Object(JSON.parse(text))
     return [error?.message, error, message, detail].find(each => typeof each === 'string')

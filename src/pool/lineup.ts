@@ -77,6 +77,7 @@ export class Lineup {
   readonly #modelTimeouts
   /** It is written down which backend was sent which prompts. */
   readonly #remembers: boolean
+  readonly #panics: boolean
 
   constructor(backends: Backend[], config: PoolConfig) {
     this.backends = backends
@@ -87,6 +88,7 @@ export class Lineup {
     this.#fallback = config.fallback
     this.#modelTimeouts = config.modelTimeouts
     this.strategy = config.loadBalance
+    this.#panics = config.panics
     this.#remembers =
       config.prefixAffinity && backends.length > 1 && REMEMBER_PREFIXES.includes(config.loadBalance)
   }
@@ -106,6 +108,12 @@ export class Lineup {
         : this.names(model, wanted).flatMap((each, at) => this.#serving(each, at * TIERS, choice))
     const able = ableToGoOn(all, wanted, choice)
     return left(able, inService(able), 'circuit_open', choice)
+  }
+
+  /** Whether health checks alone say that every backend is down, so that requests are tried nevertheless. */
+  get isPanicking(): boolean {
+    const { backends } = this
+    return this.#panics && !backends.some(each => each.available) && backends.some(isOnlyUnhealthy)
   }
 
   /** Could another backend go on with what this one begins to write? */
@@ -192,7 +200,7 @@ export class Lineup {
     for (const each of this.backends) {
       if (each !== holder) choice?.passOver(each, model, 'pinned_elsewhere')
     }
-    if (!holder.available) {
+    if (!this.#isOpen(holder)) {
       choice?.passOver(holder, model, whyUnavailable(holder))
       return []
     }
@@ -209,7 +217,7 @@ export class Lineup {
       const place = rule === undefined ? backend.config.priority : rule.order.indexOf(backend.name)
       if (model && upstream === undefined) choice?.passOver(backend, model, 'no_model')
       else if (place === -1) choice?.passOver(backend, model, 'not_in_rule')
-      else if (!backend.available) choice?.passOver(backend, model, whyUnavailable(backend))
+      else if (!this.#isOpen(backend)) choice?.passOver(backend, model, whyUnavailable(backend))
       else able.push({ backend, model, upstream, tier: base + place })
     }
     // One of which nothing is known yet may not have the model: it is there for when nobody else is.
@@ -225,6 +233,11 @@ export class Lineup {
     const untried = all.filter(each => !isAmong(tried, each))
     const ofFirst = untried.filter(each => each.model === untried[0]!.model)
     return left(left(all, untried, 'tried', choice), ofFirst, 'other_model', choice)
+  }
+
+  /** May it be given work? */
+  #isOpen(backend: Backend): boolean {
+    return backend.available || (isOnlyUnhealthy(backend) && this.isPanicking)
   }
 
   #ruleFor(model = ''): FallbackRule | undefined {
@@ -263,6 +276,10 @@ function left(
 
 function whyUnavailable({ live }: Backend): PassedOver {
   return live.isDrained ? 'drained' : 'unhealthy'
+}
+
+function isOnlyUnhealthy({ live }: Backend): boolean {
+  return !live.healthy && !live.isDrained && live.seenTrouble === undefined
 }
 
 /**

@@ -84,7 +84,7 @@ export function hasClosedList({ config, live }: Backend): boolean {
   return live.models !== undefined || config.models?.some(({ name }) => isPattern(name)) === false
 }
 
-/** Whether this backend has a model of this very name: any name may fit a pattern, or a backend that lists none. */
+/** Whether this backend lists a model of exactly this name. A pattern, or a backend without a list, fits any name. */
 export function isListed({ config, live }: Backend, model: string): boolean {
   if (live.models !== undefined && lists(live, model)) return true
   const bare = untagged(model)

@@ -2,6 +2,8 @@ import { type Dispatcher, errors } from 'undici'
 import { GatewayError } from '../errors.ts'
 import type { TimeLimits } from './backend.ts'
 
+/** Beyond any time of `performance.now()`, as the bound of a sum. */
+const NEVER = Number.MAX_SAFE_INTEGER
 /** A backend's silence is noticed at most this much (ms), and at most an eighth, later than asked for. */
 const LATEST_MS = 1_000
 const LEAST_STEPS = 8
@@ -37,20 +39,28 @@ export class Patience {
     this.#limits = limits
   }
 
-  /** Waits for the first byte, and at most until `deadline` (monotonic, ms). */
-  begin(controller: Dispatcher.DispatchController, deadline: number): void {
+  /** Waits for the first byte, and at most until the deadline of the client (monotonic, ms), which can be put off. */
+  begin(controller: Dispatcher.DispatchController, deadline: () => number): void {
     if (this.#timer !== undefined) return
-    const { timeout: ms, totalTimeout } = this.#limits
+    const { totalTimeout } = this.#limits
     if (totalTimeout > 0 && this.#total === undefined) {
       const late = () => controller.abort(new TotalTimeoutError('the answer took too long'))
       this.#total = setTimeout(late, totalTimeout).unref()
     }
-    const left = deadline - performance.now()
-    const isClients = left < (ms || Number.POSITIVE_INFINITY)
-    if (!isClients && ms === 0) return
-    const late = () => (isClients ? tooLate() : new errors.HeadersTimeoutError())
-    const wait = isClients ? Math.max(0, left) : ms
-    this.#timer = setTimeout(() => controller.abort(late()), wait).unref()
+    this.#waitUntil(controller, deadline, performance.now() + (this.#limits.timeout || NEVER))
+  }
+
+  /** @param end when the backend is waited for no longer */
+  #waitUntil(controller: Dispatcher.DispatchController, deadline: () => number, end: number): void {
+    const until = Math.min(deadline(), end)
+    if (until >= NEVER) return
+    const late = () => {
+      const now = performance.now()
+      if (end <= now) controller.abort(new errors.HeadersTimeoutError())
+      else if (deadline() <= now) controller.abort(tooLate())
+      else this.#waitUntil(controller, deadline, end)
+    }
+    this.#timer = setTimeout(late, Math.max(0, until - performance.now())).unref()
   }
 
   /** The first byte is here: from now on no silence may be too long. */

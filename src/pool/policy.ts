@@ -126,8 +126,16 @@ const RoutingOptions = Section(
     }),
     timeout: Duration('10m', 'Time to the first byte of the answer, for one attempt', 0),
     connect_timeout: Duration('5s', 'Time to a connection'),
+    hold_first_event: Duration(
+      '1s',
+      'How long the head of a stream is held back until its first event, which may be an error that another backend can make good; at most half of the time that the client waits',
+      0
+    ),
     idle_timeout: Duration('5m', 'Time between two chunks of an answer; 0: for ever', 0),
     total_timeout: Duration('0', 'Time to the end of an answer, for one attempt; 0: for ever', 0),
+    default_model: Type.Optional(
+      Type.String({ minLength: 1, description: 'Model of requests that name none' })
+    ),
     model_timeouts: Type.Record(ModelName, ModelTimeouts, {
       default: {},
       expects: 'a mapping of models to time limits',
@@ -251,6 +259,10 @@ const HealthCheckOptions = Section(
     }),
     unhealthy_threshold: Type.Integer({ minimum: 1, default: 3, description: 'Failures in a row' }),
     healthy_threshold: Type.Integer({ minimum: 1, default: 2, description: 'Successes in a row' }),
+    panic: Type.Boolean({
+      default: true,
+      description: 'Tries requests nevertheless when checks alone say that every backend is down'
+    }),
     script: NotBuilt('Script that checks')
   },
   'Active health checks'
@@ -281,7 +293,7 @@ export type BackendOptions = Static<typeof BackendOptions>
  * @param workers how many processes share what the backends can take
  */
 export function toPool(
-  { backends, routing }: BackendsOptions,
+  { backends, routing, health_check: check }: BackendsOptions,
   demoUrl: string | undefined,
   workers = 1
 ): PoolConfig {
@@ -309,10 +321,12 @@ export function toPool(
         backend.connect_timeout ?? routing.connect_timeout,
         ...Object.values(routing.model_timeouts).map(each => each.connect_timeout ?? 0)
       ),
+      holdFirstEvent: routing.hold_first_event,
       idleTimeout: backend.idle_timeout ?? routing.idle_timeout,
       totalTimeout: backend.total_timeout ?? routing.total_timeout
     })),
     loadBalance: routing.load_balance,
+    defaultModel: routing.default_model,
     prefixAffinity: routing.prefix_affinity,
     fallback: routing.fallback.map(({ models, primary, fallback }) => ({
       models,
@@ -330,6 +344,7 @@ export function toPool(
     modelFallbacks: new Map(
       Object.entries(routing.model_fallbacks).map(([model, others]) => [untagged(model), others])
     ),
+    panics: check.panic,
     hedges: routing.enabled && routing.hedge.enabled,
     breaker: breaker.enabled
       ? {

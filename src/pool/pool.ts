@@ -13,7 +13,7 @@ import {
   type Wanted
 } from './lineup.ts'
 import { Speeds } from './load.ts'
-import { contextOf, hasClosedList, isListed, listModels, upstreamModel } from './models.ts'
+import { contextOf, hasClosedList, isKnown, isListed, listModels, upstreamModel } from './models.ts'
 import { Queue, type QueuePolicy } from './queue.ts'
 import type { StrategyName } from './strategies.ts'
 
@@ -29,15 +29,28 @@ export interface PoolConfig {
   fallback: FallbackRule[]
   /** Which models take the place of one that nobody can serve, in this order. */
   modelFallbacks: Map<string, string[]>
+  /** Model of requests that name none. */
+  defaultModel?: string | undefined
   queue: QueuePolicy
   /** What calls for some models are allowed, over what backends are; the first entry that fits holds. */
   modelTimeouts: [pattern: string, Partial<TimeLimits>][]
+  /** Requests are tried when health checks alone say that every backend is down. */
+  panics: boolean
   /** Absent: no call is kept from a backend because others have failed. */
   breaker: BreakerPolicy | undefined
 }
 
-/** Hears of circuits that open and close. */
+/** Is told of circuits that open and close. */
 export type OnCircuit = (backend: string, turn: CircuitTurn) => void
+
+/** Is told what becomes of backends. */
+export interface PoolObserver {
+  circuit: OnCircuit
+  /** Connections to a backend cannot be opened, or can again: {@link Live.reach}. */
+  reach(backend: string, live: Live): void
+  /** Requests are tried although health checks say that every backend is down, or not any more. */
+  panic(isPanicking: boolean): void
+}
 
 /** All backends, over all changes of the configuration. */
 export class Pool {
@@ -47,8 +60,10 @@ export class Pool {
   /** How often another backend went on with an answer that had broken off, and how often none could. */
   readonly continuations = { continued: 0, failed: 0 }
   readonly queue: Queue
+  #defaultModel: string | undefined
   #isServing = false
-  readonly #onCircuit: OnCircuit
+  #hasPanicked = false
+  readonly #observer: PoolObserver | undefined
   /** Of all backends. */
   readonly #speeds = new Speeds()
   #current: Lineup
@@ -56,9 +71,10 @@ export class Pool {
   readonly #lineups = new Set<Lineup>()
   readonly #closing = new Set<Live>()
 
-  constructor(config: PoolConfig, onCircuit: OnCircuit = () => {}) {
-    this.#onCircuit = onCircuit
+  constructor(config: PoolConfig, observer?: PoolObserver) {
+    this.#observer = observer
     this.queue = new Queue(config.queue)
+    this.#defaultModel = config.defaultModel
     this.#current = new Lineup(
       config.backends.map(each => this.#create(each)),
       config
@@ -84,7 +100,9 @@ export class Pool {
     this.#current = new Lineup(backends, config)
     this.#lineups.add(this.#current)
     this.queue.policy = config.queue
+    this.#defaultModel = config.defaultModel
     this.#guard(config)
+    this.#lookForPanic()
     this.#retire(before)
     this.#serveQueue()
   }
@@ -142,11 +160,21 @@ export class Pool {
     return this.candidates(wanted)[0]
   }
 
-  /** Is there a backend for this model, or for one that may take its place, whether or not it is available now? */
+  /**
+   * Is there a backend for this model, or for one that may take its place, whether or not it is available now? A backend
+   * that could not be asked for its models has none, if it is known what others have.
+   */
   serves(model: string, wanted: Wanted): boolean {
+    const { backends } = this
+    const isAnyAsked = !backends.every(isUnasked)
     return this.#current
       .names(model, wanted)
-      .some(each => this.backends.some(backend => upstreamModel(backend, each) !== undefined))
+      .some(each =>
+        backends.some(
+          backend =>
+            upstreamModel(backend, each) !== undefined && !(isAnyAsked && isUnasked(backend))
+        )
+      )
   }
 
   /** The longest context (tokens) of the model at a backend that may get the request; undefined: none is known. */
@@ -159,11 +187,24 @@ export class Pool {
     return known.length === 0 ? undefined : Math.max(...known)
   }
 
-  /** The model that requests without one get: the only one there is, where that is known. */
-  get onlyModel(): string | undefined {
+  /** The model that requests without one get: the configured one, or the only one there is, where that is known. */
+  get impliedModel(): string | undefined {
+    if (this.#defaultModel !== undefined) return this.#defaultModel
     if (!this.backends.every(hasClosedList)) return undefined
-    const models = listModels(this.backends)
-    return models?.length === 1 ? models[0]!.id : undefined
+    const [model, another] = this.#modelNames()
+    return another === undefined ? model : undefined
+  }
+
+  /** Whether backends have different models, so that a request must name one. */
+  get hasSeveralModels(): boolean {
+    return this.backends.length > 1 && this.#modelNames().length > 1
+  }
+
+  /** Names of models, without further names of the same. */
+  #modelNames(): string[] {
+    const isAlias = (id: string) =>
+      this.backends.some(({ live }) => live.models?.get(id)?.alias_of !== undefined)
+    return (listModels(this.backends) ?? []).map(({ id }) => id).filter(id => !isAlias(id))
   }
 
   /** Whether a backend or a fallback has a model of this very name, so that callers cannot invent more of them. */
@@ -171,8 +212,19 @@ export class Pool {
     return this.backends.some(each => isListed(each, model)) || this.#current.hasFallbacks(model)
   }
 
+  /** The backends that can be called, as far as is known. */
+  get callable(): Backend[] {
+    return this.backends.filter(({ live }) => live.trouble === undefined && !live.isDrained)
+  }
+
+  /** Whether requests are tried although health checks say that every backend is down. */
+  get isPanicking(): boolean {
+    return this.#current.isPanicking
+  }
+
+  /** Whether a request may succeed. */
   get available(): boolean {
-    return this.backends.some(backend => backend.available)
+    return this.callable.length > 0 || this.isPanicking
   }
 
   async destroy(): Promise<void> {
@@ -180,19 +232,33 @@ export class Pool {
     await Promise.all([...all].map(live => live.destroy()))
   }
 
-  /** One that is alone gets every call: nobody else could. */
-  #guard({ breaker }: PoolConfig): void {
-    const policy = this.backends.length > 1 ? breaker : undefined
+  /** The circuit of one that is alone keeps no call from it, but shows that it is down. */
+  #guard({ breaker: policy }: PoolConfig): void {
     for (const { name, live } of this.backends) {
       let reason: OpenReason | undefined = policy && live.breaker.opened?.reason
       live.breaker.guard(policy, turn => {
         if (turn.state === 'open') reason = turn.reason
         // Who only asked for a rest is as warm as before.
         else if (reason && reason !== 'retry_after') live.comeBack(performance.now())
-        this.#onCircuit(name, turn)
+        this.#observer?.circuit(name, turn)
+        this.#lookForPanic()
       })
+      live.reach.onTurn = () => {
+        const { failure } = live.reach
+        if (failure !== undefined) live.fail(failure)
+        this.#observer?.reach(name, live)
+        this.#lookForPanic()
+      }
+      live.onTurn = () => this.#lookForPanic()
       live.onEnd = () => this.#serveQueue()
     }
+  }
+
+  #lookForPanic(): void {
+    const { isPanicking } = this
+    if (isPanicking === this.#hasPanicked) return
+    this.#hasPanicked = isPanicking
+    this.#observer?.panic(isPanicking)
   }
 
   /** Not at once: whoever has just ended is still being told of it. */
@@ -218,6 +284,11 @@ export class Pool {
     await live.close()
     this.#closing.delete(live)
   }
+}
+
+/** Nothing is known of its models, and it cannot be asked. */
+function isUnasked(backend: Backend): boolean {
+  return backend.live.reach.failure !== undefined && !isKnown(backend)
 }
 
 /** New servers warm up beside those that stay. */

@@ -1,6 +1,7 @@
 import { Transform } from 'node:stream'
 import type { Failure } from '../dialects/failure.ts'
 import type { Framing } from '../http.ts'
+import { EventReader } from '../wire/event-reader.ts'
 import type { Tap } from './answer.ts'
 
 const QUOTE = 0x22
@@ -9,7 +10,6 @@ const LF = 0x0a
 const CR = 0x0d
 /** Objects beside the answer itself that say whose it is: Anthropic's and those of the Responses API. */
 const HEADS = new Set(['message', 'response'])
-const DATA = 'data:'
 /** No name of interest is longer. */
 const MAX_NAME = 8
 
@@ -20,12 +20,9 @@ const MAX_NAME = 8
 export class Renamed implements Tap {
   readonly #inner: Tap | undefined
   readonly #name: Buffer
-  readonly #isSse: boolean
-  readonly #isWhole: boolean
+  /** undefined: the answer is one JSON text. */
+  readonly #reader: EventReader | undefined
   #depth = 0
-  /** Of a line of an event stream: how much of `data:` it began with; -1: it is another line. */
-  #line = 0
-  #isAfterCr = false
   #isString = false
   #isEscaped = false
   /** The string is a member's name; it is the old name of the model. */
@@ -41,8 +38,7 @@ export class Renamed implements Tap {
   constructor(inner: Tap | undefined, framing: Framing, model: string) {
     this.#inner = inner
     this.#name = Buffer.from(JSON.stringify(model))
-    this.#isSse = framing === 'sse'
-    this.#isWhole = framing === 'json'
+    this.#reader = framing === 'json' ? undefined : new EventReader(framing)
   }
 
   /** The same for bytes that do not come as an answer's any more. */
@@ -58,6 +54,10 @@ export class Renamed implements Tap {
 
   get isOver(): boolean {
     return this.#inner?.isOver ?? false
+  }
+
+  get isBetweenEvents(): boolean {
+    return this.#inner?.isBetweenEvents ?? false
   }
 
   release(): Buffer | undefined {
@@ -83,20 +83,51 @@ export class Renamed implements Tap {
   #rename(bytes: Buffer | undefined): Buffer | undefined {
     if (bytes === undefined || this.#isDone) return bytes
     const parts: Buffer[] = []
+    const reader = this.#reader
     let from = 0
-    for (let at = 0; at < bytes.length; at++) {
+    if (reader === undefined) from = this.#scan(bytes, 0, bytes.length, from, parts)
+    else {
+      if (this.#isString && (bytes[0] === LF || bytes[0] === CR)) this.#reset()
+      reader.feed(bytes)
+      for (let next = reader.next(); next !== undefined; next = reader.next()) {
+        if (next === 'end') this.#reset()
+        else if (reader.bytes === bytes) {
+          from = this.#scan(bytes, reader.from, reader.to, from, parts)
+          if (reader.to === bytes.length) break
+          if (this.#isOld) from = reader.to
+        }
+        // JSON has no line end within a string.
+        if (this.#isString) this.#reset()
+      }
+    }
+    if (!this.#isOld) parts.push(bytes.subarray(from))
+    return parts.length === 1 ? parts[0] : Buffer.concat(parts)
+  }
+
+  #reset(): void {
+    this.#depth = 0
+    this.#isString = this.#isEscaped = this.#isName = this.#isOld = this.#isInHead = false
+  }
+
+  /**
+   * Reads a part of the JSON.
+   *
+   * @param start bytes before were added to `parts`
+   * @returns the same for the bytes that were added now
+   */
+  #scan(bytes: Buffer, begin: number, end: number, start: number, parts: Buffer[]): number {
+    let from = start
+    for (let at = begin; at < end; at++) {
       const byte = bytes[at]!
-      if ((byte === LF || byte === CR) && !this.#isWhole) {
-        if (this.#isOld) from = at
-        this.#endLine(byte)
-      } else if (this.#isSse && this.#line !== DATA.length) this.#beginLine(byte)
-      else if (this.#isString) {
-        const next = this.#isName || this.#isEscaped ? at : skipText(bytes, at)
+      if (this.#isString) {
+        const next = this.#isName || this.#isEscaped ? at : skipText(bytes, at, end)
         if (next > at) at = next - 1
         else if (this.#endsString(byte) && this.#isOld) {
           this.#isOld = false
-          this.#isDone = this.#isWhole
           from = at + 1
+          // The name stands once in a whole answer: what follows may be long, and is not read.
+          this.#isDone = this.#reader === undefined
+          if (this.#isDone) break
         }
       } else if (this.#depth === 0) this.#outside(byte)
       else if (byte === QUOTE) {
@@ -104,27 +135,7 @@ export class Renamed implements Tap {
         if (this.#isOld) parts.push(bytes.subarray(from, at), this.#name)
       } else this.#structure(byte)
     }
-    if (!this.#isOld) parts.push(bytes.subarray(from))
-    return parts.length === 1 ? parts[0] : Buffer.concat(parts)
-  }
-
-  /** LF, CR or both (https://html.spec.whatwg.org/multipage/server-sent-events.html). */
-  #endLine(byte: number): void {
-    const isSecond = byte === LF && this.#isAfterCr
-    this.#isAfterCr = byte === CR
-    if (isSecond) return
-    // JSON has no line end within a text: what is wrong ends with the line, and all else with the event.
-    const isBlank = this.#line === 0
-    this.#line = 0
-    if (this.#isSse && !isBlank && !this.#isString) return
-    this.#depth = 0
-    this.#isString = this.#isEscaped = this.#isName = this.#isOld = this.#isInHead = false
-  }
-
-  #beginLine(byte: number): void {
-    this.#isAfterCr = false
-    const isPrefix = this.#line !== -1 && byte === DATA.charCodeAt(this.#line)
-    this.#line = isPrefix ? this.#line + 1 : -1
+    return from
   }
 
   #outside(byte: number): void {
@@ -181,13 +192,9 @@ export class Renamed implements Tap {
   }
 }
 
-/** Where the next byte is, from `at` on, that may end a text or be no part of it. */
-function skipText(bytes: Buffer, at: number): number {
+/** Returns the index, from `at` on, of the next byte that may end a string. */
+function skipText(bytes: Buffer, at: number, end: number): number {
   let next = at
-  while (next < bytes.length) {
-    const byte = bytes[next]
-    if (byte === QUOTE || byte === BACKSLASH || byte === LF || byte === CR) break
-    next++
-  }
+  while (next < end && bytes[next] !== QUOTE && bytes[next] !== BACKSLASH) next++
   return next
 }

@@ -1,11 +1,11 @@
 import { resolve } from 'node:path'
 import type { FastifyBaseLogger } from 'fastify'
 import { type Static, Type } from 'typebox'
-import type { DatabaseError } from '../store/sql.ts'
-import { Sqlite } from '../store/sqlite.ts'
+import { type DatabaseError, NewerFormatError } from '../store/sql.ts'
+import type { Sqlite } from '../store/sqlite.ts'
 import type { UsageRecord } from './record.ts'
 import { type Receiver, recordJson, type Verdict, whileRunning } from './reporter.ts'
-import { forgetBefore, keepRecords, prepareStore } from './usage-store.ts'
+import { forgetBefore, keepRecords, openUsageStore } from './usage-store.ts'
 
 export const BuiltinOptions = Type.Object(
   {
@@ -19,7 +19,6 @@ export const BuiltinOptions = Type.Object(
 )
 export type BuiltinOptions = Static<typeof BuiltinOptions>
 
-const STATEMENT_TIMEOUT = 10_000
 const FORGET_INTERVAL = 60 * 60 * 1000
 
 /** The file of the embedded store. */
@@ -27,31 +26,48 @@ export function builtinFile(dataDir: string | undefined): string {
   return dataDir === undefined ? ':memory:' : resolve(dataDir, 'usage-builtin.db')
 }
 
+/** Opens the embedded store. An empty file replaces one that is unusable. */
+export function openBuiltin(file: string, log: FastifyBaseLogger): Sqlite {
+  return openUsageStore(file, undefined, loss => {
+    log.error({ file, ...loss }, 'the embedded usage store is of no use or gone: sums start anew')
+  })
+}
+
 /** Keeps usage records in the embedded store, and their sums. */
 export class Builtin implements Receiver {
   readonly concurrency = 2
   readonly wantsBody = false
   readonly batch = { max_events: 500, max_wait: 100 }
+  readonly #file: string
   readonly #db: Sqlite
   readonly #days: number
   readonly #log: FastifyBaseLogger
-  #prepared: Promise<void> | undefined
   readonly #forgetting: NodeJS.Timeout
   #isClosed = false
 
   constructor(file: string, { retention_days }: BuiltinOptions, log: FastifyBaseLogger) {
-    this.#db = new Sqlite(file, STATEMENT_TIMEOUT)
+    this.#file = file
+    this.#db = openBuiltin(file, log)
     this.#days = retention_days
     this.#log = log
     this.#forgetting = setInterval(() => void this.#forget(), FORGET_INTERVAL).unref()
-    void this.#forget()
+  }
+
+  async open(): Promise<void> {
+    try {
+      await this.#db.run('SELECT 1', [])
+      void this.#forget()
+    } catch (error) {
+      if (error instanceof NewerFormatError) throw error
+      const { message: reason } = error as Error
+      this.#log.error({ file: this.#file, reason }, 'the embedded usage store cannot be read')
+    }
   }
 
   send(entries: readonly string[], signal: AbortSignal): Promise<Verdict> {
     const records = entries.map(each => JSON.parse(recordJson(each, false)) as UsageRecord)
     return whileRunning(signal, async () => {
       try {
-        await this.#prepare()
         await keepRecords(this.#db, records)
         return { kind: 'delivered' }
       } catch (error) {
@@ -67,20 +83,9 @@ export class Builtin implements Receiver {
     await this.#db.close()
   }
 
-  async #prepare(): Promise<void> {
-    this.#prepared ??= prepareStore(this.#db)
-    try {
-      await this.#prepared
-    } catch (error) {
-      this.#prepared = undefined
-      throw error
-    }
-  }
-
   async #forget(): Promise<void> {
     if (this.#days === 0) return
     try {
-      await this.#prepare()
       await forgetBefore(this.#db, Date.now(), this.#days)
     } catch (error) {
       if (this.#isClosed) return

@@ -20,7 +20,9 @@ const ENOUGH_FAILURES = 5
 /** How often (ms) the ledger is told where a reporter has got to, and asked for what was put aside. */
 const MARK_INTERVAL = 100
 const DEFERRED_INTERVAL = 5_000
-const DEFERRED_AT_ONCE = 100
+const DEFERRED_AT_ONCE = 20
+/** Records (characters) behind which a delivery takes no more of them. */
+const MAX_DELIVERY = 2 * 1024 * 1024
 
 /** A page with records that are not done, and how many. */
 interface OpenPage {
@@ -237,7 +239,7 @@ export class Courier {
   async #send(): Promise<void> {
     clearTimeout(this.#timer)
     this.#timer = undefined
-    const batch = this.#queue.splice(0, this.#reporter.batch.max_events)
+    const batch = this.#queue.splice(0, this.#nextBatch())
     this.#sending++
     this.#sendingRecords += batch.length
     for (const { entry } of batch) this.#length -= entry.length
@@ -250,6 +252,17 @@ export class Courier {
     }
     if (this.#hasRoom()) void this.#fill()
     this.#proceed()
+  }
+
+  /** Returns how many records go together: no more than fit, and at least one. */
+  #nextBatch(): number {
+    const most = Math.min(this.#queue.length, this.#reporter.batch.max_events)
+    let length = 0
+    for (let count = 0; count < most; count++) {
+      length += this.#queue[count]!.entry.length
+      if (length > MAX_DELIVERY) return Math.max(1, count)
+    }
+    return most
   }
 
   async #deliver(given: Waiting[]): Promise<void> {

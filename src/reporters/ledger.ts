@@ -1,5 +1,6 @@
 import type { DatabaseSync, StatementSync } from 'node:sqlite'
-import { openSqliteFile } from '../store/sqlite-file.ts'
+import { newerFormat } from '../store/sql.ts'
+import { openSqliteFile, refuseForeign } from '../store/sqlite-file.ts'
 
 /**
  * Where usage records stay until every reporter has them: a SQLite file that one thread owns.
@@ -80,11 +81,12 @@ export class Ledger {
   /** @throws when the file cannot be opened, is no ledger, or is of a newer version */
   constructor(file: string) {
     this.#db = openSqliteFile(file)
+    refuseForeign(this.#db, 'pages')
     const { user_version } = this.#db.prepare('PRAGMA user_version').get() as {
       user_version: number
     }
     if (user_version > SCHEMA_VERSION) {
-      throw new Error(`${file} was written by a newer version of LLMProxy`)
+      throw newerFormat(file, user_version, SCHEMA_VERSION)
     }
     if (user_version === 0) {
       this.#db.exec(`BEGIN; ${SCHEMA} PRAGMA user_version = ${SCHEMA_VERSION}; COMMIT`)

@@ -1,4 +1,7 @@
+import { type Stats, statSync } from 'node:fs'
 import { parentPort, workerData } from 'node:worker_threads'
+import { NewerFormatError } from '../store/sql.ts'
+import { isUnusable, moveAside } from '../store/sqlite-file.ts'
 import { type Deferred, Ledger, type Page } from './ledger.ts'
 
 /**
@@ -13,6 +16,7 @@ export type Order =
   | { kind: 'prune'; reporters: string[]; before: number; maxBytes: number }
   | { kind: 'defer'; id: number; reporter: string; at: number; entry: string }
   | { kind: 'bury'; id: number; reporter: string; reason: string; entries: string[] }
+  | { kind: 'open'; id: number }
   | { kind: 'markOf'; id: number; reporter: string }
   | { kind: 'next'; id: number; seq: number }
   | { kind: 'deferred'; id: number; reporter: string; after: number; limit: number }
@@ -22,12 +26,18 @@ export type Answer =
   | { kind: 'committed'; seq: number; at: number }
   | { kind: 'failed'; reason: string }
   | { kind: 'pruned'; lost: number }
-  | { kind: 'answer'; id: number; value?: number | Page | Deferred[] | undefined; error?: string }
+  | { kind: 'moved'; aside: string; reason: string }
+  | { kind: 'answer'; id: number; value: Value }
+  | { kind: 'answer'; id: number; error: string; isNewer: boolean }
+
+export type Value = number | Page | Deferred[] | undefined
 
 const port = parentPort!
 const { file } = workerData as { file: string }
 /** Set as long as the file can be used. */
 let ledger: Ledger | undefined
+/** The file as it was when the ledger was opened. */
+let opening: Stats | undefined
 let isPruning = false
 
 port.on('message', (order: Order) => {
@@ -51,15 +61,18 @@ function obey(order: Exclude<Order, { kind: 'append' | 'prune' }>): void {
     if ('id' in order) say({ kind: 'answer', id: order.id, value })
   } catch (error) {
     const reason = reopenAfter(error)
-    if ('id' in order) say({ kind: 'answer', id: order.id, error: reason })
+    const isNewer = error instanceof NewerFormatError
+    if ('id' in order) say({ kind: 'answer', id: order.id, error: reason, isNewer })
   }
 }
 
 function carryOut(
   ledger: Ledger,
   order: Exclude<Order, { kind: 'append' | 'prune' | 'close' }>
-): number | Page | Deferred[] | undefined {
+): Value {
   switch (order.kind) {
+    case 'open':
+      return undefined
     case 'mark':
       return void ledger.mark(order.reporter, order.seq)
     case 'defer':
@@ -97,9 +110,23 @@ function prune(order: Order & { kind: 'prune' }, lostBefore: number): void {
   if (lost > 0) say({ kind: 'pruned', lost })
 }
 
+/** A file that was deleted or replaced would take records, and lose them. */
 function opened(): Ledger {
-  ledger ??= new Ledger(file)
+  if (ledger !== undefined && file !== ':memory:' && !isSame(statSync(file), opening)) {
+    throw new Error('the file was replaced')
+  }
+  try {
+    ledger ??= new Ledger(file)
+  } catch (error) {
+    if (!moveUnusable(error)) throw error
+    ledger = new Ledger(file)
+  }
+  if (file !== ':memory:') opening ??= statSync(file)
   return ledger
+}
+
+function isSame(one: Stats, other: Stats | undefined): boolean {
+  return one.ino === other?.ino && one.dev === other.dev
 }
 
 function end(): undefined {
@@ -110,7 +137,15 @@ function end(): undefined {
 /** After an error the file is opened anew: it may have been replaced, or its disk may have room again. */
 function reopenAfter(error: unknown): string {
   if (file !== ':memory:') close()
+  moveUnusable(error)
   return (error as Error).message
+}
+
+/** A file that is damaged or of another program is moved aside, so that a new one can be made. */
+function moveUnusable(error: unknown): boolean {
+  if (!isUnusable(error)) return false
+  say({ kind: 'moved', aside: moveAside(file), reason: (error as Error).message })
+  return true
 }
 
 function close(): void {
@@ -118,6 +153,7 @@ function close(): void {
     ledger?.close()
   } catch {}
   ledger = undefined
+  opening = undefined
 }
 
 function say(answer: Answer): void {

@@ -1,10 +1,12 @@
 import { once } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { Worker } from 'node:worker_threads'
+import type { Worker } from 'node:worker_threads'
 import type { FastifyBaseLogger } from 'fastify'
+import { NewerFormatError } from '../store/sql.ts'
+import { startThread } from '../thread.ts'
 import { Courier, type OnDelivery } from './courier.ts'
 import type { Deferred, Page } from './ledger.ts'
-import type { Answer, Order } from './outbox-thread.ts'
+import type { Answer, Order, Value } from './outbox-thread.ts'
 import { Posts, type Sink } from './posts.ts'
 import type { Reporter } from './reporter.ts'
 
@@ -14,9 +16,10 @@ const PRUNE_INTERVAL = 10_000
 const IN_MEMORY: Keeping = { keep: 0, max_size: 64 * 1024 * 1024 }
 /** A disk that has not taken a page for so long (ms) holds no answer back any longer. */
 const COMMIT_TIMEOUT = 5_000
+/** How long (ms) a start waits for the file. */
+const OPEN_TIMEOUT = 5_000
 /** How long (ms) the thread may take to close its file. */
 const CLOSE_TIMEOUT = 1_000
-const THREAD = new URL(`./outbox-thread${import.meta.url.slice(-3)}`, import.meta.url)
 
 /** How long records stay, and how much room they get. */
 export interface Keeping {
@@ -65,6 +68,21 @@ export class Outbox implements Sink {
     for (const courier of this.#couriers) void courier.start()
     this.#watch = setInterval(() => this.#hurry(), 1_000).unref()
     this.#pruning = setInterval(() => this.#prune(), PRUNE_INTERVAL).unref()
+  }
+
+  /**
+   * Opens the file. One that cannot be opened now may be later.
+   *
+   * @throws {NewerFormatError} when a newer version has written it
+   */
+  async open(): Promise<void> {
+    const opened = this.#ask({ kind: 'open' }).catch(error => {
+      if (error instanceof NewerFormatError) throw error
+    })
+    // A disk that does not respond keeps no gateway from starting.
+    const wait = new AbortController()
+    const timeout = sleep(OPEN_TIMEOUT, undefined, { signal: wait.signal })
+    await Promise.race([opened, timeout]).finally(() => wait.abort())
   }
 
   append(entry: string): Promise<void> {
@@ -161,11 +179,12 @@ export class Outbox implements Sink {
   }
 
   #start(): Worker {
-    const thread = new Worker(THREAD, { workerData: { file: this.#file } })
-    thread.unref()
+    const thread = startThread('reporters/outbox-thread', { workerData: { file: this.#file } })
     thread.on('message', (answer: Answer) => this.#hear(answer))
     thread.on('error', error => this.#giveUp(thread, error as Error))
     thread.on('exit', () => this.#giveUp(thread, new Error('the thread has stopped')))
+    // Last, because a message listener refs the thread again.
+    thread.unref()
     return thread
   }
 
@@ -178,6 +197,13 @@ export class Outbox implements Sink {
       }
       case 'failed':
         return this.#offerUnsafe(answer.reason, this.#posts.settle())
+      case 'moved': {
+        const { aside, reason } = answer
+        return void this.#log.error(
+          { file: this.#file, aside, reason },
+          'the file of usage records is of no use and was moved aside: what was not delivered is in there'
+        )
+      }
       case 'pruned':
         return void this.#log.error(
           { records: answer.lost },
@@ -186,7 +212,8 @@ export class Outbox implements Sink {
       case 'answer': {
         const asked = this.#asked.get(answer.id)
         this.#asked.delete(answer.id)
-        if (answer.error === undefined) asked?.resolve(answer.value)
+        if (!('error' in answer)) asked?.resolve(answer.value)
+        else if (answer.isNewer) asked?.reject(new NewerFormatError(answer.error))
         else asked?.reject(new Error(answer.error))
       }
     }
@@ -267,5 +294,5 @@ type Question =
   | { kind: 'markOf'; reporter: string }
   | { kind: 'next'; seq: number }
   | { kind: 'deferred'; reporter: string; after: number; limit: number }
+  | { kind: 'open' }
   | { kind: 'close' }
-type Value = (Answer & { kind: 'answer' })['value']

@@ -25,10 +25,13 @@ export interface UsageRecord {
   output_tokens: number
   /** Of the input, from a cache. */
   cached_tokens?: number | undefined
-  /** Of the input, written to a cache. */
+  /** Input tokens that were written to a cache. */
   cache_write_tokens?: number | undefined
   /** Of the output, reasoning. */
   reasoning_tokens?: number | undefined
+  /** Tokens that backends reported in error responses: not part of the other counts, and without cost. */
+  failed_input_tokens?: number | undefined
+  failed_output_tokens?: number | undefined
   is_stream: boolean
   stream: boolean
   /** `exact`: the backend said so; `counted`: what passed of an answer that was cut; `estimated`: no usage in it; null: no tokens known. */
@@ -54,6 +57,8 @@ export interface UsageRecord {
   duration_ms: number
   latency_ms: number
   usage?: { prompt_tokens: number; completion_tokens: number; total_tokens: number } | undefined
+  /** Size (bytes) of a request body that is too large to be included. */
+  request_body_omitted?: number | undefined
 }
 
 /** What a model costs: so much of `currency` for a million tokens of each kind. */
@@ -102,6 +107,8 @@ export function toRecord(
     cached_tokens: usage?.cachedTokens,
     cache_write_tokens: usage?.cacheWriteTokens,
     reasoning_tokens: usage?.reasoningTokens,
+    failed_input_tokens: exchange.failed?.input,
+    failed_output_tokens: exchange.failed?.output,
     is_stream: stream,
     stream,
     exactness: usage?.exactness ?? null,
@@ -120,7 +127,8 @@ export function toRecord(
     ttft_ms: exchange.ttftMs === undefined ? null : Math.round(exchange.ttftMs),
     duration_ms,
     latency_ms: duration_ms,
-    usage: usage && { prompt_tokens: input_tokens, completion_tokens: output_tokens, total_tokens }
+    usage: usage && { prompt_tokens: input_tokens, completion_tokens: output_tokens, total_tokens },
+    request_body_omitted: exchange.omittedBody
   }
 }
 

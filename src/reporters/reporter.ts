@@ -25,7 +25,10 @@ export type Verdict =
   | { kind: 'refused' | 'unavailable'; reason: string; retryAfter: number }
 
 /** Where a reporter brings records to. */
-export type Receiver = Pick<Reporter, 'concurrency' | 'batch' | 'wantsBody' | 'send' | 'close'>
+export type Receiver = Pick<Reporter, 'concurrency' | 'batch' | 'wantsBody' | 'send' | 'close'> & {
+  /** @throws {NewerFormatError} when a newer version has written what is there */
+  open?(): Promise<void>
+}
 
 /** A delivery that is given up when the signal fires; what comes of it then nobody learns. */
 export function whileRunning(

@@ -2,7 +2,7 @@ import type { FastifyBaseLogger } from 'fastify'
 import { type Static, Type } from 'typebox'
 import type { Issue } from '../issues.ts'
 import { matchesModel } from '../keys/key.ts'
-import { Duration, NotBuilt } from '../options.ts'
+import { Duration, LONGEST_AGE, NotBuilt } from '../options.ts'
 import { Redis } from '../store/redis.ts'
 import { openDatabase, type StorageOptions, storageIssues } from '../store/storage.ts'
 import { Builtin, BuiltinOptions, builtinFile } from './builtin.ts'
@@ -48,7 +48,9 @@ export const ReporterOptions = Type.Object(
     filter: Filter,
     max_age: Duration(
       '7d',
-      'How old a record may be that is still tried; then it is a dead letter'
+      'How old a record may be that is still tried; then it is a dead letter',
+      1,
+      LONGEST_AGE
     ),
     webhook: Type.Optional(WebhookOptions),
     database: Type.Optional(DatabaseReporterOptions),
@@ -86,19 +88,32 @@ export interface Surroundings {
   log: FastifyBaseLogger
 }
 
-/** The reporters that are switched on. */
-export function toReporters({ enabled, reporters }: Reporting, around: Surroundings): Reporter[] {
+/**
+ * The reporters that are switched on.
+ *
+ * @throws {NewerFormatError} when a newer version has written the embedded store
+ */
+export async function toReporters(
+  { enabled, reporters }: Reporting,
+  around: Surroundings
+): Promise<Reporter[]> {
   if (!enabled) return []
   const names = new Set<string>()
-  return reporters.filter(each => each.enabled).map(each => toReporter(each, names, around))
+  const isOn = reporters.filter(each => each.enabled)
+  return Promise.all(isOn.map(each => toReporter(each, names, around)))
 }
 
-function toReporter(options: ReporterOptions, names: Set<string>, around: Surroundings): Reporter {
+async function toReporter(
+  options: ReporterOptions,
+  names: Set<string>,
+  around: Surroundings
+): Promise<Reporter> {
   const { type, filter, max_age } = options
   let name = options.name ?? type
   for (let count = 2; names.has(name); count++) name = `${type}-${count}`
   names.add(name)
   const receiver = toReceiver(options, around)
+  await receiver.open?.()
   return {
     name,
     maxAge: max_age,

@@ -1,5 +1,6 @@
 import { type Database, placeholders, type Value } from '../store/sql.ts'
-import type { Sqlite } from '../store/sqlite.ts'
+import { Sqlite } from '../store/sqlite.ts'
+import type { Loss } from '../store/sqlite-thread.ts'
 import type { UsageRecord } from './record.ts'
 
 /**
@@ -70,6 +71,13 @@ const CACHE_WRITES = `
   END;
 `
 
+const SCHEMA = {
+  scripts: [TABLES, CACHE_WRITES],
+  table: 'usage_records',
+  probe: `SELECT ${COLUMNS.join(', ')} FROM usage_records`
+}
+const STATEMENT_TIMEOUT = 10_000
+
 /** What is summed up: `day` alone, or for each of these; `tag:` and a tag's name for each of its values, `tag` for those of all tags. */
 export type Dimension = 'day' | 'key' | 'user' | 'model' | 'backend' | 'tag' | `tag:${string}`
 
@@ -93,9 +101,17 @@ export interface SumQuery {
   until?: string
 }
 
-/** Makes the tables in a file that is new, and completes those of an older version. */
-export function prepareStore(db: Sqlite): Promise<void> {
-  return db.upgrade([TABLES, CACHE_WRITES])
+/**
+ * The tables are made in a file that is new, and completed in one of an older version.
+ *
+ * @param timeout how long (ms) a statement may take
+ */
+export function openUsageStore(
+  file: string,
+  timeout = STATEMENT_TIMEOUT,
+  onLoss?: (loss: Loss) => void
+): Sqlite {
+  return new Sqlite(file, timeout, { schema: SCHEMA, onLoss })
 }
 
 /** Keeps the records; one that is there already is left as it is, and so are the sums. */
@@ -111,8 +127,7 @@ export async function keepRecords(db: Database, records: readonly UsageRecord[])
  * What was spent between two days (`2026-01-31`, in UTC, both included). It reads sums alone.
  *
  * @example
- * const db = new Sqlite(':memory:', 1000)
- * await prepareStore(db)
+ * const db = openUsageStore(':memory:')
  * await readSums(db, { by: 'model', since: '2026-01-01', until: '2026-01-31' }) // []
  * await db.close()
  */

@@ -31,7 +31,9 @@ const kinds = {
   status_code: 'count',
   ttft_ms: 'count',
   duration_ms: 'count',
-  request_id: 'key'
+  request_id: 'key',
+  failed_input_tokens: 'count',
+  failed_output_tokens: 'count'
 } as const satisfies { [Name in keyof UsageRecord]?: Kind }
 
 /** The table that usage records go into. */

@@ -1,4 +1,4 @@
-import { createHmac, hash } from 'node:crypto'
+import crypto from 'node:crypto'
 import { type Static, Type } from 'typebox'
 import { type Dispatcher, Pool } from 'undici'
 import { parseRetryAfter } from '../http.ts'
@@ -9,7 +9,7 @@ const SECRET = /^(whsec_)?[A-Za-z0-9+/_-]+={0,2}$/
 
 export const WebhookOptions = Type.Object(
   {
-    url: Url('Receives each record'),
+    url: Url('Receives each record', { secretPath: true }),
     method: Type.Enum(['POST', 'PUT'], { default: 'POST', description: 'Method' }),
     timeout: Duration('3s', 'How long one delivery may take'),
     retry: Type.Optional(
@@ -47,7 +47,7 @@ export const WebhookOptions = Type.Object(
     ),
     include_request_body: Type.Boolean({
       default: false,
-      description: 'Sends the request body too, with all prompts'
+      description: 'Sends the request body too, with all prompts, if it is not larger than 256 KB'
     })
   },
   { additionalProperties: false, description: 'A service that receives usage records' }
@@ -106,7 +106,7 @@ export class Webhook implements Receiver {
     const headers = { ...this.#options.headers, 'content-type': 'application/json' }
     if (this.#key === undefined) return headers
     const timestamp = String(Math.floor(Date.now() / 1000))
-    const signed = createHmac('sha256', this.#key).update(`${id}.${timestamp}.${body}`)
+    const signed = crypto.createHmac('sha256', this.#key).update(`${id}.${timestamp}.${body}`)
     return {
       ...headers,
       'webhook-id': id,
@@ -171,5 +171,5 @@ function toKey(secret: string | undefined): Buffer | undefined {
 /** The idempotency key of a delivery: a record's own; of several, one that no other set of records has. */
 function idOf(records: readonly string[]): string {
   const ids = records.map(each => /"id":"([^"]+)"/.exec(each)?.[1] ?? '')
-  return ids.length === 1 ? ids[0]! : `batch_${hash('sha256', ids.join())}`
+  return ids.length === 1 ? ids[0]! : `batch_${crypto.hash('sha256', ids.join())}`
 }

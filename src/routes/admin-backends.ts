@@ -1,6 +1,6 @@
 import { Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
-import type { Backend } from '../pool/backend.ts'
+import { type Backend, TROUBLES } from '../pool/backend.ts'
 import type { Breaker } from '../pool/breaker.ts'
 import type { Speed } from '../pool/load.ts'
 import type { ModelEntry } from '../pool/models.ts'
@@ -34,6 +34,9 @@ const BackendShown = Type.Object(
         'What it serves: as configured, `name = its own name` where it has another, or as it lists them itself; null: not known, it takes all'
     }),
     healthy: Type.Boolean({ description: 'What health checks say' }),
+    trouble: Type.Union([Type.Enum([...TROUBLES]), Type.Null()], {
+      description: 'Why it cannot be called; null: it can'
+    }),
     drained: Type.Boolean({ description: 'Somebody wants it to get no calls' }),
     circuit: CircuitShown,
     in_flight: Type.Integer({ description: 'Attempts whose answer has not ended' }),
@@ -109,6 +112,7 @@ function toShown({ name, config, live }: Backend, source: string | null) {
     priority: config.priority,
     models: config.models?.map(toName) ?? (models === undefined ? null : [...models.keys()]),
     healthy: live.healthy,
+    trouble: live.trouble ?? null,
     drained: live.isDrained,
     circuit: toCircuit(live.breaker),
     in_flight: live.inFlight,

@@ -41,7 +41,7 @@ export default function configRoutes(
           { description: 'What differs; secrets are ***' }
         )
       },
-      async handler(request) {
+      async handler(request, reply) {
         const reloading = reload()
         if (reloading === undefined) {
           throw new GatewayError(
@@ -51,6 +51,7 @@ export default function configRoutes(
         }
         const changes = await reloading
         await changed(request, 'reload', {})
+        reply.type('application/json; charset=utf-8')
         return changes
       }
     }

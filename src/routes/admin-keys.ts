@@ -3,7 +3,7 @@ import { GatewayError } from '../errors.ts'
 import { keyFields } from '../keys/fields.ts'
 import type { KeyStore } from '../keys/key-store.ts'
 import { type KeyChanges, KeySpec, maskKey } from '../keys/stored-key.ts'
-import { Duration, Section } from '../options.ts'
+import { Duration, LONGEST_AGE, Section } from '../options.ts'
 import type { Administered, AdminRoute, Changed } from './admin.ts'
 
 /** `/admin/keys`: the keys of the embedded store. */
@@ -34,12 +34,20 @@ const KeyPatch = Type.Object(keyFields, {
   description: 'What changes; null takes a member away (RFC 7396)'
 })
 const RotateOptions = Section(
-  { grace: Duration('0', 'How long the old key stays valid', 0) },
+  { grace: Duration('0', 'How long the old key stays valid', 0, LONGEST_AGE) },
   'How it is rotated'
 )
+export const Offset = Type.Integer({
+  minimum: 0,
+  // SQLite takes no larger one.
+  check: Number.isSafeInteger,
+  expects: `an integer of 0 or more, up to ${Number.MAX_SAFE_INTEGER}`,
+  default: 0,
+  description: 'How many are left out'
+})
 const ListQuery = Type.Object(
   {
-    offset: Type.Integer({ minimum: 0, default: 0, description: 'How many are left out' }),
+    offset: Offset,
     limit: Type.Integer({
       minimum: 1,
       maximum: 1000,

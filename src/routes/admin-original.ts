@@ -1,20 +1,20 @@
 import { Type } from 'typebox'
 import { batchesOf } from '../batches.ts'
 import { GatewayError } from '../errors.ts'
+import { replaced } from '../json-body.ts'
 import { keyFields } from '../keys/fields.ts'
 import { OwnedSpec, readSync, SyncOptions, type SyncRequest } from '../keys/key-sync.ts'
 import { KeyText, toHash } from '../keys/static.ts'
 import type { KeyChanges, OwnedKey, StoredKey } from '../keys/stored-key.ts'
 import { OptionsError } from '../options.ts'
 import type { Administered, AdminRoute, Changed } from './admin.ts'
-import { noSuchKey, there } from './admin-keys.ts'
+import { noSuchKey, Offset, there } from './admin-keys.ts'
 
 /** The six endpoints of the original's admin API, with its envelope: all POST, a key named by itself. */
 
 const MAX_PAGE = 100
 /** For a whole list of keys. */
 const SYNC_LIMIT = 64 * 1024 * 1024
-const THREAD = new URL(`../keys/key-sync-thread${import.meta.url.slice(-3)}`, import.meta.url)
 /** Maximum size (bytes) of a list that is read without a thread: that takes a few milliseconds. */
 const SMALL = 16 * 1024
 
@@ -29,7 +29,7 @@ const Changes = Type.Object(
 const Named = Type.Object({ key: Reference }, { additionalProperties: false })
 const Page = Type.Object(
   {
-    offset: Type.Integer({ minimum: 0, default: 0 }),
+    offset: Offset,
     limit: Type.Integer({ minimum: 1, default: 20, description: `At most ${MAX_PAGE}` })
   },
   { additionalProperties: false }
@@ -119,7 +119,9 @@ async function readList(given: Uint8Array | null) {
   const bytes = new Uint8Array(body)
   const data = { data: bytes, transfer: [bytes.buffer] }
   const parts =
-    body.length <= SMALL ? readSync(body) : batchesOf<SyncRequest | string>(THREAD, data)
+    body.length <= SMALL
+      ? readSync(body)
+      : batchesOf<SyncRequest | string>('keys/key-sync-thread', data)
   const rows: string[] = []
   let asked: SyncRequest | undefined
   try {
@@ -136,7 +138,7 @@ async function readList(given: Uint8Array | null) {
 
 /** An empty text says nothing, or takes a member away. */
 function withoutBlanks(body: unknown, blank: null | undefined): unknown {
-  return body && JSON.parse(JSON.stringify(body), (_, each) => (each === '' ? blank : each))
+  return replaced(body, each => (each === '' ? blank : each))
 }
 
 function done(message: string, data: object | undefined, told: { warning?: string } = {}) {

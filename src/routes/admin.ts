@@ -7,10 +7,10 @@ import type {
   FastifySchema
 } from 'fastify'
 import type { TSchema } from 'typebox'
-import type { Changes } from '../changes.ts'
 import { openaiError } from '../dialects/openai.ts'
 import { GatewayError, toGatewayError } from '../errors.ts'
 import { formatPath, type Issue } from '../issues.ts'
+import { isTooDeep, replaced, TOO_DEEP } from '../json-body.ts'
 import { KeyExistsError, type KeyStore } from '../keys/key-store.ts'
 import { plainSchema } from '../openapi.ts'
 import { findIssues, OptionsError } from '../options.ts'
@@ -34,7 +34,7 @@ export interface Administered {
   /** The running configuration without its secrets. */
   config(): object
   /** Reads the configuration again and takes it over; undefined: there is no file. */
-  reload(): Promise<Changes> | undefined
+  reload(): Promise<string> | undefined
 }
 
 /** What a route of the admin API is made of. */
@@ -55,15 +55,6 @@ export interface AdminRoute {
   /** Makes of a body as it came what is checked. */
   read?(body: unknown): unknown
   handler(request: FastifyRequest, reply: FastifyReply): Promise<unknown>
-}
-
-declare module 'fastify' {
-  interface FastifyContextConfig {
-    /** Errors look as in the original's admin API. */
-    isOriginal?: boolean
-    /** The body stays the bytes that came. */
-    isRaw?: boolean
-  }
 }
 
 const BODY_LIMIT = 1024 * 1024
@@ -98,7 +89,7 @@ export default function adminRoutes(administered: Administered): FastifyPluginAs
     /** Writes down who has changed what; what the caller must know of it. */
     const changed: Changed = async (request, action, details) => {
       scope.log.info(
-        { requestId: request.exchange.id, action, ...details, by: request.ip },
+        { requestId: request.exchange.id, action, ...details, by: request.exchange.clientIp },
         'admin'
       )
       if (await administered.shared()) return {}
@@ -207,14 +198,11 @@ function toValidator(schema: Described, part = '') {
   return (given: unknown) => {
     const value = structuredClone(given ?? schema.default)
     if (part === 'querystring') readNumbers(schema, value as Record<string, unknown>)
-    const issues = findIssues(schema, schema.patch ? withoutNull(value) : value)
+    // Null takes a member away, and needs no check.
+    const set = schema.patch ? replaced(value, each => each ?? undefined) : value
+    const issues = findIssues(schema, set)
     return issues.length > 0 ? { error: invalid(issues, part) } : { value }
   }
-}
-
-/** What takes a member away needs no check. */
-function withoutNull(value: unknown): unknown {
-  return value && JSON.parse(JSON.stringify(value), (_, each) => each ?? undefined)
 }
 
 function readNumbers({ properties = {} }: Described, query: Record<string, unknown>): void {
@@ -235,6 +223,7 @@ function parseJson(scope: FastifyInstance) {
     if (request.routeOptions.config.isRaw) return done(null, bytes)
     const text = bytes.toString()
     if (text === '') return done(null, undefined)
+    if (isTooDeep(text)) return done(invalid([{ path: [], message: TOO_DEEP }], 'body'))
     parse(request, text, (error, body) => {
       if (error === null) done(null, body)
       else done(new GatewayError('invalid_json', 'The request body is not valid JSON.'))

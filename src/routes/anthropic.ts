@@ -13,7 +13,13 @@ const anthropicRoutes: FastifyPluginAsync = fastify =>
       spends: 'input and output',
       limitedBy: ['max_tokens']
     },
-    { method: 'POST', url: '/v1/messages/count_tokens', dialect: anthropic, body: 'json' }
+    {
+      method: 'POST',
+      url: '/v1/messages/count_tokens',
+      dialect: anthropic,
+      body: 'json',
+      isFree: true
+    }
   ])
 
 export default anthropicRoutes

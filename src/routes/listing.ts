@@ -3,12 +3,12 @@ import type { FastifyInstance } from 'fastify'
 import { GatewayError } from '../errors.ts'
 import type { Exchange } from '../exchange.ts'
 
-/** A longer list (bytes) is rejected. */
+/** A longer response (bytes) is rejected. */
 const MAX_BYTES = 4 * 1024 * 1024
 
 /**
- * Rewrites the lists of models that a backend returns for these routes, so that a caller sees its own models and no
- * more of them than it may know.
+ * Rewrites the lists or descriptions of models that a backend returns for these routes, so that a caller sees its own
+ * models and no more of them than it may know.
  *
  * @param rewrite gets the parsed response, and returns what the caller gets
  */
@@ -27,7 +27,7 @@ export function rewriteListings(
     const failed = () =>
       new GatewayError(
         'backend_failed',
-        'The backend returned a list of models that cannot be read.'
+        'The backend returned a list or description of models that cannot be read.'
       )
     return answer.pipe(
       new Transform({

@@ -1,5 +1,5 @@
 import type { FastifyPluginAsync } from 'fastify'
-import type {} from '../peers.ts'
+import { part } from '../parts.ts'
 
 /** `GET /metrics`: the registry in Prometheus' text format, or the sum over all workers. */
 const metricsRoutes: FastifyPluginAsync<{ path: string }> = async function metricsRoutes(
@@ -8,7 +8,9 @@ const metricsRoutes: FastifyPluginAsync<{ path: string }> = async function metri
 ) {
   const registry = fastify.metricsRegistry
   fastify.get(path, { config: { rateLimit: false, probe: true } }, async (_request, reply) => {
-    return reply.type(registry.contentType).send(await (fastify.peers ?? registry).metrics())
+    return reply
+      .type(registry.contentType)
+      .send(await (part(fastify, 'peers') ?? registry).metrics())
   })
 }
 

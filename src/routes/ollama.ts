@@ -27,6 +27,54 @@ const LISTED = [
   ...['expires_at', 'size_vram', 'context_length']
 ]
 
+/** Fields that `/api/show` shows as they are: no modelfile, which has paths of the server. */
+const SHOWN = ['license', 'parameters', 'template', 'capabilities', 'modified_at']
+const DETAILS = [
+  ...['format', 'family', 'families', 'parameter_size', 'quantization_level'],
+  ...['context_length', 'embedding_length']
+]
+/** Texts of a model's metadata that are no paths of the machine on which it was made. */
+const METADATA = [
+  ...['architecture', 'basename', 'finetune', 'name', 'organization', 'size_label', 'type'].map(
+    name => `general.${name}`
+  ),
+  ...['tokenizer.ggml.model', 'tokenizer.ggml.pre']
+]
+
+function picked(value: unknown, isShown: (name: string, value: unknown) => boolean): object {
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) return {}
+  return Object.fromEntries(Object.entries(value).filter(([name, each]) => isShown(name, each)))
+}
+
+/** The parent may be a path, or a model that the caller may not use; clients expect a text. */
+function detailsOf(details: unknown): object {
+  const isChild = Object.hasOwn(Object(details), 'parent_model')
+  return {
+    ...(isChild ? { parent_model: '' } : {}),
+    ...picked(details, name => DETAILS.includes(name))
+  }
+}
+
+/** Metadata without lists, such as those of tokens. */
+function metadataOf(metadata: unknown): object {
+  return picked(
+    metadata,
+    (name, value) =>
+      METADATA.includes(name) || typeof value === 'number' || typeof value === 'boolean'
+  )
+}
+
+/** Fields of a model that callers see. */
+function toShown(body: unknown): object {
+  const { details, model_info, projector_info } = Object(body)
+  return {
+    ...picked(body, name => SHOWN.includes(name)),
+    details: detailsOf(details),
+    ...(model_info === undefined ? {} : { model_info: metadataOf(model_info) }),
+    ...(projector_info === undefined ? {} : { projector_info: metadataOf(projector_info) })
+  }
+}
+
 function isListed(value: unknown): value is Record<string, unknown> & { name: string } {
   return typeof Object(value).name === 'string'
 }
@@ -42,7 +90,12 @@ function ownModels(fastify: FastifyInstance, body: unknown, exchange: Exchange):
       const shown = Object.entries(listed).filter(([field]) => LISTED.includes(field))
       return names
         .filter(name => exchange.mayUse(name))
-        .map(name => ({ ...Object.fromEntries(shown), name, model: name }))
+        .map(name => ({
+          ...Object.fromEntries(shown),
+          ...(listed.details === undefined ? {} : { details: detailsOf(listed.details) }),
+          name,
+          model: name
+        }))
     })
   }
 }
@@ -52,12 +105,13 @@ const ollamaRoutes: FastifyPluginAsync = fastify => {
   rewriteListings(fastify, ['/api/tags', '/api/ps'], (body, exchange) =>
     ownModels(fastify, body, exchange)
   )
+  rewriteListings(fastify, ['/api/show'], toShown)
   return forwarded(fastify, [
     post('/api/chat', GENERATES),
     post('/api/generate', { ...GENERATES, prompt: GENERATION }),
     post('/api/embed', EMBEDS),
     post('/api/embeddings', { ...EMBEDS, prompt: COMPLETION }),
-    post('/api/show'),
+    post('/api/show', { isFree: true }),
     get('/api/tags'),
     get('/api/ps'),
     get('/api/version')

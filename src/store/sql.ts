@@ -30,6 +30,21 @@ export class DatabaseError extends Error {
   }
 }
 
+/** A file that this version must not touch; what it says names the file and both versions. */
+export class NewerFormatError extends DatabaseError {
+  override name = 'NewerFormatError'
+  constructor(message: string) {
+    super('unavailable', message)
+  }
+}
+
+/** The format of a file is newer than the newest that is known. */
+export function newerFormat(file: string, format: number, known: number): NewerFormatError {
+  return new NewerFormatError(
+    `${file} was written by a newer version of LLMProxy: it has format ${format}, and this version knows ${known}`
+  )
+}
+
 /**
  * `(?, ?), (?, ?)` for so many rows, numbered where the dialect wants that.
  *

@@ -1,13 +1,24 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import { Worker } from 'node:worker_threads'
-import { type Database, DatabaseError, type Row, type Value } from './sql.ts'
-import type { Answer, Order, Statement } from './sqlite-thread.ts'
+import type { Worker } from 'node:worker_threads'
+import { startThread } from '../thread.ts'
+import { type Database, DatabaseError, NewerFormatError, type Row, type Value } from './sql.ts'
+import type { Answer, Loss, Order, Schema, Statement } from './sqlite-thread.ts'
 
-const THREAD = new URL(`./sqlite-thread${import.meta.url.slice(-3)}`, import.meta.url)
 /** How long (ms) the thread may take to close its file. */
 const CLOSE_TIMEOUT = 1_000
+/** How long (ms) one waits for a lock of another process, where nothing else is said. */
+const BUSY_TIMEOUT = 5_000
 /** SQLITE_TOOBIG, SQLITE_CONSTRAINT and SQLITE_MISMATCH, without what they are extended by. */
 const REFUSALS = new Set([18, 19, 20])
+
+export interface SqliteOptions {
+  /** How long (ms) one waits for a lock of another process. */
+  busyTimeout?: number | undefined
+  /** Tables that are made, or brought to the newest version, whenever the file is opened. */
+  schema?: Schema | undefined
+  /** Called when an empty file has replaced one that is unusable or missing. Without it, no file is replaced. */
+  onLoss?: ((loss: Loss) => void) | undefined
+}
 
 /**
  * A SQLite file, or `:memory:`, in a thread of its own. It is opened when it is needed.
@@ -23,6 +34,7 @@ export class Sqlite implements Database {
   readonly dialect = 'sqlite'
   readonly #file: string
   readonly #timeout: number
+  readonly #options: SqliteOptions
   #thread: Worker | undefined
   readonly #asked = new Map<number, PromiseWithResolvers<unknown>>()
   #lastId = 0
@@ -30,9 +42,10 @@ export class Sqlite implements Database {
   #isClosed = false
 
   /** @param timeout how long (ms) a statement may take */
-  constructor(file: string, timeout: number) {
+  constructor(file: string, timeout: number, options: SqliteOptions = {}) {
     this.#file = file
     this.#timeout = timeout
+    this.#options = options
   }
 
   async run(sql: string, values?: readonly Value[]): Promise<Row[]> {
@@ -46,14 +59,9 @@ export class Sqlite implements Database {
     return this.#ask({ all: statements }, this.#timeout)
   }
 
-  /**
-   * Brings the file to the newest version, also one that is new. Several processes may do it simultaneously.
-   *
-   * @param scripts each leads from one version to the next; the first makes the tables in a new file
-   */
-  async upgrade(scripts: readonly string[]): Promise<void> {
-    if (this.#isClosed) throw new DatabaseError('unavailable', 'closed')
-    await this.#ask({ scripts }, this.#timeout)
+  /** Reads all of the file, so that damage is known before it is used. */
+  async check(): Promise<void> {
+    await this.#ask({ isCheck: true }, this.#timeout)
   }
 
   /**
@@ -97,21 +105,28 @@ export class Sqlite implements Database {
 
   #start(): Worker {
     this.#opened++
-    // Options of the process, such as --input-type, may be none for a thread.
-    const thread = new Worker(THREAD, { workerData: { file: this.#file }, execArgv: [] })
-    thread.unref()
+    const { busyTimeout = BUSY_TIMEOUT, schema, onLoss } = this.#options
+    const isReplaced = onLoss !== undefined
+    const workerData = { file: this.#file, busyTimeout, schema, isReplaced }
+    const thread = startThread('store/sqlite-thread', { workerData })
     thread.on('message', (answer: Answer) => this.#hear(answer))
     thread.on('error', error => this.#giveUp((error as Error).message))
+    // Last, because a message listener refs the thread again.
+    thread.unref()
     return thread
   }
 
-  #hear({ id, rows, error }: Answer): void {
-    const asked = this.#asked.get(id)
-    if (error === undefined) asked?.resolve(rows)
-    else {
-      const isRefusal = REFUSALS.has((error.code ?? 0) & 0xff)
-      asked?.reject(new DatabaseError(isRefusal ? 'refused' : 'unavailable', error.message))
-    }
+  #hear(answer: Answer): void {
+    if ('loss' in answer) return this.#options.onLoss?.(answer.loss)
+    const asked = this.#asked.get(answer.id)
+    if ('rows' in answer) return asked?.resolve(answer.rows)
+    const { name, message, code = 0 } = answer.error
+    const isRefusal = REFUSALS.has(code & 0xff)
+    asked?.reject(
+      name === NewerFormatError.name
+        ? new NewerFormatError(message)
+        : new DatabaseError(isRefusal ? 'refused' : 'unavailable', message)
+    )
   }
 
   /** A thread that is gone is replaced by the next statement. */

@@ -2,7 +2,7 @@ import { existsSync } from 'node:fs'
 import { resolve } from 'node:path'
 import { type Static, Type } from 'typebox'
 import { type Distinct, didYouMean, type Issue } from '../issues.ts'
-import { Duration, Section } from '../options.ts'
+import { Duration, LONGEST_AGE, Section } from '../options.ts'
 import { parseDsn, type Target } from './dsn.ts'
 import { openMysql } from './mysql.ts'
 import { openPostgres } from './postgres.ts'
@@ -19,7 +19,7 @@ export function storageName(description: string) {
 const secret = (description: string) => Type.Optional(Type.String({ secret: true, description }))
 const NO_EFFECT = 'Of no effect'
 const ignoredCount = Type.Optional(Type.Integer({ description: NO_EFFECT }))
-const ignoredTime = Type.Optional(Duration(undefined, NO_EFFECT, 0))
+const ignoredTime = Type.Optional(Duration(undefined, NO_EFFECT, 0, LONGEST_AGE))
 
 const Name = Type.String({ minLength: 1, description: 'What other parts call it' })
 const Enabled = Type.Boolean({ default: true, description: 'Switches it on' })
@@ -68,7 +68,12 @@ const DatabaseOptions = Type.Object(
       default: 2,
       description: 'Idle ones that are kept'
     }),
-    conn_max_lifetime: Duration('0', 'How old a connection may get; 0: as old as it likes', 0),
+    conn_max_lifetime: Duration(
+      '0',
+      'How old a connection may get; 0: as old as it likes',
+      0,
+      LONGEST_AGE
+    ),
     conn_max_idle_time: Duration('30s', 'How long an idle one is kept; 0: for ever', 0)
   },
   { additionalProperties: false }
@@ -175,7 +180,7 @@ export function openDatabase(
 }
 
 /** Go's driver takes a DSN for SQLite, too: the file, as a URI or not. */
-function fileOf({ dsn, path }: DatabaseOptions, dataDir = ''): string {
+export function fileOf({ dsn, path }: DatabaseOptions, dataDir = ''): string {
   return resolve(dataDir, (dsn ?? path).replace(/^file:|\?.*$/g, ''))
 }
 

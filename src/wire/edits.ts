@@ -1,3 +1,5 @@
+import { setImmediate as nextTurn } from 'node:timers/promises'
+
 /** A change of a request body: `bytes` takes the place of what stands from `start` to `end`. */
 export interface Edit {
   start: number
@@ -8,8 +10,11 @@ export interface Edit {
 /** Up to this size (bytes) an edited body is one buffer; a larger one is not copied. */
 const MAX_COPIED = 64 * 1024
 
+/** Maximum size (bytes) that a socket gets in one turn: the kernel copies 16 MB for more than 10 ms. */
+const MAX_WRITTEN = 1024 * 1024
+
 /** A body in several pieces, which can be sent more than once. */
-export class Pieces implements Iterable<Buffer> {
+export class Pieces implements AsyncIterable<Buffer> {
   readonly length: number
   /** All pieces were taken the last time. */
   isTaken = false
@@ -20,9 +25,21 @@ export class Pieces implements Iterable<Buffer> {
     this.length = pieces.reduce((sum, piece) => sum + piece.length, 0)
   }
 
-  *[Symbol.iterator](): Generator<Buffer> {
+  /** Yields a megabyte in each turn. A socket writes all pieces in one turn while the kernel has room for them. */
+  async *[Symbol.asyncIterator](): AsyncGenerator<Buffer> {
     this.isTaken = false
-    yield* this.#pieces
+    let room = MAX_WRITTEN
+    for (const piece of this.#pieces) {
+      for (let at = 0; at < piece.length; at += MAX_WRITTEN) {
+        if (room <= 0) {
+          await nextTurn()
+          room = MAX_WRITTEN
+        }
+        const part = piece.subarray(at, at + MAX_WRITTEN)
+        room -= part.length
+        yield part
+      }
+    }
     this.isTaken = true
   }
 
@@ -33,6 +50,11 @@ export class Pieces implements Iterable<Buffer> {
     for (const piece of this.#pieces) at += piece.copy(whole, at)
     return whole
   }
+}
+
+/** Returns a large body in pieces. */
+export function inPieces<Body>(body: Body): Body | Pieces {
+  return Buffer.isBuffer(body) && body.length > MAX_WRITTEN ? new Pieces([body]) : body
 }
 
 /**

@@ -1,6 +1,14 @@
 import assert from 'node:assert/strict'
-import { execFileSync } from 'node:child_process'
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { execFileSync, spawnSync } from 'node:child_process'
+import {
+  copyFileSync,
+  existsSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync
+} from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, test } from 'node:test'
@@ -8,7 +16,9 @@ import { after, before, test } from 'node:test'
 /** The package as a stranger gets it: packed, installed into an empty folder, and used from there. */
 
 const ROOT = new URL('../..', import.meta.url).pathname
+const HOSTS = join(import.meta.dirname, 'hosts')
 const { exports, version } = JSON.parse(readFileSync(join(ROOT, 'package.json'), 'utf8'))
+const NO_PLUGINS = ['./package.json', './types']
 let folder: string
 
 const run = (command: string, ...args: string[]) =>
@@ -28,7 +38,7 @@ before(() => {
 after(() => rmSync(folder, { recursive: true, force: true }))
 
 test('every subpath exports a plugin and its types', () => {
-  const subpaths = Object.keys(exports).filter(path => path !== './package.json')
+  const subpaths = Object.keys(exports).filter(path => !NO_PLUGINS.includes(path))
   const names = subpaths.map(path => path.replace(/^\./, 'llmproxy'))
   const script = names
     .map(
@@ -59,18 +69,53 @@ test('a program that mounts it type-checks and serves', () => {
     await fastify.close()`
   )
   run(process.execPath, 'try.ts')
+  typeCheck('server.ts', 'parts.ts', 'try.ts')
+})
+
+for (const host of readdirSync(HOSTS)) {
+  test(`a host type-checks and runs: ${host}`, () => {
+    copyFileSync(join(HOSTS, host), join(folder, host))
+    typeCheck(host)
+    run(process.execPath, host)
+  })
+}
+
+function typeCheck(...files: string[]): void {
   const tsc = join(ROOT, 'node_modules/.bin/tsc')
   const options = ['--noEmit', '--strict', '--module', 'nodenext', '--target', 'es2024']
-  const more = ['--exactOptionalPropertyTypes', '--allowImportingTsExtensions', '--skipLibCheck']
+  const more = ['--exactOptionalPropertyTypes', '--allowImportingTsExtensions']
   const roots = ['--types', 'node', '--typeRoots', join(ROOT, 'node_modules/@types')]
-  run(tsc, ...options, ...more, ...roots, 'server.ts', 'parts.ts', 'try.ts')
-})
+  run(tsc, ...options, ...more, ...roots, ...files)
+}
 
 test('the command works from there', () => {
   const bin = join(folder, 'node_modules/.bin/llmproxy')
   assert.equal(run(process.execPath, bin, '--version'), `${version}\n`)
   writeFileSync(join(folder, 'config.yaml'), 'backends:\n  - url: demo://\n')
   assert.equal(run(process.execPath, bin, 'check', 'config.yaml'), 'config.yaml is valid\n')
+})
+
+const OLD_NODE = (process.env.PATH ?? '')
+  .split(':')
+  .map(path => join(path, 'node'))
+  .find(path => existsSync(path) && Number(run(path, '-p', 'parseInt(process.versions.node)')) < 24)
+
+test('an old Node is refused in one line', {
+  skip: OLD_NODE === undefined && 'no Node below 24 is in PATH'
+}, () => {
+  const { stderr } = spawnSync(OLD_NODE!, [join(folder, 'node_modules/llmproxy/dist/cli.js')], {
+    encoding: 'utf8'
+  })
+  assert.match(stderr, /^llmproxy needs Node.js 24 or later; this is .*\n$/)
+  const subpaths = Object.keys(exports).filter(path => !NO_PLUGINS.includes(path))
+  const names = subpaths.map(path => path.replace(/^\./, 'llmproxy'))
+  const script = `for (const name of ${JSON.stringify(names)}) {
+    console.log(await import(name).then(() => name, error => error.message))
+  }`
+  writeFileSync(join(folder, 'old.js'), script)
+  const lines = run(OLD_NODE!, 'old.js').trim().split('\n')
+  assert.equal(lines.length, names.length)
+  for (const line of lines) assert.match(line, /^llmproxy needs Node.js 24 or later; this is /)
 })
 
 test('it holds what is needed and nothing else', () => {

@@ -1,0 +1,13 @@
+/** Numbers from 0 to 1, without 1. */
+export type Random = () => number
+
+/** Random numbers that a seed repeats (mulberry32). */
+export function randomizer(seed: number): Random {
+  let state = seed
+  return () => {
+    state = (state + 0x6d2b79f5) | 0
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state)
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32
+  }
+}
