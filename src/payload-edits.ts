@@ -10,7 +10,7 @@ export type Change = Edit | string
  * Returns the body with these changes; every other byte stays.
  *
  * @example
- * const body = { bytes: Buffer.from('{}'), members: [] }
+ * const body = { bytes: Buffer.from('{}'), members: [], hasLinks: false }
  * String(changed(body, [nameModel(body, 'm')])) // '{"model":"m"}'
  */
 export function changed({ bytes, members }: Body, changes: readonly Change[]): Buffer | Pieces {

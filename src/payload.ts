@@ -1,12 +1,11 @@
 import { FORMS, type PromptForm } from './dialects/prompt.ts'
 import { GatewayError } from './errors.ts'
 import type { Endpoint } from './exchange.ts'
-import { type Member, membersOf } from './wire/json-scanner.ts'
+import { type Member, membersOf, type Outline } from './wire/json-scanner.ts'
 
 /** One JSON object, and where its members stand in it. */
-export interface Body {
+export interface Body extends Outline {
   bytes: Buffer
-  members: readonly Member[]
 }
 
 /** A request body: its bytes as they arrived, until the response begins, and the facts the gateway reads from it. */
@@ -45,6 +44,8 @@ const MAX_TOKENS = [
   'n_predict',
   'num_predict'
 ]
+/** Fields that say how many sequences each prompt gets; `n_cmpl` is llama.cpp's name of `n`. */
+const SEQUENCES = ['n', 'n_cmpl', 'best_of']
 
 /**
  * Fields on which a decision of the gateway depends. They must be spelled exactly and occur once: Go's JSON parser
@@ -59,9 +60,7 @@ const READ = new Set([
   'include_reasoning',
   'options',
   'parameters',
-  'n',
-  'n_cmpl',
-  'best_of',
+  ...SEQUENCES,
   'echo',
   'prompt',
   'prompt_embeds',
@@ -86,17 +85,20 @@ const MAX_PARSED = 64 * 1024
 const IS_FOLDED = /^[a-z0-9_]*$/
 const QUOTE = 0x22
 const BRACE = 0x7b
-/** First byte of null. */
+/** First bytes of literals. */
 const NULL = 0x6e
+const TRUE = 0x74
+const FALSE = 0x66
 
 /**
  * Reads the facts from a request body.
  *
  * @param bytes one JSON object
- * @param members its members, as a `JsonScanner` has found them
+ * @param outline what a `JsonScanner` has noted of it
  * @throws {GatewayError} `invalid_request`; the message names the field
  */
-export function toPayload(bytes: Buffer, members: readonly Member[], endpoint: Endpoint): Payload {
+export function toPayload(bytes: Buffer, outline: Outline, endpoint: Endpoint): Payload {
+  const { members, hasLinks } = outline
   const form = endpoint.prompt ?? endpoint.dialect.prompt
   // A host may declare routes with forms of its own.
   const read = FORMS.includes(form) ? READ : new Set([...READ, ...namesOf(form)])
@@ -110,6 +112,7 @@ export function toPayload(bytes: Buffer, members: readonly Member[], endpoint: E
   return {
     bytes,
     members,
+    hasLinks,
     model: modelOf(fields, endpoint),
     isModelImplied: false,
     stream: fields.boolean('stream') ?? endpoint.streamsByDefault ?? false,
@@ -156,14 +159,15 @@ function maxTokens(fields: Fields, options: Fields | undefined, endpoint: Endpoi
   return isLimited ? most : undefined
 }
 
-/** `n_cmpl` is llama.cpp's name of `n`. vLLM takes "100" for 100, and other servers do not. */
+/** Returns the sequences of each prompt. vLLM takes "100" for 100, and other servers do not. */
 function perPrompt(fields: Fields): number {
-  const counts = ['n', 'n_cmpl', 'best_of'].map(name => {
+  let most = 1
+  for (const name of SEQUENCES) {
     const count = fields.number(name, MAX_SEQUENCES) ?? 1
     if (Number.isNaN(count)) throw invalid(name, 'must be a number')
-    return Math.floor(count)
-  })
-  return Math.max(1, ...counts)
+    most = Math.max(most, Math.floor(count))
+  }
+  return most
 }
 
 function previousOf(fields: Fields, { dialect }: Endpoint): string | undefined {
@@ -199,7 +203,10 @@ class Fields {
   value(name: string): unknown {
     const member = this.#byName.get(name)
     if (member === undefined || member.end - member.start > MAX_PARSED) return undefined
-    return JSON.parse(this.#bytes.toString('utf8', member.start, member.end)) ?? undefined
+    const first = this.#bytes[member.start]
+    if (first === NULL) return undefined
+    if (first === TRUE || first === FALSE) return first === TRUE
+    return JSON.parse(this.#bytes.toString('utf8', member.start, member.end))
   }
 
   /** Whether the field is there and not null. */

@@ -130,7 +130,7 @@ function* walk(bytes: Buffer, member: Member, api: Dialect['name']): Generator<v
       if (level.expectsName) {
         readName(level, matters(bytes, at, after, signs) ? text(bytes, at, after) : '')
       } else if (level.name !== '' && !level.isIgnored) {
-        visit(field, level, after - at === 2, () => text(bytes, at, after))
+        visit(field, level, bytes, at, after)
       }
       at = after
       continue
@@ -191,13 +191,13 @@ function readName(level: Level, name: string): void {
   level.expectsName = false
 }
 
-/** Looks at a string. Parsers differ in how they read names in another case. */
-function visit(field: string, level: Level, isEmpty: boolean, value: () => string): void {
+/** Looks at a string, with quotes from `from` to `after`. Parsers differ in how they read names in another case. */
+function visit(field: string, level: Level, bytes: Buffer, from: number, after: number): void {
   const name = folded(level.name)
   if (name === 'id') level.hasId = true
-  else if (level.name === 'role') level.hasRole = ROLES.has(value())
-  else if (name === 'type') visitType(field, level, value())
-  else if (!isEmpty) level.filled |= DECISIVE.get(name) ?? 0
+  else if (level.name === 'role') level.hasRole = ROLES.has(text(bytes, from, after))
+  else if (name === 'type') visitType(field, level, text(bytes, from, after))
+  else if (after - from > 2) level.filled |= DECISIVE.get(name) ?? 0
   const isReference =
     REFERENCES.has(name) ||
     (name === 'id' && WITH_ID.has(folded(level.of))) ||

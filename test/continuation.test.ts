@@ -3,7 +3,7 @@ import { describe, type TestContext, test } from 'node:test'
 import { parseConfig } from '../src/config.ts'
 import { changed } from '../src/payload-edits.ts'
 import { changesForRest, openEnd } from '../src/pool/continuation.ts'
-import { membersOf } from '../src/wire/json-scanner.ts'
+import { outlineOf } from '../src/wire/json-scanner.ts'
 import {
   type Answerer,
   CHAT,
@@ -530,7 +530,7 @@ test('who goes on may have to be waited for', async t => {
 
 function bodyOf(text: string) {
   const bytes = Buffer.from(text)
-  return { bytes, members: membersOf(bytes) }
+  return { bytes, ...outlineOf(bytes) }
 }
 
 test('the request for the rest is the request, but for what must change', () => {

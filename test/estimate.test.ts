@@ -19,7 +19,7 @@ import { Lessons } from '../src/metering/lessons.ts'
 import { Meter } from '../src/metering/meter.ts'
 import { type PromptText, promptText } from '../src/metering/prompt.ts'
 import { addText, characters, noText, type TextCounts } from '../src/metering/text.ts'
-import { membersOf } from '../src/wire/json-scanner.ts'
+import { outlineOf } from '../src/wire/json-scanner.ts'
 import { CORPUS } from './corpus.ts'
 import { type Random, randomizer } from './random.ts'
 
@@ -33,7 +33,7 @@ import { type Random, randomizer } from './random.ts'
 const of = (model: string, caller = 'alice') => ({ model, caller })
 const prompted = (json: string, form: PromptForm = CHAT_FORM) => {
   const bytes = Buffer.from(json)
-  return promptText({ bytes, members: membersOf(bytes) }, form)
+  return promptText({ bytes, ...outlineOf(bytes) }, form)
 }
 const textPrompt = (counts: TextCounts): PromptText => ({
   counts,
@@ -557,7 +557,7 @@ test('the text of a large body is counted in about a millisecond', t => {
   const image = `data:image/png;base64,${'iVBORw0KGgo/+A'.repeat(500_000)}`
   const json = JSON.stringify({ model: 'm', messages: [{ content: [content, image] }], tools: [] })
   const bytes = Buffer.from(json)
-  const body = { bytes, members: membersOf(bytes) }
+  const body = { bytes, ...outlineOf(bytes) }
   const times = Array.from({ length: 9 }, () => {
     const start = performance.now()
     promptText(body, CHAT_FORM)

@@ -3,7 +3,13 @@ import { test } from 'node:test'
 import fc from 'fast-check'
 import { edited, inPieces, Pieces } from '../src/wire/edits.ts'
 import { free, Gathered } from '../src/wire/gathered.ts'
-import { JSON_BOUNDS, JsonError, JsonScanner, membersOf } from '../src/wire/json-scanner.ts'
+import {
+  JSON_BOUNDS,
+  JsonError,
+  JsonScanner,
+  membersOf,
+  outlineOf
+} from '../src/wire/json-scanner.ts'
 import { turnsOf } from './helper.ts'
 
 /** Scans a text that arrives in pieces of this size; undefined: it is a JSON object. */
@@ -140,6 +146,28 @@ test('a long name is cut, and ends where it ends', () => {
   const [long, other] = membersOf(bytes)
   assert.equal(long!.name.length, 255)
   assert.equal(other!.name, 'b')
+})
+
+test('a name at any level that ends in "url" or begins with "file" is noted, and no value is', () => {
+  const hasLinks = (json: string) => outlineOf(Buffer.from(json)).hasLinks
+  for (const json of [
+    '{"url":1}',
+    '{"a":[{"b":{"image_url":{}}}]}',
+    '{"a":{"file_id":"x"}}',
+    '{"file":"x"}'
+  ]) {
+    assert.equal(hasLinks(json), true, json)
+  }
+  for (const json of [
+    '{}',
+    '{"a":"url"}',
+    '{"a":["file"]}',
+    '{"urls":1}',
+    '{"profile":1}',
+    '{"ur":"l"}'
+  ]) {
+    assert.equal(hasLinks(json), false, json)
+  }
 })
 
 test('edits give the same bytes in one buffer and in pieces, more than once', async () => {

@@ -9,6 +9,7 @@ import { KeyExistsError, KeyStore } from '../src/keys/key-store.ts'
 import { Lru } from '../src/keys/lru.ts'
 import { toRows } from '../src/keys/stored-key.ts'
 import { folder } from './process.ts'
+import { randomizer } from './random.ts'
 
 /** The builtin store of keys, on a real file. */
 
@@ -290,4 +291,29 @@ test('what is remembered is bounded', () => {
   }
   assert.equal(lru.size, 100)
   assert.deepEqual([lru.get(0), lru.get(1), lru.get(999)], [0, undefined, 999])
+})
+
+test('the one that was not asked for or set longest is forgotten, in any order of uses', () => {
+  const lru = new Lru<number, number>(3)
+  /** Pairs, the latest last. */
+  let kept: [number, number][] = []
+  const without = (key: number) => kept.filter(([each]) => each !== key)
+  const next = randomizer(1)
+  const random = (count: number) => Math.floor(next() * count)
+  for (let value = 0; value < 10_000; value++) {
+    const key = random(6)
+    const use = random(8)
+    if (use < 4) {
+      const found = kept.find(([each]) => each === key)
+      assert.equal(lru.get(key), found?.[1])
+      if (found !== undefined) kept = [...without(key), found]
+    } else if (use < 7) {
+      lru.set(key, value)
+      kept = [...without(key), [key, value] as [number, number]].slice(-3)
+    } else {
+      lru.delete(key)
+      kept = without(key)
+    }
+    assert.deepEqual([...lru.entries()], kept)
+  }
 })

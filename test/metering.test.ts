@@ -11,7 +11,7 @@ import { Counts } from '../src/metering/counts.ts'
 import { Meter } from '../src/metering/meter.ts'
 import { characters } from '../src/metering/text.ts'
 import { askForUsage, changed, type UsageField } from '../src/payload-edits.ts'
-import { membersOf } from '../src/wire/json-scanner.ts'
+import { outlineOf } from '../src/wire/json-scanner.ts'
 import {
   type Answerer,
   CHAT,
@@ -594,7 +594,7 @@ const QUESTIONS: [string, string][] = [
 
 function asked(text: string, fields: UsageField[] = ['include_usage']): string {
   const bytes = Buffer.from(text)
-  const body = { bytes, members: membersOf(bytes) }
+  const body = { bytes, ...outlineOf(bytes) }
   return String(changed(body, askForUsage(body, fields)))
 }
 
@@ -1236,6 +1236,16 @@ const REPORTS: [string, object, Report[], path?: string, text?: string][] = [
       [8000, 1, true],
       [20_000, 1, false]
     ]
+  ],
+  [
+    'a file',
+    { messages: [{ role: 'user', content: [{ type: 'file', file: { file_data: 'JVBERi0=' } }] }] },
+    [[100_000, 1, true]]
+  ],
+  [
+    'an address in the text',
+    { messages: [{ role: 'user', content: 'What is at https://example.org/file?url=a' }] },
+    [[100_000, 1, false]]
   ],
   [
     'an earlier response',

@@ -7,7 +7,7 @@ import { ollama } from '../src/dialects/ollama.ts'
 import { openai } from '../src/dialects/openai.ts'
 import { toPayload } from '../src/payload.ts'
 import { sections } from '../src/server.ts'
-import { membersOf } from '../src/wire/json-scanner.ts'
+import { outlineOf } from '../src/wire/json-scanner.ts'
 import {
   CHAT,
   chunk,
@@ -357,7 +357,7 @@ test('a field that parsers read in different ways is a 400, whoever sends it', a
 function payload(text: string, dialect = openai, limitedBy: string[] = []) {
   const bytes = Buffer.from(text)
   const endpoint = { method: 'POST', url: '/', dialect, body: 'json', limitedBy } as const
-  return toPayload(bytes, membersOf(bytes), endpoint)
+  return toPayload(bytes, outlineOf(bytes), endpoint)
 }
 
 const CHAT_LIMITS = ['max_tokens', 'max_completion_tokens']

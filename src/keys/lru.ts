@@ -12,6 +12,8 @@
 export class Lru<K, V> {
   readonly #entries = new Map<K, V>()
   readonly #most: number
+  /** The last one that was asked for or set: it need not be moved to the end. */
+  #latest: K | undefined
 
   constructor(most: number) {
     this.#most = most
@@ -19,24 +21,28 @@ export class Lru<K, V> {
 
   get(key: K): V | undefined {
     const value = this.#entries.get(key)
-    if (value === undefined) return undefined
+    if (value === undefined || key === this.#latest) return value
     this.#entries.delete(key)
     this.#entries.set(key, value)
+    this.#latest = key
     return value
   }
 
   set(key: K, value: V): void {
-    this.#entries.delete(key)
-    if (this.#entries.size >= this.#most) this.#entries.delete(this.#entries.keys().next().value!)
+    if (key !== this.#latest) this.delete(key)
     this.#entries.set(key, value)
+    this.#latest = key
+    if (this.#entries.size > this.#most) this.#entries.delete(this.#entries.keys().next().value!)
   }
 
   delete(key: K): void {
     this.#entries.delete(key)
+    if (key === this.#latest) this.#latest = undefined
   }
 
   clear(): void {
     this.#entries.clear()
+    this.#latest = undefined
   }
 
   /** Those that were not asked for longest come first. */

@@ -1,4 +1,4 @@
-import { type Share, shareOf } from './hold.ts'
+import { isNothing, type Share, shareOf } from './hold.ts'
 import { bucketOf, type Limits } from './limits.ts'
 import { SlidingWindow, TokenBucket } from './rates.ts'
 import {
@@ -65,40 +65,54 @@ export class Counter {
     uploading = 0
   ): Refusal | undefined {
     const { scope, limits } = account
-    const share = shareOf(limits, hold)
-    const leastShare = shareOf(limits, least)
-    let longest: Refusal | undefined
-    const check = (limit: LimitName, max: number, retryAfterMs: number) => {
-      if (max > 0 && retryAfterMs > (longest?.retryAfterMs ?? 0)) {
-        longest = { scope, limit, max, retryAfterMs }
-      }
-    }
     const { requests_per_minute, tokens_per_minute, max_concurrent, total_quota } = limits
+    let longest: Refusal | undefined
     const bucket = this.#bucketOf(limits)
-    if (bucket) check('requests_per_second', bucket.perSecond, bucket.wait(at.now))
-    this.requests.limit = requests_per_minute
-    check('requests_per_minute', requests_per_minute, this.requests.wait(at.now))
+    if (bucket) {
+      const wait = bucket.wait(at.now)
+      longest = longer(longest, scope, 'requests_per_second', bucket.perSecond, wait)
+    }
+    if (requests_per_minute > 0) {
+      this.requests.limit = requests_per_minute
+      const wait = this.requests.wait(at.now)
+      longest = longer(longest, scope, 'requests_per_minute', requests_per_minute, wait)
+    }
     if (onlyRates) return longest
-    const isTooLarge = leastShare.window > tokens_per_minute
-    const forTokens = isTooLarge ? Number.POSITIVE_INFINITY : this.#tokenWait(limits, share, at.now)
-    check('tokens_per_minute', tokens_per_minute, forTokens)
-    check('max_concurrent', max_concurrent, this.slots + uploading < max_concurrent ? 0 : RETRY)
-    const isFresh = this.spent(account, at)[limits.quota_unit] === 0
+    if (tokens_per_minute > 0) {
+      const isTooLarge = shareOf(limits, least).window > tokens_per_minute
+      const share = shareOf(limits, hold)
+      const wait = isTooLarge ? Number.POSITIVE_INFINITY : this.#tokenWait(limits, share, at.now)
+      longest = longer(longest, scope, 'tokens_per_minute', tokens_per_minute, wait)
+    }
+    if (max_concurrent > 0 && this.slots + uploading >= max_concurrent) {
+      longest = longer(longest, scope, 'max_concurrent', max_concurrent, RETRY)
+    }
+    return total_quota > 0 ? this.#quotaRefusal(account, { hold, least }, at, longest) : longest
+  }
+
+  /** Returns why the quota has no room, or `longest` if that has to be waited for longer. */
+  #quotaRefusal(
+    account: Account,
+    { hold, least }: Pick<Call, 'hold' | 'least'>,
+    at: Moment,
+    longest: Refusal | undefined
+  ): Refusal | undefined {
+    const { scope, limits } = account
+    const { total_quota, quota_unit } = limits
+    const share = shareOf(limits, hold)
+    const spent = this.spent(account, at)[quota_unit]
     const hasQuota = (held: Amount) => {
       // An estimate alone rejects nothing permanently.
-      const wanted = isFresh && held[limits.quota_unit] === 0 ? leastShare : share
-      return this.#hasQuota(account, wanted, at, held)
+      const isFresh = spent === 0 && held[quota_unit] === 0
+      return this.#hasQuota(account, isFresh ? shareOf(limits, least) : share, at, held)
     }
-    if (!hasQuota(this.held)) {
-      if (!hasQuota(NOTHING)) check('total_quota', total_quota, at.period.end - at.time)
-      else check('reserved_quota', total_quota, RETRY)
-    }
-    if (longest?.limit === 'total_quota' || longest?.limit === 'reserved_quota') {
-      const { quota_unit } = limits
-      longest.left = total_quota - this.spent(account, at)[quota_unit]
-      longest.needed = share[quota_unit]
-    }
-    return longest
+    if (hasQuota(this.held)) return longest
+    const [limit, wait] = hasQuota(NOTHING)
+      ? (['reserved_quota', RETRY] as const)
+      : (['total_quota', at.period.end - at.time] as const)
+    const refusal = longer(longest, scope, limit, total_quota, wait)
+    if (refusal === longest) return longest
+    return { ...refusal!, left: total_quota - spent, needed: share[quota_unit] }
   }
 
   /** Is there room to hold so much more? */
@@ -114,7 +128,7 @@ export class Counter {
     if (limits.requests_per_minute > 0 && !isBooking) this.requests.take(now)
     if (!isBooking) this.#bucketOf(limits)?.take(now)
     this.slots++
-    this.hold(account, hold)
+    if (!isNothing(hold)) this.hold(account, hold)
   }
 
   /** Holds more, or with negative amounts less. */
@@ -226,6 +240,18 @@ export class Counter {
     this.#bucket.burst = burst
     return this.#bucket
   }
+}
+
+/** Returns the refusal that has to be waited for longer. */
+function longer(
+  longest: Refusal | undefined,
+  scope: Refusal['scope'],
+  limit: LimitName,
+  max: number,
+  retryAfterMs: number
+): Refusal | undefined {
+  const isLonger = retryAfterMs > (longest?.retryAfterMs ?? 0)
+  return isLonger ? { scope, limit, max, retryAfterMs } : longest
 }
 
 /** Whether a period began in the future: the clock was ahead then, and by more than clocks differ. */

@@ -1,5 +1,5 @@
 import type { Limits } from './limits.ts'
-import type { Amount, Hold, Lease } from './store.ts'
+import { type Amount, type Hold, type Lease, NOTHING } from './store.ts'
 
 /** How much of a request's reserve each account holds, and what is left of it when something is spent. */
 
@@ -13,6 +13,11 @@ export function shareOf({ reserve }: Limits, hold: Hold): Share {
   const { typical = hold } = hold
   const { tokens, cost } = reserve === 'typical' ? typical : hold
   return { tokens, cost, window: typical.tokens }
+}
+
+/** Whether it is nothing at all. */
+export function isNothing({ tokens, cost, typical }: Hold): boolean {
+  return tokens === 0 && cost === 0 && (typical === undefined || isNothing(typical))
 }
 
 export function sumOf(hold: Hold, more: Hold): Hold {
@@ -30,6 +35,7 @@ export function none(hold: Hold): Hold {
 /** Returns what of `spent` is new, and by how much less is held for it. */
 export function toBook({ spent: before, held }: Lease, spent: Amount) {
   const delta = { tokens: spent.tokens - before.tokens, cost: spent.cost - before.cost }
+  if (isNothing(held)) return { delta, less: NOTHING }
   const less = both(held, ({ tokens, cost }) => ({
     tokens: -Math.min(tokens, Math.max(0, delta.tokens)),
     cost: -Math.min(cost, Math.max(0, delta.cost))

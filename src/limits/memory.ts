@@ -1,7 +1,7 @@
 import { resolve } from 'node:path'
 import type { FastifyBaseLogger } from 'fastify'
 import { Counter, type Moment, type Period, type Spending } from './counter.ts'
-import { none, sumOf, toBook } from './hold.ts'
+import { isNothing, none, sumOf, toBook } from './hold.ts'
 import type { Limits } from './limits.ts'
 import { Periods } from './period.ts'
 import { Quotas } from './quotas.ts'
@@ -70,10 +70,14 @@ export class MemoryStore implements LimitStore {
   readonly isLocal = true
 
   look(accounts: readonly Account[], uploading: readonly number[] = []): Refusal | undefined {
-    for (const [at, account] of accounts.entries()) {
+    const time = this.#clock.time()
+    const now = this.#clock.now()
+    for (let at = 0; at < accounts.length; at++) {
+      const account = accounts[at]!
       // Looking makes no counter that would have to be kept.
       const counter = this.#counters.get(account.name) ?? new Counter(account)
-      const refusal = counter.refusal(account, LOOK, this.#at(account), uploading[at])
+      const moment = this.#at(account, time, now)
+      const refusal = counter.refusal(account, LOOK, moment, uploading[at])
       if (refusal !== undefined) return refusal
     }
     return undefined
@@ -88,14 +92,14 @@ export class MemoryStore implements LimitStore {
     // Not while they are being taken from: what is idle now may be about to be taken.
     if (this.#counters.size >= LOOK_FROM) this.#removeSome()
     const counters = accounts.map(account => this.#counter(account))
-    if (!force) {
-      for (const [index, account] of accounts.entries()) {
-        const refusal = counters[index]!.refusal(account, call, this.#at(account))
-        if (refusal !== undefined) return refusal
-      }
-    }
+    const time = this.#clock.time()
     const now = this.#clock.now()
-    for (const [index, counter] of counters.entries()) counter.take(accounts[index]!, call, now)
+    for (let at = 0; at < accounts.length && !force; at++) {
+      const account = accounts[at]!
+      const refusal = counters[at]!.refusal(account, call, this.#at(account, time, now))
+      if (refusal !== undefined) return refusal
+    }
+    for (let at = 0; at < accounts.length; at++) counters[at]!.take(accounts[at]!, call, now)
     return {
       accounts,
       held: { ...hold },
@@ -183,16 +187,19 @@ export class MemoryStore implements LimitStore {
     const { delta, less } = toBook(lease, spent)
     if (delta.tokens === 0 && delta.cost === 0) return
     for (const account of lease.accounts) {
+      const { limits } = account
+      if (limits.tokens_per_minute === 0 && limits.total_quota === 0) continue
       const counter = this.#counter(account)
       counter.spend(account, delta, this.#at(account))
       const { spending } = counter
-      if (account.limits.total_quota > 0 && spending) this.#quotas?.note(account.name, spending)
+      if (limits.total_quota > 0 && spending) this.#quotas?.note(account.name, spending)
     }
     lease.spent = { ...spent }
     this.#hold(lease, less)
   }
 
   #hold(lease: Lease, more: Hold): void {
+    if (isNothing(more)) return
     lease.held = sumOf(lease.held, more)
     for (const account of lease.accounts) this.#counter(account).hold(account, more)
   }
@@ -203,13 +210,8 @@ export class MemoryStore implements LimitStore {
     }
   }
 
-  #at({ limits }: Account): Moment {
-    const time = this.#clock.time()
-    return {
-      now: this.#clock.now(),
-      time,
-      period: this.#periods.at(limits.quota_reset_period, time)
-    }
+  #at({ limits }: Account, time = this.#clock.time(), now = this.#clock.now()): Moment {
+    return { now, time, period: this.#periods.at(limits.quota_reset_period, time) }
   }
 
   #counter(account: Account): Counter {

@@ -1,4 +1,5 @@
 import { FRAMES } from '../dialects/prompt.ts'
+import { Lru } from '../keys/lru.ts'
 import { Fit } from './fit.ts'
 import { Lessons } from './lessons.ts'
 import { hasText, type PromptText, promptFeatures, withOptional } from './prompt.ts'
@@ -29,7 +30,6 @@ const TEXT_WEIGHTS = [...CHARACTERS, ...RUNS, 0]
 const TEXT_VARIANCES = [...new Array(TEXT_COUNTS).fill(0.05), 4]
 /** Tokens that servers add: marks of the beginning and the end, a chat template, and instructions for the use of tools. */
 const ADDED = [...FRAMES.map(frame => (frame === 'plain' ? 1 : 20)), 100]
-const NOTHING_ADDED = ADDED.map(() => 0)
 const ADDED_VARIANCES = [...FRAMES.map(frame => (frame === 'plain' ? 2 : 100) ** 2), 200 ** 2]
 const PROMPT_WEIGHTS = [...CHARACTERS, ...RUNS, ...ADDED]
 const PROMPT_VARIANCES = [...new Array(TEXT_COUNTS).fill(0.05), ...ADDED_VARIANCES]
@@ -105,15 +105,14 @@ class Common extends Known {
  * estimates.output({ model: 'm', caller: 'alice' }, { text, deltas: 0, isWhole: false }) // 2
  */
 export class Estimates {
-  /** The one that was learned about last stands last. */
-  readonly #common = new Map<string, Common>()
-  readonly #own = new Map<string, Known>()
+  readonly #common: Lru<string, Common>
+  readonly #own: Lru<string, Known>
   readonly #unknown = new Known()
-  readonly #max: number
 
   /** @param max how many models, and how many pairs of a model and a caller, are remembered: about 10 KB each */
   constructor(max: number) {
-    this.#max = max
+    this.#common = new Lru(max)
+    this.#own = new Lru(max)
   }
 
   output(source: Source, passed: Passed): number {
@@ -180,15 +179,9 @@ export class Estimates {
     const common = this.#common.get(model) ?? new Common()
     const name = nameOf(source)
     const own = this.#own.get(name) ?? new Known(common)
-    this.#keep(this.#common, model, common)
-    this.#keep(this.#own, name, own)
+    this.#common.set(model, common)
+    this.#own.set(name, own)
     return { own, common }
-  }
-
-  #keep<Kept>(map: Map<string, Kept>, name: string, kept: Kept): void {
-    map.delete(name)
-    map.set(name, kept)
-    if (map.size > this.#max) map.delete(map.keys().next().value!)
   }
 }
 
@@ -198,7 +191,7 @@ function nameOf({ model, caller }: Source): string {
 
 /** The least that a caller's prompt can be, whatever it has taught: without what a server adds. */
 function leastOf(prior: Known, { counts }: PromptText): number {
-  return LEAST * prior.prompt.of([...counts, ...NOTHING_ADDED])
+  return LEAST * prior.prompt.of(counts)
 }
 
 /** Whether servers may read much more of a request than its certain text. */
@@ -223,7 +216,7 @@ function limited(tokens: number, estimate: number): number {
 
 function learnOutput(known: Known, passed: Passed, tokens: number): void {
   if (passed.deltas > 0) {
-    const text = known.text.of([...passed.text, 0])
+    const text = known.text.of(passed.text)
     const stream = text < SINGLE * passed.deltas ? known.single : known.several
     stream.learn([text, passed.deltas, wideCharacters(passed.text), 1], tokens)
   }
@@ -232,8 +225,8 @@ function learnOutput(known: Known, passed: Passed, tokens: number): void {
 
 function outputOf(known: Known, { text, deltas, isWhole }: Passed): number {
   const end = isWhole ? 1 : 0
-  if (deltas === 0) return known.text.of([...text, end])
-  const tokens = known.text.of([...text, 0])
+  const tokens = known.text.of(text)
+  if (deltas === 0) return isWhole ? known.text.of([...text, 1]) : tokens
   const stream = tokens < SINGLE * deltas ? known.single : known.several
   return stream.of([tokens, deltas, wideCharacters(text), end])
 }

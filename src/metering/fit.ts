@@ -47,10 +47,10 @@ export class Fit {
     return new Fit([...this.#weights], this.#variances)
   }
 
-  /** The tokens of something with these features. */
+  /** The tokens of something with these features. Those that are left out at the end are 0. */
   of(features: readonly number[]): number {
     let sum = 0
-    for (let at = 0; at < this.#weights.length; at++) sum += features[at]! * this.#weights[at]!
+    for (let at = 0; at < features.length; at++) sum += features[at]! * this.#weights[at]!
     return sum
   }
 

@@ -38,9 +38,6 @@ const MAX_READ = 1024
 /** Steps at which data is looked for, and its least length (bytes): what is shorter counts as text. */
 const STEP = 4 * 1024
 const DATA = 256
-/** Texts by which a body refers to content elsewhere. Only the first bytes of a body are searched for them. */
-const ELSEWHERE = ['http', 'url', 'file', 'previous_response_id'].map(name => Buffer.from(name))
-const SEARCHED = 64 * 1024
 /** Images behind this many others count as text: the work for one request is bounded. */
 const MAX_DATA = 64
 
@@ -50,9 +47,10 @@ const MAX_DATA = 64
  * @example
  * const bytes = Buffer.from('{"prompt":"two words"}')
  * const members = [{ name: 'prompt', start: 10, end: 21, elements: 0 }]
- * promptText({ bytes, members }, { fields: ['prompt'], frame: 'plain' }).counts[0] // 8
+ * const body = { bytes, members, hasLinks: false }
+ * promptText(body, { fields: ['prompt'], frame: 'plain' }).counts[0] // 8
  */
-export function promptText({ bytes, members }: Body, form: PromptForm): PromptText {
+export function promptText({ bytes, members, hasLinks }: Body, form: PromptForm): PromptText {
   const { fields, optional = [], frame, repeated = [] } = form
   const text: PromptText = {
     counts: noText(),
@@ -62,7 +60,7 @@ export function promptText({ bytes, members }: Body, form: PromptForm): PromptTe
     hasTools: false,
     hasData: false,
     size: bytes.length,
-    isMore: repeated.length > 0 || isElsewhere(bytes),
+    isMore: hasLinks || repeated.length > 0,
     isOpen: false
   }
   const read = members.filter(({ name }) => fields.includes(name))
@@ -76,6 +74,7 @@ export function promptText({ bytes, members }: Body, form: PromptForm): PromptTe
     if (member.elements > 0 && TOOLS.includes(member.name)) text.hasTools = true
   }
   for (const member of members) {
+    if (member.name === 'previous_response_id') text.isMore = true
     if (!optional.includes(member.name) || isNull(bytes, member)) continue
     if (read.length > 0) addField(text, text.optional, bytes, member, timesOf(member))
     if (OPEN.includes(member.name)) text.isOpen = text.isMore = true
@@ -158,12 +157,6 @@ function addField(
   addText(counts, bytes, from, to, MAX_READ)
   if (counts === total) return
   for (const [kind, count] of counts.entries()) total[kind]! += count * times
-}
-
-/** Whether a part of the prompt may be elsewhere. In a longer body its text is long enough to tell nothing. */
-function isElsewhere(bytes: Buffer): boolean {
-  const searched = bytes.subarray(0, SEARCHED)
-  return ELSEWHERE.some(name => searched.includes(name))
 }
 
 /** No word is as long as that. */

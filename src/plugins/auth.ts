@@ -253,11 +253,14 @@ function presentedKey(request: FastifyRequest, names: readonly string[]): string
 function isSkipped(request: FastifyRequest, prefix: string, skipPaths: string[]): boolean {
   const { aliasOf, endpoint } = request.routeOptions.config
   const path = pathBelow(request.url, prefix)
-  const paths = [path, aliasOf ?? (endpoint?.upstreamPrefix ?? '') + path]
-  return skipPaths.some(skip => {
-    const bare = skip.endsWith('/') ? skip.slice(0, -1) : skip
-    return paths.some(each => each === bare || each.startsWith(`${bare}/`))
-  })
+  const other = aliasOf ?? (endpoint?.upstreamPrefix ?? '') + path
+  return skipPaths.some(skip => isBelow(path, skip) || isBelow(other, skip))
+}
+
+/** Whether a path is this folder, with or without a slash at its end, or below it. */
+function isBelow(path: string, folder: string): boolean {
+  const bare = folder.endsWith('/') ? folder.slice(0, -1) : folder
+  return path.startsWith(bare) && (path.length === bare.length || path[bare.length] === '/')
 }
 
 export default toPart(authPlugin, {

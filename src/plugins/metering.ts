@@ -256,7 +256,7 @@ function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Us
   const source = sourceOf(exchange)
   const { promptTokens } = usage
   const passed = meter.passed(true)
-  const shown = shownTokens(usage, meter, estimates.output(source, passed))
+  const shown = shownTokens(usage, meter, () => estimates.output(source, passed))
   if (shown > 0) estimates.learnOutput(source, passed, shown)
   if (usage.reasoningTokens) estimates.noteReasoning(source, meter.hidesReasoning)
   const { prompt } = exchange
@@ -269,13 +269,13 @@ function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Us
  * Returns the tokens of the text that has passed; 0: they are not known, because reasoning was counted of which a
  * part may have passed, such as a summary.
  *
- * @param estimate tokens of that text, estimated
+ * @param estimate estimates the tokens of that text
  */
-function shownTokens(usage: Usage, meter: Meter, estimate: number): number {
+function shownTokens(usage: Usage, meter: Meter, estimate: () => number): number {
   const { completionTokens, reasoningTokens = 0 } = usage
   if (reasoningTokens === 0) return completionTokens
   if (meter.hidesReasoning) return completionTokens - reasoningTokens
-  return estimate < completionTokens - reasoningTokens / 2 ? 0 : completionTokens
+  return estimate() < completionTokens - reasoningTokens / 2 ? 0 : completionTokens
 }
 
 /**

@@ -84,7 +84,7 @@ async function receive(request: FastifyRequest, stream: Readable): Promise<Buffe
     if (scanner === undefined || endpoint === undefined || body.length === 0) return body.bytes
     scanner.end()
     if (!isUtf8(body.bytes)) throw invalidJson('it is not valid UTF-8')
-    const payload = toPayload(body.bytes, scanner.members, endpoint)
+    const payload = toPayload(body.bytes, scanner, endpoint)
     if (request.caller !== undefined) {
       if (payload.hasStoredPrompt) throw storedPrompt()
       await refuseReferences(body.bytes, scanner.members, endpoint.dialect.name)

@@ -323,8 +323,8 @@ export class Attempt implements BackendHandler {
   /** Returns what controls the response: a decoder, if the response has content codings. */
   #decode(source: Dispatcher.DispatchController): Dispatcher.DispatchController {
     const { statusCode, headers } = this.#head!
+    if (headers['content-encoding'] === undefined) return source
     const { 'content-encoding': given, ...others } = headers
-    if (given === undefined) return source
     const { codings, unknown } = codingsOf(given)
     this.#coding = unknown
     this.#head = { statusCode, headers: others }

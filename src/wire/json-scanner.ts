@@ -12,6 +12,13 @@ export interface Member {
   last: number
 }
 
+/** What is noted of a JSON object. */
+export interface Outline {
+  members: readonly Member[]
+  /** A name at some level ends in "url" or begins with "file": the text refers to content elsewhere. */
+  hasLinks: boolean
+}
+
 /** Bounds of a JSON text. They keep the cost of a text in proportion to its size, here and at a backend. */
 export interface JsonBounds {
   /** Levels of nested objects and arrays. */
@@ -96,8 +103,9 @@ const EXPONENT = 8
  * scanner.end()
  * scanner.members.map(({ name }) => name) // ['model', 'n']
  */
-export class JsonScanner {
+export class JsonScanner implements Outline {
   readonly members: Member[] = []
+  hasLinks = false
   readonly #bounds: JsonBounds
   readonly #kinds: number[] = [0]
   #state = START
@@ -254,6 +262,7 @@ export class JsonScanner {
     else if (!this.#isName) this.#endValue()
     else {
       if (this.#depth === 1) this.#addMember(bytes)
+      this.hasLinks ||= isLink(bytes, this.#nameStart + 1, at)
       this.#state = COLON
     }
   }
@@ -337,12 +346,17 @@ export class JsonScanner {
   }
 }
 
-/** The members of a JSON object that is there as a whole. */
-export function membersOf(bytes: Buffer): readonly Member[] {
+/** Reads a JSON object that is there as a whole. */
+export function outlineOf(bytes: Buffer): Outline {
   const scanner = new JsonScanner()
   scanner.scan(bytes, bytes.length)
   scanner.end()
-  return scanner.members
+  return scanner
+}
+
+/** The members of a JSON object that is there as a whole. */
+export function membersOf(bytes: Buffer): readonly Member[] {
+  return outlineOf(bytes).members
 }
 
 function plainBytes(bytes: Buffer, from: number, end: number): number {
@@ -369,6 +383,17 @@ function plainWords(words: Int32Array, from: number, end: number): number {
     if ((special & 0x80808080) !== 0) break
   }
   return at
+}
+
+/** Whether a name ends in "url" or begins with "file". */
+function isLink(bytes: Buffer, from: number, end: number): boolean {
+  if (bytes[end - 1] === 0x6c && bytes[end - 2] === 0x72 && bytes[end - 3] === 0x75) return true
+  return (
+    bytes[from] === 0x66 &&
+    bytes[from + 1] === 0x69 &&
+    bytes[from + 2] === 0x6c &&
+    bytes[from + 3] === 0x65
+  )
 }
 
 /** What a number is after this byte; 0: the byte is no part of it. */
