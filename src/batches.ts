@@ -1,5 +1,5 @@
 import { once } from 'node:events'
-import { parentPort, type Transferable } from 'node:worker_threads'
+import { parentPort } from 'node:worker_threads'
 import type { Issue } from './issues.ts'
 import { OptionsError } from './options.ts'
 import { startThread, type ThreadName } from './thread.ts'
@@ -19,7 +19,6 @@ type Reply<T> = { value: T } | { isDone: true } | { error: Failure }
 interface ThreadOptions {
   /** Input of {@link handOut}. */
   data: unknown
-  transfer?: Transferable[]
   signal?: AbortSignal
 }
 
@@ -31,9 +30,9 @@ interface ThreadOptions {
  */
 export async function* batchesOf<T>(
   name: ThreadName,
-  { data, transfer = [], signal }: ThreadOptions
+  { data, signal }: ThreadOptions
 ): AsyncGenerator<T> {
-  const thread = startThread(name, { workerData: data, transferList: transfer })
+  const thread = startThread(name, { workerData: data })
   try {
     for (;;) {
       thread.postMessage('next')

@@ -185,7 +185,8 @@ function previousOf(fields: Fields, { dialect }: Endpoint): string | undefined {
 /** The fields of one object that are read. */
 class Fields {
   readonly #bytes: Buffer
-  readonly #byName = new Map<string, Member>()
+  /** Few: a map would cost more. */
+  readonly #members: Member[] = []
 
   /** @throws {GatewayError} for a field that is repeated, or spelled in another case */
   constructor(bytes: Buffer, members: readonly Member[], read: ReadonlySet<string>) {
@@ -194,14 +195,19 @@ class Fields {
       const name = read.has(member.name) ? member.name : folded(member.name)
       if (!read.has(name)) continue
       if (name !== member.name) throw invalid(member.name, `unknown field; use "${name}"`)
-      if (this.#byName.has(name)) throw invalid(name, 'the field must not be repeated')
-      this.#byName.set(name, member)
+      if (this.#member(name) !== undefined) throw invalid(name, 'the field must not be repeated')
+      this.#members.push(member)
     }
+  }
+
+  #member(name: string): Member | undefined {
+    for (const member of this.#members) if (member.name === name) return member
+    return undefined
   }
 
   /** Returns the value; undefined where it is missing, null, or too large for a field that is read. */
   value(name: string): unknown {
-    const member = this.#byName.get(name)
+    const member = this.#member(name)
     if (member === undefined || member.end - member.start > MAX_PARSED) return undefined
     const first = this.#bytes[member.start]
     if (first === NULL) return undefined
@@ -211,12 +217,12 @@ class Fields {
 
   /** Whether the field is there and not null. */
   has(name: string): boolean {
-    const member = this.#byName.get(name)
+    const member = this.#member(name)
     return member !== undefined && this.#bytes[member.start] !== NULL
   }
 
   model(name: string): string | undefined {
-    const member = this.#byName.get(name)
+    const member = this.#member(name)
     if (member === undefined) return undefined
     const model = this.value(name)
     const isString = this.#bytes[member.start] === QUOTE
@@ -233,7 +239,7 @@ class Fields {
    * @throws {GatewayError} for a number above `most`
    */
   number(name: string, most: number): number | undefined {
-    const member = this.#byName.get(name)
+    const member = this.#member(name)
     if (member === undefined) return undefined
     // A string may have any length: parsers that read numbers from strings ignore spaces.
     if (this.#bytes[member.start] === QUOTE) return Number.NaN
@@ -255,7 +261,7 @@ class Fields {
 
   /** Returns the fields inside an object; undefined where the value is no object. */
   object(name: string, read: ReadonlySet<string>): Fields | undefined {
-    const member = this.#byName.get(name)
+    const member = this.#member(name)
     if (member === undefined || this.#bytes[member.start] !== BRACE) return undefined
     if (member.end - member.start > MAX_PARSED) {
       throw invalid(name, `must not be larger than ${MAX_PARSED / 1024} KB`)
@@ -270,7 +276,7 @@ class Fields {
   }
 
   #prompts(name: string): number {
-    const member = this.#byName.get(name)
+    const member = this.#member(name)
     if (member === undefined || !this.has(name)) return 0
     // A list of numbers is one prompt, as tokens.
     return isDigit(this.#bytes[member.last]) ? 1 : Math.max(1, member.elements)

@@ -159,7 +159,7 @@ const BOUNDS: Record<string, Record<string, string>> = {
     READ_IN_STREAM_OPTIONS: FIXED,
     READ_IN_OPTIONS: FIXED,
     READ_IN_PARAMETERS: FIXED,
-    '#byName': 'JSON of a request body'
+    '#members': 'JSON of a request body'
   },
   'fragments.ts': { '#open': CONFIG },
   'plugins/admin.ts': { '#byAddress': 'Client addresses with wrong admin tokens' },
@@ -362,14 +362,14 @@ const log = pino({ level: 'silent' })
 test('client addresses with a quota never exceed their bound, and keys are not forgotten', () => {
   const store = new MemoryStore(UTC)
   const use = (id: string, tokens: number) => {
-    const lease = store.reserveNow({ accounts: [quota(id)], hold: NOTHING, least: NOTHING })
+    const lease = store.reserve({ accounts: [quota(id)], hold: NOTHING, least: NOTHING })
     if (!isRefusal(lease)) store.settle(lease, { tokens, cost: 0 })
     return lease
   }
   use('alice', 100)
   use('\n10.0.0.1', 100)
   assert.ok(isRefusal(use('\n10.0.0.1', 1)))
-  const running = store.reserveNow({ accounts: [quota('\nruns')], hold: NOTHING, least: NOTHING })
+  const running = store.reserve({ accounts: [quota('\nruns')], hold: NOTHING, least: NOTHING })
   for (let at = 0; at < 120_000; at++) {
     use(`\n2001:db8::${at}`, 1)
     assert.ok(store.size <= 100_000)

@@ -142,12 +142,12 @@ test('a burst does not widen the minute', () => {
   const call = callOf({ requests_per_minute: 60, burst_size: 10 })
   let allowed = 0
   for (clock.at = 0; clock.at < 60_000; clock.at += 10) {
-    if (!isRefusal(store.reserveNow(call))) allowed++
+    if (!isRefusal(store.reserve(call))) allowed++
   }
   assert.equal(allowed, 60)
   const fresh = storeAt().store
   let atOnce = 0
-  while (!isRefusal(fresh.reserveNow(call))) atOnce++
+  while (!isRefusal(fresh.reserve(call))) atOnce++
   assert.equal(atOnce, 10)
 })
 
@@ -155,7 +155,7 @@ test('forgotten keys do not pile up', () => {
   const { clock, store } = storeAt()
   for (let key = 0; key < 50_000; key++) {
     clock.at = key * 100
-    const lease = store.reserveNow(callOf({ requests_per_minute: 1 }, String(key)))
+    const lease = store.reserve(callOf({ requests_per_minute: 1 }, String(key)))
     assert.ok(!isRefusal(lease))
     store.settle(lease, NOTHING)
   }
@@ -330,7 +330,7 @@ test('an IPv6 network counts as one address', async t => {
 test('without burst_size twice the rate may come at once', () => {
   const { store } = storeAt()
   let atOnce = 0
-  while (!isRefusal(store.reserveNow(callOf({ requests_per_second: 5 })))) atOnce++
+  while (!isRefusal(store.reserve(callOf({ requests_per_second: 5 })))) atOnce++
   assert.equal(atOnce, 10)
 })
 

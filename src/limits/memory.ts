@@ -43,8 +43,8 @@ export const CLOCK: Clock = { now: () => performance.now(), time: () => Date.now
  * const limits = { ...noLimits, max_concurrent: 1 }
  * const nothing = { tokens: 0, cost: 0 }
  * const call = { accounts: [toAccount('per_key', 'alice', limits)], hold: nothing, least: nothing }
- * const lease = await store.reserve(call)
- * await store.reserve(call) // { scope: 'per_key', limit: 'max_concurrent', max: 1, retryAfterMs: 1000 }
+ * const lease = store.reserve(call)
+ * store.reserve(call) // { scope: 'per_key', limit: 'max_concurrent', max: 1, retryAfterMs: 1000 }
  * store.settle(lease, nothing)
  */
 export class MemoryStore implements LimitStore {
@@ -83,11 +83,7 @@ export class MemoryStore implements LimitStore {
     return undefined
   }
 
-  async reserve(call: Call): Promise<Lease | Refusal> {
-    return this.reserveNow(call)
-  }
-
-  reserveNow(call: Call): Lease | Refusal {
+  reserve(call: Call): Lease | Refusal {
     const { accounts, hold, force } = call
     // Not while they are being taken from: what is idle now may be about to be taken.
     if (this.#counters.size >= LOOK_FROM) this.#removeSome()

@@ -167,7 +167,7 @@ export class RedisStore implements LimitStore {
       return toRefusal(answer.refused)
     }
     const states = answer.accounts
-    const mirror = this.#mirror.reserveNow({ ...call, force: true }) as Lease
+    const mirror = this.#mirror.reserve({ ...call, force: true }) as Lease
     for (const [index, account] of accounts.entries()) {
       const { spent_tokens: tokens, spent_cost: cost } = states[index]!
       this.#mirror.know(account, { tokens, cost })
@@ -318,7 +318,7 @@ export class RedisStore implements LimitStore {
     if (onError === 'deny' && !call.isBooking) throw new StoreError('Redis cannot be asked')
     const force = call.force || onError === 'allow'
     const accounts = call.accounts.map(account => this.#shareOf(account))
-    const mirror = this.#mirror.reserveNow({ ...call, accounts, force })
+    const mirror = this.#mirror.reserve({ ...call, accounts, force })
     if (isRefusal(mirror)) {
       const account = call.accounts.find(({ scope }) => scope === mirror.scope)!
       const { limits } = account

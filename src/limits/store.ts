@@ -98,11 +98,11 @@ export interface StoreSettings {
 
 export interface LimitStore {
   /**
-   * One step over all accounts: each has room and all are taken, or nothing is.
+   * One step over all accounts: each has room and all are taken, or nothing is. A promise where that takes a round trip.
    *
    * @throws {StoreError} when it can't be said
    */
-  reserve(call: Call): Promise<Lease | Refusal>
+  reserve(call: Call): Lease | Refusal | Promise<Lease | Refusal>
   /** Whether {@link look} needs no round trip. */
   readonly isLocal: boolean
   /**

@@ -232,7 +232,8 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
         onlyRates: rejectedBy === 'rates'
       }
       const from = store
-      let lease = await from.reserve(call).catch(toUnavailable)
+      const reserved = from.reserve(call)
+      let lease = reserved instanceof Promise ? await reserved.catch(toUnavailable) : reserved
       if (isRefusal(lease)) {
         const error = refuse(lease, exchange)
         if (options.mode === 'enforce') throw error

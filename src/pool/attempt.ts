@@ -8,7 +8,6 @@ import { type Framing, framingOf, isStream, parseRetryAfter } from '../http.ts'
 import type { UsageField } from '../payload-edits.ts'
 import { codingsOf } from '../wire/codings.ts'
 import { Pieces } from '../wire/edits.ts'
-import { free } from '../wire/gathered.ts'
 import { Answer, NOBODY_SENDS } from './answer.ts'
 import type { Backend, BackendHandler, TimeLimits } from './backend.ts'
 import { isAllSent } from './connector.ts'
@@ -126,8 +125,6 @@ export class Attempt implements BackendHandler {
   /** Fields by which the gateway asks for usage in the request, and those that it is repeated without. */
   asked: readonly UsageField[] = []
   withdrawn: readonly UsageField[] = []
-  /** What it sends, if that is a copy of its own. */
-  body: Buffer | undefined
   #pieces: Pieces | undefined
   /** Whether all of the request had gone out when the response began. */
   isAllSent = false
@@ -230,10 +227,9 @@ export class Attempt implements BackendHandler {
     this.#job = undefined
   }
 
-  /** The answer has begun, and nothing will be sent again. */
-  giveBodyBack(): void {
-    if (this.body !== undefined) free(this.body)
-    this.body = undefined
+  /** The response has begun, and nothing will be sent again. */
+  releaseBody(): void {
+    this.#pieces?.release()
   }
 
   onRequestStart(controller: Dispatcher.DispatchController): void {

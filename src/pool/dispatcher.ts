@@ -317,7 +317,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   #forgetBody(): void {
     // Other attempts may still be sending the same bytes.
     const isSent = this.#exchange.attempts === 1 && this.#delivered?.isAllSent === true
-    if (isSent) this.#delivered!.giveBodyBack()
+    if (isSent) this.#delivered!.releaseBody()
     this.#exchange.forgetBody(isSent)
   }
 
@@ -481,8 +481,6 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     const { payload } = this.#exchange.request
     const changes = payload === undefined ? [] : this.#changes(attempt, payload)
     const body = changes.length > 0 ? changed(payload!, changes) : inPieces(original)
-    // A small copy goes when the response begins; undici would keep it for as long as a stream runs.
-    if (body !== original && Buffer.isBuffer(body)) attempt.body = body
     const headers = withOwn(given, attempt.backend.config.headers, body)
     return { path, method, body, headers } as Dispatcher.DispatchOptions
   }

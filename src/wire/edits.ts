@@ -7,18 +7,21 @@ export interface Edit {
   bytes: Buffer
 }
 
-/** Up to this size (bytes) an edited body is one buffer; a larger one is not copied. */
-const MAX_COPIED = 64 * 1024
+/** Up to this size (bytes) a body is one buffer, and an edited one a copy. */
+const MAX_WHOLE = 64 * 1024
 
 /** Maximum size (bytes) that a socket gets in one turn: the kernel copies 16 MB for more than 10 ms. */
 const MAX_WRITTEN = 1024 * 1024
 
-/** A body in several pieces, which can be sent more than once. */
+/**
+ * A body in several pieces, which can be sent more than once until they are released: undici keeps the body of a request
+ * for as long as the response runs.
+ */
 export class Pieces implements AsyncIterable<Buffer> {
   readonly length: number
   /** All pieces were taken the last time. */
   isTaken = false
-  readonly #pieces: readonly Buffer[]
+  #pieces: readonly Buffer[]
 
   constructor(pieces: readonly Buffer[]) {
     this.#pieces = pieces
@@ -43,6 +46,11 @@ export class Pieces implements AsyncIterable<Buffer> {
     this.isTaken = true
   }
 
+  /** It will not be sent again. */
+  release(): void {
+    this.#pieces = []
+  }
+
   /** Copies the pieces into one buffer outside Node's pool, where a few bytes keep 64 KB alive. */
   toBuffer(): Buffer {
     const whole = Buffer.allocUnsafeSlow(this.length)
@@ -54,7 +62,7 @@ export class Pieces implements AsyncIterable<Buffer> {
 
 /** Returns a large body in pieces. */
 export function inPieces<Body>(body: Body): Body | Pieces {
-  return Buffer.isBuffer(body) && body.length > MAX_WRITTEN ? new Pieces([body]) : body
+  return Buffer.isBuffer(body) && body.length > MAX_WHOLE ? new Pieces([body]) : body
 }
 
 /**
@@ -73,5 +81,5 @@ export function edited(bytes: Buffer, edits: readonly Edit[]): Buffer | Pieces {
     from = edit.end
   }
   const body = new Pieces([...pieces, bytes.subarray(from)].filter(({ length }) => length > 0))
-  return body.length <= MAX_COPIED ? body.toBuffer() : body
+  return body.length <= MAX_WHOLE ? body.toBuffer() : body
 }

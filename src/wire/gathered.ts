@@ -4,8 +4,13 @@ const GROWTH = 4
 /** Fill level at which the next buffer is allocated, and bytes that are copied into it for each byte received. */
 const NEARLY_FULL = 0.5
 const COPIED = 2
-/** Up to this size (bytes) a body in one chunk is not copied, and memory is left to the garbage collector. */
+/** Up to this size (bytes) a body in one chunk is not copied. */
 const SMALL = 64 * 1024
+/**
+ * From this size (bytes) on memory is freed at once. Once a process has done so, V8 checks for it whenever bytes are
+ * read: all requests take 8 % more CPU time.
+ */
+const FREED = 16 * 1024 * 1024
 const NOTHING = Buffer.alloc(0)
 
 /**
@@ -41,7 +46,8 @@ export class Gathered {
   add(chunk: Buffer): void {
     const length = this.length + chunk.length
     if (length === this.#expected && length === chunk.length && length <= SMALL) {
-      this.#buffer = chunk
+      // Chunks of Node's HTTP parser have another class than all other buffers; code for one class is faster.
+      this.#buffer = Buffer.from(chunk.buffer, chunk.byteOffset, chunk.length)
     } else {
       const buffer = this.#roomFor(length)
       chunk.copy(buffer, this.length)
@@ -90,9 +96,8 @@ export class Gathered {
 }
 
 /**
- * Frees the memory of a large body now, not at the next garbage collection: what still refers to it sees no bytes.
- * A small one may be the caller's own chunk, and is left alone.
+ * Frees the memory of a very large body now, not at the next garbage collection: what still refers to it sees no bytes.
  */
 export function free(bytes: Buffer): void {
-  if (bytes.length > SMALL) (bytes.buffer as ArrayBuffer).transfer(0)
+  if (bytes.length >= FREED) (bytes.buffer as ArrayBuffer).transfer(0)
 }
