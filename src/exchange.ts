@@ -351,6 +351,7 @@ export class Exchange {
     this.request.body = undefined
     if (isSent) free(payload.bytes)
     payload.bytes = NOTHING
+    payload.members = []
     this.#prefixes = undefined
     this.#release()
   }

@@ -29,6 +29,9 @@ export interface PromptText {
   isOpen: boolean
 }
 
+/** Most requests have no optional text. */
+const NO_TEXT: TextCounts = noText()
+
 const QUOTE = 0x22
 /** First byte of null. */
 const NULL = 0x6e
@@ -54,7 +57,7 @@ export function promptText({ bytes, members, hasLinks }: Body, form: PromptForm)
   const { fields, optional = [], frame, repeated = [] } = form
   const text: PromptText = {
     counts: noText(),
-    optional: noText(),
+    optional: NO_TEXT,
     tokens: 0,
     frame,
     hasTools: false,
@@ -76,6 +79,7 @@ export function promptText({ bytes, members, hasLinks }: Body, form: PromptForm)
   for (const member of members) {
     if (member.name === 'previous_response_id') text.isMore = true
     if (!optional.includes(member.name) || isNull(bytes, member)) continue
+    if (text.optional === NO_TEXT) text.optional = noText()
     if (read.length > 0) addField(text, text.optional, bytes, member, timesOf(member))
     if (OPEN.includes(member.name)) text.isOpen = text.isMore = true
   }

@@ -452,6 +452,8 @@ export class Attempt implements BackendHandler {
 
   #deliver(complete = false): void {
     this.#isDelivered = true
+    clearTimeout(this.#holding)
+    this.#holding = undefined
     const { statusCode, headers } = this.#head!
     const framing =
       this.#first === undefined ? framingOf(headers['content-type']) : this.#first.framing

@@ -480,7 +480,8 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     const { headers: given, path, method, body: original } = this.#call!.options
     const { payload } = this.#exchange.request
     const changes = payload === undefined ? [] : this.#changes(attempt, payload)
-    const body = changes.length > 0 ? changed(payload!, changes) : inPieces(original)
+    const edited = changes.length > 0 ? changed(payload!, changes) : original
+    const body = inPieces(edited, payload?.stream)
     const headers = withOwn(given, attempt.backend.config.headers, body)
     return { path, method, body, headers } as Dispatcher.DispatchOptions
   }

@@ -60,9 +60,9 @@ export class Pieces implements AsyncIterable<Buffer> {
   }
 }
 
-/** Returns a large body in pieces. */
-export function inPieces<Body>(body: Body): Body | Pieces {
-  return Buffer.isBuffer(body) && body.length > MAX_WHOLE ? new Pieces([body]) : body
+/** Returns a body in pieces, which can be released, if it is large or the response is a stream. */
+export function inPieces<Body>(body: Body, isStream = false): Body | Pieces {
+  return Buffer.isBuffer(body) && (isStream || body.length > MAX_WHOLE) ? new Pieces([body]) : body
 }
 
 /**
