@@ -82,7 +82,7 @@ function isValid(text: string): boolean {
 test('no request body makes the gateway crash, leak, block, or differ from JSON.parse', {
   timeout: (SECONDS + 60) * 1000
 }, async t => {
-  const { backend, gateway } = await startWatched(t, '--max-old-space-size=96')
+  const { backend, gateway } = await startWatched(t)
   const seed = Number(process.env.FUZZ_SEED ?? Date.now())
   const random = randomizer(seed)
   const counts = { good: 0, bad: 0, aborted: 0 }
@@ -189,7 +189,7 @@ async function whole(port: number, path: string, body: string | Buffer): Promise
 }
 
 /** A gateway that reports its longest turns, and does all that it can do with a body. */
-async function startWatched(t: TestContext, nodeOptions = '') {
+async function startWatched(t: TestContext) {
   const backend = await fakeBackend(t, (_request, response) => {
     backend.requests.length = 0
     response.end('{}')
@@ -211,7 +211,7 @@ async function startWatched(t: TestContext, nodeOptions = '') {
   const watch = new URL('./loop-watch.mjs', import.meta.url).href
   const gateway = await start(t, [CLI, '--config', config], {
     LLMPROXY_DATA_DIR: dataDir,
-    NODE_OPTIONS: `${nodeOptions} --import ${watch}`
+    NODE_OPTIONS: `--import ${watch}`
   })
   return { backend, gateway }
 }
