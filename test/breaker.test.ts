@@ -228,10 +228,16 @@ async function pair(t: TestContext, bad: Answerer, routing: object = {}, more: o
   return { fake, bads, goods, gateway }
 }
 
-async function call({ url }: TestGateway, times = 1, stream = false): Promise<number[]> {
+async function call(
+  { url }: TestGateway,
+  times = 1,
+  stream = false,
+  content = 'Hello'
+): Promise<number[]> {
   const statuses: number[] = []
+  const messages = [{ role: 'user', content }]
   for (let each = 0; each < times; each++) {
-    const response = await post(`${url}/v1/chat/completions`, { ...CHAT, stream })
+    const response = await post(`${url}/v1/chat/completions`, { ...CHAT, messages, stream })
     await response.text().catch(() => {})
     statuses.push(response.status)
   }
@@ -392,6 +398,18 @@ for (const [what, answer] of Object.entries(BREAKS)) {
     assert.ok(bads.requests.length <= 3, String(bads.requests.length))
   })
 }
+
+test('a large request that a backend does not accept is sent to it once', async t => {
+  const answer: Answerer = (_request, _response, raw) => void raw.socket.destroy()
+  for (const stream of [true, false]) {
+    const { bads, gateway } = await pair(t, answer, {
+      circuit_breaker: { consecutive_failures: 2 }
+    })
+    await call(gateway, 8, stream, 'x'.repeat(2_000_000))
+    await gateway.logged({ msg: 'circuit opened', reason: 'consecutive_failures' })
+    assert.ok(bads.requests.length <= 3, String(bads.requests.length))
+  }
+})
 
 test('a backend that is silent for too long has failed', async t => {
   const { bads, gateway } = await pair(t, () => {}, { timeout: '30ms' })

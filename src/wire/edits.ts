@@ -19,6 +19,8 @@ const MAX_WRITTEN = 1024 * 1024
  */
 export class Pieces implements AsyncIterable<Buffer> {
   readonly length: number
+  /** To undici it is a Blob, whose size is known: any other iterable is sent, and its connection opened, in a later turn. */
+  readonly [Symbol.toStringTag] = 'Blob'
   /** All pieces were taken the last time. */
   isTaken = false
   #pieces: readonly Buffer[]
@@ -44,6 +46,14 @@ export class Pieces implements AsyncIterable<Buffer> {
       }
     }
     this.isTaken = true
+  }
+
+  get size(): number {
+    return this.length
+  }
+
+  stream(): this {
+    return this
   }
 
   /** It will not be sent again. */
