@@ -148,13 +148,16 @@ test('a long name is cut, and ends where it ends', () => {
   assert.equal(other!.name, 'b')
 })
 
-test('a name at any level that ends in "url" or begins with "file" is noted, and no value is', () => {
+test('a name of a link or of media is noted at any level, and no value is', () => {
   const hasLinks = (json: string) => outlineOf(Buffer.from(json)).hasLinks
   for (const json of [
     '{"url":1}',
     '{"a":[{"b":{"image_url":{}}}]}',
     '{"a":{"file_id":"x"}}',
-    '{"file":"x"}'
+    '{"file":"x"}',
+    '{"a":[{"imageURL":1}]}',
+    '{"a":[{"type":"video","video":"x"}]}',
+    '{"input_ur\\u006c":1}'
   ]) {
     assert.equal(hasLinks(json), true, json)
   }

@@ -50,7 +50,8 @@ export class Fit {
   /** The tokens of something with these features. Those that are left out at the end are 0. */
   of(features: readonly number[]): number {
     let sum = 0
-    for (let at = 0; at < features.length; at++) sum += features[at]! * this.#weights[at]!
+    const size = Math.min(features.length, this.#weights.length)
+    for (let at = 0; at < size; at++) sum += features[at]! * this.#weights[at]!
     return sum
   }
 

@@ -15,7 +15,7 @@ export interface Member {
 /** What is noted of a JSON object. */
 export interface Outline {
   members: readonly Member[]
-  /** A name at some level ends in "url" or begins with "file": the text refers to content elsewhere. */
+  /** A name at some level is like that of a link or of media, or has escapes: the text may refer to content elsewhere. */
   hasLinks: boolean
 }
 
@@ -80,6 +80,10 @@ const IS_SPECIAL = Uint8Array.from({ length: 256 }, (_, byte) =>
 const IS_ESCAPE = Uint8Array.from({ length: 256 }, (_, byte) =>
   '"\\/bfnrt'.includes(String.fromCharCode(byte)) ? 1 : 0
 )
+
+/** How names of content elsewhere begin: file, image, video, audio, media. */
+const MEDIA = ['file', 'imag', 'vide', 'audi', 'medi'].map(name => Buffer.from(name).readInt32BE())
+const URL_END = 0x75726c
 
 /** Stages of a number: the sign, a leading zero, other digits, the point, decimals, `e`, its sign, the exponent. */
 const MINUS = 1
@@ -257,8 +261,10 @@ export class JsonScanner implements Outline {
     if (at === end) return
     this.#at++
     const byte = bytes[at]!
-    if (byte === 0x5c) this.#state = ESCAPED
-    else if (byte !== 0x22) throw new JsonError(`${this.#place(1)} is a control character`)
+    if (byte === 0x5c) {
+      this.#state = ESCAPED
+      this.hasLinks ||= this.#isName
+    } else if (byte !== 0x22) throw new JsonError(`${this.#place(1)} is a control character`)
     else if (!this.#isName) this.#endValue()
     else {
       if (this.#depth === 1) this.#addMember(bytes)
@@ -385,15 +391,16 @@ function plainWords(words: Int32Array, from: number, end: number): number {
   return at
 }
 
-/** Whether a name ends in "url" or begins with "file". */
+/** Whether a name ends in "url", or begins with one of {@link MEDIA}, whatever its case. */
 function isLink(bytes: Buffer, from: number, end: number): boolean {
-  if (bytes[end - 1] === 0x6c && bytes[end - 2] === 0x72 && bytes[end - 3] === 0x75) return true
-  return (
-    bytes[from] === 0x66 &&
-    bytes[from + 1] === 0x69 &&
-    bytes[from + 2] === 0x6c &&
-    bytes[from + 3] === 0x65
-  )
+  if ((wordAt(bytes, end - 4) & 0xffffff) === URL_END) return end - from >= 3
+  return end - from >= 4 && MEDIA.includes(wordAt(bytes, from))
+}
+
+/** Four bytes as one number, letters as small ones. */
+function wordAt(bytes: Buffer, at: number): number {
+  const word = (bytes[at]! << 24) | (bytes[at + 1]! << 16) | (bytes[at + 2]! << 8) | bytes[at + 3]!
+  return word | 0x20202020
 }
 
 /** What a number is after this byte; 0: the byte is no part of it. */
