@@ -35,7 +35,7 @@ export interface Payload extends Body {
   hasStoredPrompt: boolean
 }
 
-/** Fields that limit the generated tokens, of all APIs; Ollama's `num_predict` stands in its `options`. */
+/** Fields that limit the generated tokens, in all APIs. Ollama has `num_predict` inside `options`. */
 const MAX_TOKENS = [
   'max_tokens',
   'max_completion_tokens',
@@ -185,7 +185,7 @@ function previousOf(fields: Fields, { dialect }: Endpoint): string | undefined {
 /** The fields of one object that are read. */
 class Fields {
   readonly #bytes: Buffer
-  /** Few: a map would cost more. */
+  /** There are few: a search costs less than a map. */
   readonly #members: Member[] = []
 
   /** @throws {GatewayError} for a field that is repeated, or spelled in another case */

@@ -5,7 +5,7 @@ import type { Member } from './wire/json-scanner.ts'
 
 /** Bytes that are read before other requests get their turn: less than 5 ms of work. */
 const SLICE = 128 * 1024
-/** A longer name or type (bytes with quotes) is none of those below, even if each character is escaped. */
+/** Maximum length (bytes, with quotes) of a name or type below, even if each of its characters is escaped. */
 const MAX_TEXT = 128
 
 /** Fields that may hold references, in each API that has some. */

@@ -15,7 +15,7 @@ export function shareOf({ reserve }: Limits, hold: Hold): Share {
   return { tokens, cost, window: typical.tokens }
 }
 
-/** Whether it is nothing at all. */
+/** Whether nothing is held. */
 export function isNothing({ tokens, cost, typical }: Hold): boolean {
   return tokens === 0 && cost === 0 && (typical === undefined || isNothing(typical))
 }

@@ -225,8 +225,8 @@ function learnOutput(known: Known, passed: Passed, tokens: number): void {
 
 function outputOf(known: Known, { text, deltas, isWhole }: Passed): number {
   const end = isWhole ? 1 : 0
+  if (deltas === 0) return known.text.of([...text, end])
   const tokens = known.text.of(text)
-  if (deltas === 0) return isWhole ? known.text.of([...text, 1]) : tokens
   const stream = tokens < SINGLE * deltas ? known.single : known.several
   return stream.of([tokens, deltas, wideCharacters(text), end])
 }

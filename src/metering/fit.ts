@@ -47,7 +47,7 @@ export class Fit {
     return new Fit([...this.#weights], this.#variances)
   }
 
-  /** The tokens of something with these features. Those that are left out at the end are 0. */
+  /** The tokens of something with these features. Features left out at the end count as 0. */
   of(features: readonly number[]): number {
     let sum = 0
     const size = Math.min(features.length, this.#weights.length)

@@ -29,7 +29,7 @@ export interface PromptText {
   isOpen: boolean
 }
 
-/** Most requests have no optional text. */
+/** Shared by all requests without optional text, which are most; never changed. */
 const NO_TEXT: TextCounts = noText()
 
 const QUOTE = 0x22
@@ -79,8 +79,10 @@ export function promptText({ bytes, members, hasLinks }: Body, form: PromptForm)
   for (const member of members) {
     if (member.name === 'previous_response_id') text.isMore = true
     if (!optional.includes(member.name) || isNull(bytes, member)) continue
-    if (text.optional === NO_TEXT) text.optional = noText()
-    if (read.length > 0) addField(text, text.optional, bytes, member, timesOf(member))
+    if (read.length > 0) {
+      if (text.optional === NO_TEXT) text.optional = noText()
+      addField(text, text.optional, bytes, member, timesOf(member))
+    }
     if (OPEN.includes(member.name)) text.isOpen = text.isMore = true
   }
   return text

@@ -35,7 +35,7 @@ const LETTER_U = 0x75
 const MAX_READ = 4 * 1024
 const SAMPLE = 128
 
-/** What `addAll` has found: characters by kind, and from here on runs. Adding to it is faster than to an array. */
+/** Scratch space of `addAll`, faster than an array: characters by kind, and from index `RUNS` on runs by kind. */
 const RUNS = 16
 const found = new Int32Array(2 * RUNS)
 

@@ -54,7 +54,7 @@ export type ProxyOptions = Static<typeof ProxyOptions>
 export type AnswerHook = (exchange: Exchange, answer: Answer) => NodeJS.ReadableStream | undefined
 
 export interface Forwarding {
-  /** Holds for answers that begin after it. */
+  /** Applies to responses that begin afterwards. */
   update(options: Given<ProxyOptions>): void
 }
 

@@ -230,6 +230,7 @@ export class Lineup {
   /** Another model takes the place of one that nobody can serve, not of one that must be waited for. */
   #untried(tried: readonly Candidate[], wanted: Wanted, choice?: Choice): Candidate[] {
     const all = this.candidates(wanted, choice)
+    // Nothing can be left out, as for most requests.
     if (all.length === 1 && tried.length === 0) return all
     const untried = all.filter(each => !isAmong(tried, each))
     const ofFirst = untried.filter(each => each.model === untried[0]!.model)

@@ -1,4 +1,4 @@
-/** What is reserved for one response. */
+/** Reservation of one response. */
 interface Reservation {
   release: () => void
   /** When it began (ms). */

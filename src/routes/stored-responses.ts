@@ -88,7 +88,7 @@ const MAX_AGE = 24 * 3_600_000
  */
 export class StoredResponses {
   readonly #recent = new Lru<string, StoredResponse>(MAX_IN_MEMORY)
-  /** What is billed of responses, where the file does not say it. */
+  /** Bills of responses that are not in the file. */
   readonly #billed = new Lru<string, Bill>(MAX_IN_MEMORY)
   readonly #file: string
   readonly #db: Sqlite

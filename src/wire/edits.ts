@@ -19,7 +19,10 @@ const MAX_WRITTEN = 1024 * 1024
  */
 export class Pieces implements AsyncIterable<Buffer> {
   readonly length: number
-  /** To undici it is a Blob, whose size is known: any other iterable is sent, and its connection opened, in a later turn. */
+  /**
+   * undici takes it for a Blob and so knows its size. For an iterable of unknown size it opens the connection in a later
+   * turn, where the backend cannot tell which attempt opened it.
+   */
   readonly [Symbol.toStringTag] = 'Blob'
   /** All pieces were taken the last time. */
   isTaken = false
@@ -56,7 +59,7 @@ export class Pieces implements AsyncIterable<Buffer> {
     return this
   }
 
-  /** It will not be sent again. */
+  /** Lets go of the bytes: the body will not be sent again. */
   release(): void {
     this.#pieces = []
   }

@@ -60,7 +60,7 @@ export class EventReader {
   #field = ''
   /** Name of the event, as far as its line has been read. */
   #event = ''
-  /** A part of the data that does not stand in the stream, and follows next. */
+  /** The next part of the data, where it is not in the stream itself. */
   #inserted: Buffer | undefined
   /** The line that ended last ended with CR: LF belongs to it. */
   #isAfterCr = false

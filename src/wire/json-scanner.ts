@@ -12,10 +12,10 @@ export interface Member {
   last: number
 }
 
-/** What is noted of a JSON object. */
+/** Facts about a JSON object that the scanner notes. */
 export interface Outline {
   members: readonly Member[]
-  /** A name at some level is like that of a link or of media, or has escapes: the text may refer to content elsewhere. */
+  /** A name at some level looks like one of a link or of media, or has escapes: the text may refer to content elsewhere. */
   hasLinks: boolean
 }
 
@@ -397,7 +397,7 @@ function isLink(bytes: Buffer, from: number, end: number): boolean {
   return end - from >= 4 && MEDIA.includes(wordAt(bytes, from))
 }
 
-/** Four bytes as one number, letters as small ones. */
+/** Returns four bytes as one number, with letters in lower case. */
 function wordAt(bytes: Buffer, at: number): number {
   const word = (bytes[at]! << 24) | (bytes[at + 1]! << 16) | (bytes[at + 2]! << 8) | bytes[at + 3]!
   return word | 0x20202020
