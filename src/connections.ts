@@ -38,6 +38,12 @@ class Port {
   maxPerAddress = Number.POSITIVE_INFINITY
 }
 
+interface Connection {
+  port: Port
+  /** The addresses that count as one. */
+  group: string
+}
+
 /**
  * The connections of clients, bounded so that they cannot take all descriptors. One beyond a bound is closed before
  * anything is read from it, and before a TLS handshake: a response would need what is scarce.
@@ -54,7 +60,9 @@ export class Connections {
   readonly #log: FastifyBaseLogger
   /** Processes that share the bounds. */
   readonly #processes: number
-  readonly #sockets = new Set<Socket>()
+  readonly #sockets = new Map<Socket, Connection>()
+  /** One listener for all sockets. */
+  readonly #onClose: (this: Socket) => void
   readonly #complaints = new Map<RefusalReason, Complaint>()
   readonly #clients = new Port()
   /** The port of the admin API, if it has one of its own. */
@@ -67,6 +75,10 @@ export class Connections {
   constructor(log: FastifyBaseLogger, processes: number) {
     this.#log = log
     this.#processes = processes
+    const leave = (socket: Socket) => this.#leave(socket)
+    this.#onClose = function onClose() {
+      leave(this)
+    }
   }
 
   get open(): number {
@@ -115,7 +127,7 @@ export class Connections {
 
   /** Closes what is left, also connections that never got through a TLS handshake: Node's server waits for them. */
   close(): void {
-    for (const socket of this.#sockets) socket.destroy()
+    for (const socket of this.#sockets.keys()) socket.destroy()
     for (const each of this.#complaints.values()) each.end()
   }
 
@@ -142,13 +154,16 @@ export class Connections {
       process.nextTick(() => socket.destroy())
       return
     }
-    this.#sockets.add(socket)
+    this.#sockets.set(socket, { port, group })
     port.open++
     port.byAddress.set(group, ofGroup + 1)
-    socket.once('close', () => this.#leave(socket, port, group))
+    socket.on('close', this.#onClose)
   }
 
-  #leave(socket: Socket, port: Port, group: string): void {
+  #leave(socket: Socket): void {
+    const connection = this.#sockets.get(socket)
+    if (connection === undefined) return
+    const { port, group } = connection
     this.#sockets.delete(socket)
     port.open--
     const left = port.byAddress.get(group)! - 1

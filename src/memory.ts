@@ -64,8 +64,8 @@ const GROWN = 256 * 1024 * 1024
 const PART = 1 / 4
 const QUIET_MS = 45_000
 /** How often (ms) freed memory is given back at work, and what part of the time that may take. */
-const TRIM_MS = 5_000
-const TRIM_PART = 1 / 500
+const TRIM_MS = 1_000
+const TRIM_PART = 1 / 250
 
 /**
  * V8 keeps the memory of the start, and of the busiest moment, until it is told to give back what it can. That

@@ -1,5 +1,5 @@
 import crypto from 'node:crypto'
-import type { Body } from './payload.ts'
+import type { Body, Payload } from './payload.ts'
 import { type Edit, edited, type Pieces } from './wire/edits.ts'
 import { membersOf } from './wire/json-scanner.ts'
 
@@ -22,6 +22,17 @@ export function changed({ bytes, members }: Body, changes: readonly Change[]): B
 
 /** Fields of `stream_options` that ask for usage: at the end, and in every event. */
 export type UsageField = 'include_usage' | 'continuous_usage_stats'
+/** Lists that requests share. */
+const USAGE_FIELDS: readonly UsageField[] = ['include_usage', 'continuous_usage_stats']
+export const FINAL_USAGE: readonly UsageField[] = ['include_usage']
+export const NO_USAGE: readonly UsageField[] = []
+
+/** Returns the fields that the client has not set itself. */
+export function unaskedUsage({ includeUsage, runningUsage }: Payload): readonly UsageField[] {
+  if (!includeUsage && !runningUsage) return USAGE_FIELDS
+  if (runningUsage) return includeUsage ? NO_USAGE : FINAL_USAGE
+  return USAGE_FIELDS.filter(field => field !== 'include_usage')
+}
 
 /** Sets these fields of `stream_options`. */
 export function askForUsage({ bytes, members }: Body, fields: readonly UsageField[]): Change[] {

@@ -6,6 +6,7 @@ import type { Seen } from './watcher.ts'
 const MAX_KEPT = 1_000
 
 interface Choice {
+  readonly index: number
   /** The usage object of its latest event that has one, as JSON. */
   usage: string | undefined
   isFinished: boolean
@@ -38,23 +39,23 @@ export interface Told {
  * choices.total(1, { all: 42, first: undefined }).usage // { promptTokens: 9, completionTokens: 40, ... }
  */
 export class Choices {
-  readonly #choices = new Map<number, Choice>()
+  /** Nearly every response has one: then an array takes the least memory. */
+  #choices: readonly Choice[] = []
   /** Number of choices in one event. */
   #together = 0
   /** Usage of an unnamed choice, and usage that may be of all of them. */
-  readonly #unnamed: Usage[] = []
-  readonly #whole: Usage[] = []
+  #unnamed: readonly Usage[] = []
+  #whole: readonly Usage[] = []
 
   /** Number of choices seen. */
   get count(): number {
-    return Math.max(this.#choices.size, this.#together)
+    return Math.max(this.#choices.length, this.#together)
   }
 
   /** Whether all choices seen have ended. */
   get isFinished(): boolean {
-    if (this.#together > this.#choices.size) return true
-    for (const { isFinished } of this.#choices.values()) if (!isFinished) return false
-    return true
+    if (this.#together > this.#choices.length) return true
+    return this.#choices.every(({ isFinished }) => isFinished)
   }
 
   /** Output tokens reported of all choices seen; undefined: not of all of them. */
@@ -74,9 +75,10 @@ export class Choices {
       choice.usage = usage
       return
     }
-    const list = hasTimings ? this.#unnamed : this.#whole
     const reported = usageOf(usage)
-    if (reported !== undefined && list.length < MAX_KEPT) list.push(reported)
+    if (reported === undefined) return
+    if (hasTimings) this.#unnamed = withOne(this.#unnamed, reported)
+    else this.#whole = withOne(this.#whole, reported)
   }
 
   /** Replaces the usage of one choice (JSON). */
@@ -107,19 +109,24 @@ export class Choices {
     return { usage: isAll ? usage : completed(usage, texts), isAll }
   }
 
-  get #reports(): Usage[] {
+  get #reports(): readonly Usage[] {
     if (this.#unnamed.length > 0) return this.#unnamed
-    const reports = [...this.#choices.values()].map(({ usage }) => usage && usageOf(usage))
+    const reports = this.#choices.map(({ usage }) => usage && usageOf(usage))
     return reports.filter(usage => usage !== undefined && usage !== '')
   }
 
   #choice(index: number): Choice | undefined {
-    const known = this.#choices.get(index)
-    if (known !== undefined || this.#choices.size >= MAX_KEPT) return known
-    const choice = { usage: undefined, isFinished: false }
-    this.#choices.set(index, choice)
+    for (const choice of this.#choices) if (choice.index === index) return choice
+    if (this.#choices.length >= MAX_KEPT) return undefined
+    const choice = { index, usage: undefined, isFinished: false }
+    this.#choices = withOne(this.#choices, choice)
     return choice
   }
+}
+
+/** Returns a list with one item more, up to its bound. Lists that grow in place take memory ahead. */
+function withOne<Item>(list: readonly Item[], item: Item): readonly Item[] {
+  return list.length < MAX_KEPT ? list.concat(item) : list
 }
 
 function usageOf(json: string): Usage | undefined {

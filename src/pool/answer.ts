@@ -105,6 +105,8 @@ export class Answer extends Readable {
   #beating: NodeJS.Timeout | undefined
   /** The backend has sent something since this was set to false. */
   #isHeard = true
+  /** Steps of the heartbeat in a row without a chunk. */
+  #silentSteps = 0
 
   constructor(controller: Dispatcher.DispatchController) {
     super()
@@ -131,15 +133,17 @@ export class Answer extends Readable {
   /** Sends a comment whenever the backend has been silent for `interval` (ms; 0: never), between two events. */
   beat(interval: number): void {
     if (interval === 0 || this.#over !== undefined) return
-    let silent = 0
-    this.#beating = setInterval(() => {
-      silent = this.#isHeard ? 0 : silent + 1
-      if (silent >= BEAT_STEPS && this.tap?.isBetweenEvents) {
-        this.say(':\n\n')
-        silent = 0
-      }
-      this.#isHeard = false
-    }, interval / BEAT_STEPS).unref()
+    // Without a closure: thousands of streams may run.
+    this.#beating = setInterval(Answer.#beatStep, interval / BEAT_STEPS, this).unref()
+  }
+
+  static #beatStep(answer: Answer): void {
+    answer.#silentSteps = answer.#isHeard ? 0 : answer.#silentSteps + 1
+    if (answer.#silentSteps >= BEAT_STEPS && answer.tap?.isBetweenEvents) {
+      answer.say(':\n\n')
+      answer.#silentSteps = 0
+    }
+    answer.#isHeard = false
   }
 
   /** A backend has answered: from now on this is that answer. */

@@ -123,7 +123,7 @@ export class Decision {
   readonly id: string
   readonly model: string | undefined
   strategy: StrategyName
-  readonly choices: Choice[] = []
+  choices: readonly Choice[] = []
   /** Backends in all of them. */
   seen = 0
   isForgotten = false
@@ -194,7 +194,7 @@ export class Decisions {
   /** Another choice, when it has been made. */
   add(decision: Decision, choice: Choice): void {
     if (decision.choices.length === MAX_CHOICES) return
-    decision.choices.push(choice)
+    decision.choices = decision.choices.concat(choice)
     if (decision.isForgotten) return
     decision.seen += choice.seen.length
     this.#seen += choice.seen.length

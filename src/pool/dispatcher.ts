@@ -12,6 +12,8 @@ import {
   askForUsage,
   type Change,
   changed,
+  FINAL_USAGE,
+  NO_USAGE,
   nameModel,
   saltCache,
   type UsageField
@@ -458,7 +460,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   }
 
   #send(chosen: Candidate, choice: Choice, fresh = false): Attempt {
-    this.#retries.tried.push(chosen)
+    this.#retries.tried = this.#retries.tried.concat(chosen)
     const attempt = new Attempt(this, chosen, choice, this.#lineup.timeLimits(chosen))
     const request = this.#request(attempt)
     this.#attribute(attempt)
@@ -512,12 +514,12 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
     if (question === undefined) return []
     // A response that began without a question must not get what answers one.
     const wanted = this.#gap === undefined ? question.wanted : question.asked
-    const fields = wanted.filter(
-      field => !this.#withdrawn.includes(field) && backend.live.takesUsage(field)
-    )
-    const isAsked = includeUsage || fields.includes('include_usage')
-    if (isAsked && backend.reportsRunningUsage) return fields
-    return fields.filter(field => field === 'include_usage')
+    const isTaken = (field: UsageField) =>
+      !this.#withdrawn.includes(field) && backend.live.takesUsage(field)
+    const fields = wanted.every(isTaken) ? wanted : wanted.filter(isTaken)
+    const isFinalAsked = fields.includes('include_usage')
+    if ((includeUsage || isFinalAsked) && backend.reportsRunningUsage) return fields
+    return isFinalAsked ? FINAL_USAGE : NO_USAGE
   }
 
   /** Tells the client that it waits, if that is wanted, from now on. */

@@ -11,7 +11,8 @@ export interface Racer {
 export class Race {
   readonly #racer: Racer
   readonly #hedges: Hedges | undefined
-  readonly #attempts: Attempt[] = []
+  /** Joined, for `push` would take memory for 16 more. */
+  #attempts: readonly Attempt[] = []
   /** The one that runs beside another. */
   #second: Attempt | undefined
   #isMakingSecond = false
@@ -32,7 +33,7 @@ export class Race {
   }
 
   begin(attempt: Attempt): void {
-    this.#attempts.push(attempt)
+    this.#attempts = this.#attempts.concat(attempt)
     // It may be repeated at once, over another connection or without the question for usage.
     if (this.#second?.candidate === attempt.candidate) this.#second = attempt
     if (this.#second !== undefined || this.#isMakingSecond || this.#isWon) return

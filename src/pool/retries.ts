@@ -16,7 +16,7 @@ interface Failed {
 
 /** Which backends a call has tried, and whether and when another one is tried. */
 export class Retries {
-  tried: Candidate[] = []
+  tried: readonly Candidate[] = []
   readonly #budget: RetryBudget
   /** Times before which backends asked not to be tried again. */
   #notBefore: Map<Live, number> | undefined
@@ -55,7 +55,7 @@ export class Retries {
     // Who says where calls go when a backend fails means them to go there: each tier is asked once.
     const { tier } = this.tried.at(-1)!
     if (!fallsBack || !others.some(each => each.tier !== tier)) return undefined
-    this.tried.push(...others.filter(each => each.tier === tier))
+    this.tried = this.tried.concat(others.filter(each => each.tier === tier))
     return 0
   }
 

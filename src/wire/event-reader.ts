@@ -117,7 +117,7 @@ export class EventReader {
     for (;;) {
       if (this.#inserted !== undefined) return this.#insert(this.#inserted)
       if (this.#isEnding) return this.#endEvent(chunk)
-      if (this.#at === chunk.length) return undefined
+      if (this.#at === chunk.length) return this.#letGo()
       const byte = chunk[this.#at]!
       if (this.#skipsLf(byte) || this.#skipsBom(byte)) this.#at++
       else if (this.#state === NAME) this.#readName(chunk, byte)
@@ -126,6 +126,12 @@ export class EventReader {
         if (byte === SPACE) this.#at++
       } else if (this.#readValue(chunk)) return 'data'
     }
+  }
+
+  /** A chunk is a part of a larger buffer, which would stay in memory until the next chunk. */
+  #letGo(): undefined {
+    this.bytes = this.#chunk = NEWLINE
+    this.#at = NEWLINE.length
   }
 
   /** Skips the LF of CRLF. */
