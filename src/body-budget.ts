@@ -14,6 +14,8 @@ export class BodyBudget {
   /** Bytes that may be kept together, and that are kept now. */
   most = Number.POSITIVE_INFINITY
   held = 0
+  /** Bytes of all bodies so far. */
+  total = 0
 
   /** @throws {GatewayError} `overloaded` where there is no room; nothing is taken then */
   take(bytes: number): void {
@@ -25,6 +27,7 @@ export class BodyBudget {
       )
     }
     this.held += bytes
+    this.total += bytes
   }
 
   give(bytes: number): void {

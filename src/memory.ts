@@ -66,6 +66,12 @@ const QUIET_MS = 45_000
 /** How often (ms) freed memory is given back at work, and what part of the time that may take. */
 const TRIM_MS = 1_000
 const TRIM_PART = 1 / 250
+/**
+ * Giving back takes about a millisecond for a megabyte. When request bodies were larger than this together (bytes) since
+ * the last time, it waits until nothing was forwarded for so long (ms).
+ */
+const MAX_BODIES = 4 * 1024 * 1024
+const IDLE_MS = 5_000
 
 /**
  * V8 keeps the memory of the start, and of the busiest moment, until it is told to give back what it can. That
@@ -74,8 +80,10 @@ const TRIM_PART = 1 / 250
  * unless there is work at once, and after a rush, and its own collections in lulls are off: `--no-memory-reducer`,
  * with which the gateway is started. What compiling has left, and what lay beside V8's heap, is given back at work,
  * too.
+ *
+ * @param trim gives back what lies beside V8's heap
  */
-export function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
+export function giveMemoryBack(exchanges: Exchanges, trim = trimMalloc): NodeJS.Timeout {
   let isFresh = true
   let forwarded = -1
   let peak = 0
@@ -83,6 +91,8 @@ export function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
   let size = residentBytes()
   let isTrimDue = false
   let trimAt = 0
+  let trimmedBodies = 0
+  let workedAt = performance.now()
   return setInterval(() => {
     const now = performance.now()
     const open = exchanges.open.length
@@ -101,9 +111,14 @@ export function giveMemoryBack(exchanges: Exchanges): NodeJS.Timeout {
       size = residentBytes()
       quietSince = now
     }
-    if (isWorking) isTrimDue = true
-    if (!isTrimDue || now < trimAt) return
-    trimMalloc()
+    if (isWorking) {
+      isTrimDue = true
+      workedAt = now
+    }
+    const isLong = exchanges.bodies.total - trimmedBodies > MAX_BODIES
+    if (!isTrimDue || now < trimAt || (isLong && now - workedAt < IDLE_MS)) return
+    trim()
+    trimmedBodies = exchanges.bodies.total
     isTrimDue = false
     trimAt = now + Math.max(TRIM_MS, (performance.now() - now) / TRIM_PART)
   }, 1_000).unref()

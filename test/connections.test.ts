@@ -411,10 +411,35 @@ test('memory is given back also while its size cannot be read', t => {
   const rss = t.mock.method(process.memoryUsage, 'rss', () => {
     throw Object.assign(new Error('too many open files'), { code: 'EMFILE' })
   })
-  const timer = giveMemoryBack({ open: [], forwarded: 20 } as never)
+  const timer = giveMemoryBack({ open: [], forwarded: 20, bodies: { total: 0 } } as never)
   t.mock.timers.tick(3_000)
   clearInterval(timer)
   assert.ok(rss.mock.callCount() > 1)
+})
+
+test('freed memory is given back at work only while request bodies are small', t => {
+  t.mock.timers.enable({ apis: ['setInterval'] })
+  let now = 0
+  t.mock.method(performance, 'now', () => now)
+  const exchanges = { open: [{}], forwarded: 20, bodies: { total: 0 } }
+  let trims = 0
+  const timer = giveMemoryBack(exchanges as never, () => trims++)
+  const seconds = (count: number, bytes: number, forwarded: number) => {
+    const before = trims
+    for (let second = 0; second < count; second++) {
+      now += 1_000
+      exchanges.bodies.total += bytes
+      exchanges.forwarded += forwarded
+      t.mock.timers.tick(1_000)
+    }
+    return trims - before
+  }
+  assert.equal(seconds(10, 100_000, 1), 10)
+  assert.equal(seconds(10, 5_000_000, 1), 0)
+  exchanges.open = []
+  assert.equal(seconds(4, 0, 0), 0)
+  assert.equal(seconds(4, 0, 0), 1)
+  clearInterval(timer)
 })
 
 test('the gateway has failed to connect where every address has', () => {

@@ -1,0 +1,123 @@
+import { mkdirSync, mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join, resolve } from 'node:path'
+import { pathToFileURL } from 'node:url'
+import { parseArgs } from 'node:util'
+import { ENTRANTS, type Running, start } from './entrants.ts'
+import { type Helper, launch } from './helpers.ts'
+import type { Job, RequestsResult, StreamsResult } from './load.ts'
+import { cpuTime } from './process.ts'
+import { median } from './report.ts'
+
+/**
+ * Compares the CPU time of this checkout with that of another one, in many short turns. Both gateways run all the
+ * time: a machine whose speed changes from minute to minute changes it for both. The one that is started second
+ * takes a few percent more or less, so both orders are measured.
+ *
+ *   node bench/compare.ts ../before [--pairs 24]
+ *
+ * The other checkout must be built: `npm ci && npm run build`.
+ */
+
+const { values, positionals } = parseArgs({
+  options: { pairs: { type: 'string', default: '24' } },
+  allowPositionals: true
+})
+if (positionals.length !== 1) throw new Error('usage: node bench/compare.ts DIRECTORY [--pairs N]')
+const before = resolve(positionals[0]!)
+const pairs = Number(values.pairs)
+
+const KINDS: Record<string, Omit<Job, 'target'>> = {
+  'request 2 KB': whole(1_500, 2 * 1024),
+  'request 64 KB': whole(300, 64 * 1024),
+  'request 1 MB': whole(30, 1024 * 1024),
+  chunk: { kind: 'streams', streams: 100, chunks: 100, interval: 10 } as Omit<Job, 'target'>
+}
+
+const folder = mkdtempSync(join(tmpdir(), 'llmproxy-compare-'))
+const [backend, sink, load] = await Promise.all(
+  ['backend.ts', 'sink.ts', 'load.ts'].map(file => launch(file))
+)
+try {
+  const first = await compare(['before', 'now'])
+  const second = await compare(['now', 'before'])
+  console.log(
+    '| CPU µs | before | now | now / before, by order of start |\n| --- | ---: | ---: | ---: |'
+  )
+  for (const [at, { kind, old, now, ratio }] of first.entries()) {
+    const other = second[at]!
+    const ratios = `${ratio.toFixed(2)}, ${other.ratio.toFixed(2)}`
+    const both = (a: number, b: number) => Math.round((a + b) / 2)
+    console.log(`| ${kind} | ${both(old, other.old)} | ${both(now, other.now)} | ${ratios} |`)
+  }
+} finally {
+  for (const helper of [backend!, sink!, load!]) helper.stop()
+  rmSync(folder, { recursive: true, force: true })
+}
+
+/** Starts both in this order and returns the medians of each kind of work. */
+async function compare(order: ('before' | 'now')[]) {
+  const running = new Map<string, Running>()
+  for (const which of order) running.set(which, await begin(which, order.join('-')))
+  const old = running.get('before')!
+  const now = running.get('now')!
+  for (const each of running.values()) await warmUp(each)
+  const results = []
+  for (const kind of Object.keys(KINDS)) {
+    const times: { old: number; now: number }[] = []
+    for (let pair = 0; pair < pairs; pair++) {
+      const isEven = pair % 2 === 0
+      const one = await cpuOf(isEven ? old : now, kind)
+      const other = await cpuOf(isEven ? now : old, kind)
+      times.push(isEven ? { old: one, now: other } : { old: other, now: one })
+    }
+    results.push({
+      kind,
+      old: median(times.map(each => each.old)),
+      now: median(times.map(each => each.now)),
+      ratio: median(times.map(each => each.now / each.old))
+    })
+  }
+  for (const each of running.values()) await each.stop()
+  return results
+}
+
+async function begin(which: 'before' | 'now', order: string): Promise<Running> {
+  const url = pathToFileURL(join(before, 'bench/entrants.ts')).href
+  const entrants = which === 'now' ? { ENTRANTS, start } : await import(url)
+  const own = join(folder, `${order}-${which}`)
+  mkdirSync(own)
+  const llmproxy = entrants.ENTRANTS.find(({ name }: { name: string }) => name === 'llmproxy')
+  const surroundings = { backendPort: backend!.port, sinkPort: sink!.port, folder: own }
+  return entrants.start(llmproxy, surroundings)
+}
+
+async function warmUp(running: Running): Promise<void> {
+  await job({ ...whole(24_000, 2 * 1024), target: running.target } as Job)
+  for (let turn = 0; turn < 3; turn++) {
+    for (const kind of Object.keys(KINDS)) await cpuOf(running, kind)
+  }
+}
+
+/** CPU time (µs) for each request or chunk, with the delivery of every usage event. */
+async function cpuOf({ pid, target }: Running, kind: string): Promise<number> {
+  const work = { ...KINDS[kind]!, target } as Job
+  const events = await count(sink!)
+  const before = cpuTime(pid)
+  const result = await job<RequestsResult & StreamsResult>(work)
+  const exchanges = work.kind === 'streams' ? work.streams : result.requests
+  while ((await count(sink!)) < events + exchanges) await new Promise(done => setTimeout(done, 5))
+  return (cpuTime(pid) - before) / (result.chunks ?? result.requests)
+}
+
+async function job<Result>(work: Job): Promise<Result> {
+  return (await load!.ask(work)).result as Result
+}
+
+async function count(helper: Helper): Promise<number> {
+  return (await helper.ask({})).events as number
+}
+
+function whole(requests: number, promptBytes: number): Omit<Job, 'target'> {
+  return { kind: 'requests', connections: 32, requests, promptBytes } as Omit<Job, 'target'>
+}
