@@ -11,8 +11,8 @@ import { median } from './report.ts'
 
 /**
  * Compares the CPU time of this checkout with that of another one, in many short turns. Both gateways run all the
- * time: a machine whose speed changes from minute to minute changes it for both. The one that is started second
- * takes a few percent more or less, so both orders are measured.
+ * time, so that a change of the machine's speed affects both. The order of their start makes a difference of a few
+ * percent, so both orders are measured.
  *
  *   node bench/compare.ts ../before [--pairs 24]
  *

@@ -14,7 +14,7 @@ export class BodyBudget {
   /** Bytes that may be kept together, and that are kept now. */
   most = Number.POSITIVE_INFINITY
   held = 0
-  /** Bytes of all bodies so far. */
+  /** Bytes taken since the start; a body that is also recorded counts twice. */
   total = 0
 
   /** @throws {GatewayError} `overloaded` where there is no room; nothing is taken then */

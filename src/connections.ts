@@ -161,9 +161,7 @@ export class Connections {
   }
 
   #leave(socket: Socket): void {
-    const connection = this.#sockets.get(socket)
-    if (connection === undefined) return
-    const { port, group } = connection
+    const { port, group } = this.#sockets.get(socket)!
     this.#sockets.delete(socket)
     port.open--
     const left = port.byAddress.get(group)! - 1

@@ -67,8 +67,8 @@ const QUIET_MS = 45_000
 const TRIM_MS = 1_000
 const TRIM_PART = 1 / 250
 /**
- * Giving back takes about a millisecond for a megabyte. When request bodies were larger than this together (bytes) since
- * the last time, it waits until nothing was forwarded for so long (ms).
+ * Giving back takes about a millisecond per megabyte. If all request bodies since the last time exceed this size
+ * (bytes), it waits until no exchange has been open for `IDLE_MS`.
  */
 const MAX_BODIES = 4 * 1024 * 1024
 const IDLE_MS = 5_000
@@ -79,7 +79,7 @@ const IDLE_MS = 5_000
  * forgets both when it finds no such object, as there is no exchange in a lull. So it is told so after the start,
  * unless there is work at once, and after a rush, and its own collections in lulls are off: `--no-memory-reducer`,
  * with which the gateway is started. What compiling has left, and what lay beside V8's heap, is given back at work,
- * too.
+ * too, while request bodies are small.
  *
  * @param trim gives back what lies beside V8's heap
  */

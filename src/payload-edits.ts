@@ -22,16 +22,16 @@ export function changed({ bytes, members }: Body, changes: readonly Change[]): B
 
 /** Fields of `stream_options` that ask for usage: at the end, and in every event. */
 export type UsageField = 'include_usage' | 'continuous_usage_stats'
-/** Lists that requests share. */
-const USAGE_FIELDS: readonly UsageField[] = ['include_usage', 'continuous_usage_stats']
+/** Requests share these lists, so that a running stream has none of its own. */
+const ALL_USAGE: readonly UsageField[] = ['include_usage', 'continuous_usage_stats']
+const RUNNING_USAGE: readonly UsageField[] = ['continuous_usage_stats']
 export const FINAL_USAGE: readonly UsageField[] = ['include_usage']
 export const NO_USAGE: readonly UsageField[] = []
 
 /** Returns the fields that the client has not set itself. */
 export function unaskedUsage({ includeUsage, runningUsage }: Payload): readonly UsageField[] {
-  if (!includeUsage && !runningUsage) return USAGE_FIELDS
   if (runningUsage) return includeUsage ? NO_USAGE : FINAL_USAGE
-  return USAGE_FIELDS.filter(field => field !== 'include_usage')
+  return includeUsage ? RUNNING_USAGE : ALL_USAGE
 }
 
 /** Sets these fields of `stream_options`. */

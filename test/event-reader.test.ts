@@ -150,3 +150,18 @@ test('the reader tells whether a line and an event are complete', () => {
   assert.deepEqual(state(': ping'), [false, false])
   assert.deepEqual(state('\n\n'), [true, true])
 })
+
+test('a chunk that has been read is not kept', () => {
+  for (const text of ['data: {"n":1}\n\n', 'data: {"n"', 'event: er', 'data: 1\n\ndata: 2']) {
+    const reader = new EventReader('sse')
+    const chunk = Buffer.from(text)
+    reader.feed(chunk)
+    let isSeen = false
+    for (let next = reader.next(); next !== undefined; next = reader.next()) {
+      isSeen ||= reader.bytes === chunk
+    }
+    assert.equal(isSeen, text.startsWith('data'))
+    assert.notEqual(reader.bytes, chunk)
+    assert.equal(reader.next(), undefined)
+  }
+})

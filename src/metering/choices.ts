@@ -39,7 +39,7 @@ export interface Told {
  * choices.total(1, { all: 42, first: undefined }).usage // { promptTokens: 9, completionTokens: 40, ... }
  */
 export class Choices {
-  /** Nearly every response has one: then an array takes the least memory. */
+  /** Nearly every response has one choice, for which an array takes less memory than a map. */
   #choices: readonly Choice[] = []
   /** Number of choices in one event. */
   #together = 0
@@ -124,7 +124,7 @@ export class Choices {
   }
 }
 
-/** Returns a list with one item more, up to its bound. Lists that grow in place take memory ahead. */
+/** Returns the list with one more item, unless it is full. `push` would reserve memory for 16 more. */
 function withOne<Item>(list: readonly Item[], item: Item): readonly Item[] {
   return list.length < MAX_KEPT ? list.concat(item) : list
 }

@@ -11,7 +11,7 @@ import { hasText, leastTokens, type PromptText, promptText } from '../metering/p
 import { characters } from '../metering/text.ts'
 import type { MemberNames } from '../metering/watcher.ts'
 import { part, share, toPart } from '../parts.ts'
-import { unaskedUsage } from '../payload-edits.ts'
+import { NO_USAGE, unaskedUsage } from '../payload-edits.ts'
 
 /**
  * Reads from every answer how many tokens it took: `request.exchange.usage`, complete when the
@@ -68,7 +68,7 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     const { endpoint } = exchange
     exchange.promptEstimate = part(fastify, 'tokens')!.input(exchange)
     if (endpoint?.asksForUsage && payload?.stream) {
-      exchange.question = { wanted: unaskedUsage(payload), asked: [] }
+      exchange.question = { wanted: unaskedUsage(payload), asked: NO_USAGE }
     }
     done()
   })

@@ -511,7 +511,7 @@ class Delivery implements AttemptOwner, Racer, Waiter, Work, Patient, Continuer 
   /** How this backend is asked for usage. */
   #usageFields(backend: Backend, { includeUsage }: Payload): readonly UsageField[] {
     const { question } = this.#exchange
-    if (question === undefined) return []
+    if (question === undefined) return NO_USAGE
     // A response that began without a question must not get what answers one.
     const wanted = this.#gap === undefined ? question.wanted : question.asked
     const isTaken = (field: UsageField) =>

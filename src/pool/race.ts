@@ -11,7 +11,7 @@ export interface Racer {
 export class Race {
   readonly #racer: Racer
   readonly #hedges: Hedges | undefined
-  /** Joined, for `push` would take memory for 16 more. */
+  /** Extended with `concat`: `push` reserves memory for 16 more. */
   #attempts: readonly Attempt[] = []
   /** The one that runs beside another. */
   #second: Attempt | undefined

@@ -105,7 +105,7 @@ export class EventReader {
     this.feed(STREAM_END)
   }
 
-  /** The part of the data that was read last. */
+  /** The part of the data that was read last; only valid directly after `data`. */
   get data(): Buffer {
     return this.bytes.subarray(this.from, this.to)
   }
@@ -128,7 +128,7 @@ export class EventReader {
     }
   }
 
-  /** A chunk is a part of a larger buffer, which would stay in memory until the next chunk. */
+  /** Drops the chunk: it may be a part of Node's 64 KB pool, which it would keep in memory until the next chunk. */
   #letGo(): undefined {
     this.bytes = this.#chunk = NEWLINE
     this.#at = NEWLINE.length
