@@ -24,7 +24,9 @@ const STREAMS = [
   {
     path: '/v1/responses',
     type: 'text/event-stream',
-    first: 'event: response.created\ndata: {"type":"response.created","response":{"id":"r1"}}\n\n',
+    first:
+      'event: response.created\ndata: {"type":"response.created","response":{"id":"r1"}}\n\n' +
+      'event: response.in_progress\ndata: {"type":"response.in_progress","sequence_number":true}\n\n',
     last: /event: error\ndata: \{"type":"error","sequence_number":1,"code":"backend_failed","message":.*\n\nevent: response.failed\ndata: \{"type":"response.failed","sequence_number":2,"response":\{"id":"r1",.*"status":"failed","error":\{"code":"server_error","message":"The backend broke/
   },
   {

@@ -1517,6 +1517,14 @@ const SEVERAL: Several[] = [
     exactness: 'exact'
   },
   {
+    name: 'running numbers of one choice, whose index is no number',
+    request: { stream: true },
+    body: runningOf(0, 40).join('').replaceAll('"index":0', '"index":true') + DONE,
+    prompt: LLAMA_PROMPT,
+    output: 40,
+    exactness: 'exact'
+  },
+  {
     name: 'vLLM, whole: the sum',
     request: { n: 2 },
     body: wholeOf([40, 30], { usage: ofChoice(70).usage }),

@@ -389,7 +389,7 @@ export class JsonWatcher {
   #noteScalar(text: string): void {
     const { seen } = this
     if (this.#depth > 1) {
-      seen.index = Number(text)
+      seen.index = toInteger(text)
       return
     }
     switch (this.#members[1]) {
@@ -403,7 +403,7 @@ export class JsonWatcher {
         seen.code = text
         break
       case NAMES.sequence_number:
-        seen.sequence = Number(text)
+        seen.sequence = toInteger(text)
         break
       case NAMES.eval_count:
         seen.evalCount = Number(text)
@@ -510,6 +510,12 @@ export class JsonWatcher {
     this.#kept = ''
     return text
   }
+}
+
+/** A backend may send `true`, or 1e999, where a number belongs. */
+function toInteger(text: string): number {
+  const number = Number(text)
+  return Number.isSafeInteger(number) ? number : 0
 }
 
 function nothing(): Seen {
