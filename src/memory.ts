@@ -63,15 +63,13 @@ const GROWN = 256 * 1024 * 1024
 /** A rush is over when there have been this part of its exchanges, or fewer, for so long (ms). */
 const PART = 1 / 4
 const QUIET_MS = 45_000
-/** How often (ms) freed memory is given back at work, and what part of the time that may take. */
-const TRIM_MS = 1_000
+/** The part of the time that giving back freed memory at work may take. */
 const TRIM_PART = 1 / 250
 /**
- * Giving back takes about a millisecond per megabyte. If all request bodies since the last time exceed this size
- * (bytes), it waits until no exchange has been open for `IDLE_MS`.
+ * Giving back takes about a millisecond per megabyte, so it waits while request bodies exceed this size (bytes).
+ * Those of each second before count half as much as those of the next one.
  */
 const MAX_BODIES = 4 * 1024 * 1024
-const IDLE_MS = 5_000
 
 /**
  * V8 keeps the memory of the start, and of the busiest moment, until it is told to give back what it can. That
@@ -79,7 +77,7 @@ const IDLE_MS = 5_000
  * forgets both when it finds no such object, as there is no exchange in a lull. So it is told so after the start,
  * unless there is work at once, and after a rush, and its own collections in lulls are off: `--no-memory-reducer`,
  * with which the gateway is started. What compiling has left, and what lay beside V8's heap, is given back at work,
- * too, while request bodies are small.
+ * too: once a second while request bodies are small, else some seconds after the last large ones.
  *
  * @param trim gives back what lies beside V8's heap
  */
@@ -91,8 +89,8 @@ export function giveMemoryBack(exchanges: Exchanges, trim = trimMalloc): NodeJS.
   let size = residentBytes()
   let isTrimDue = false
   let trimAt = 0
-  let trimmedBodies = 0
-  let workedAt = performance.now()
+  let { total } = exchanges.bodies
+  let recent = 0
   return setInterval(() => {
     const now = performance.now()
     const open = exchanges.open.length
@@ -111,15 +109,12 @@ export function giveMemoryBack(exchanges: Exchanges, trim = trimMalloc): NodeJS.
       size = residentBytes()
       quietSince = now
     }
-    if (isWorking) {
-      isTrimDue = true
-      workedAt = now
-    }
-    const isLong = exchanges.bodies.total - trimmedBodies > MAX_BODIES
-    if (!isTrimDue || now < trimAt || (isLong && now - workedAt < IDLE_MS)) return
+    if (isWorking) isTrimDue = true
+    recent = recent / 2 + exchanges.bodies.total - total
+    total = exchanges.bodies.total
+    if (!isTrimDue || now < trimAt || recent > MAX_BODIES) return
     trim()
-    trimmedBodies = exchanges.bodies.total
     isTrimDue = false
-    trimAt = now + Math.max(TRIM_MS, (performance.now() - now) / TRIM_PART)
+    trimAt = now + (performance.now() - now) / TRIM_PART
   }, 1_000).unref()
 }
