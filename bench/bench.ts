@@ -12,7 +12,7 @@ import {
   type Surroundings,
   start
 } from './entrants.ts'
-import { type Helper, launch, machine } from './helpers.ts'
+import { count, delivered, expectAll, type Helper, job, launch, machine } from './helpers.ts'
 import type { Job, RequestsResult, Spread, StreamsResult } from './load.ts'
 import { cpuTime, memory } from './process.ts'
 import { type Figures, insert, median, toMarkdown, toSvg, toTargets } from './report.ts'
@@ -40,7 +40,6 @@ const { values: options } = parseArgs({
 })
 
 const here = (path: string) => fileURLToPath(new URL(path, import.meta.url))
-const DELIVERY_TIMEOUT = 30_000
 const SETTLE_MS = 60_000
 /** Time to settle down before the idle memory is read; the same for all. */
 const IDLE_MS = 10_000
@@ -162,7 +161,7 @@ async function streams(stage: Stage, { entrant, running, figures }: Participant)
   const first = await watched<StreamsResult>(stage, entrant, running!, size.streams, load)
   const { result, cpu } = await watched<StreamsResult>(stage, entrant, running!, size.streams, load)
   add(figures, 'cpu µs/chunk after idleness', first.cpu.entrant / first.result.chunks)
-  expectAll(entrant, result.failed, result.chunks, size.streams * size.chunks)
+  expectAll(entrant.name, result.failed, result.chunks, size.streams * size.chunks)
   add(figures, 'cpu µs/chunk', cpu.entrant / result.chunks)
   add(figures, 'chunk delay p50 ms', result.delay.p50 / 1000)
   add(figures, 'chunk delay p99 ms', result.delay.p99 / 1000)
@@ -181,7 +180,7 @@ async function requests(stage: Stage, { entrant, running, figures }: Participant
       requests,
       promptBytes
     })
-    expectAll(entrant, result.failed, result.requests, requests)
+    expectAll(entrant.name, result.failed, result.requests, requests)
     add(figures, `cpu µs/request ${label}`, cpu.entrant / result.requests)
     add(figures, `requests/s ${label}`, (result.requests / result.ms) * 1000)
     if (label !== '2 KB') continue
@@ -303,7 +302,7 @@ async function hold(stage: Stage, entrant: Entrant, { target }: Running, streams
     streams,
     perSecond: 400
   })
-  expectAll(entrant, result.failed, result.open, streams)
+  expectAll(entrant.name, result.failed, result.open, streams)
 }
 
 /** Runs a job and says what CPU time it took, with the delivery of every usage event. */
@@ -327,30 +326,6 @@ async function watched<Result>(
       backend: helpers.backend - before.backend,
       load: helpers.load - before.load
     }
-  }
-}
-
-async function count(sink: Helper): Promise<number> {
-  return (await sink.ask({})).events as number
-}
-
-async function delivered(sink: Helper, expected: number): Promise<void> {
-  const startedAt = performance.now()
-  while ((await count(sink)) < expected) {
-    if (performance.now() - startedAt > DELIVERY_TIMEOUT) {
-      throw new Error(`usage events are missing: ${await count(sink)} of ${expected}`)
-    }
-    await pause(20)
-  }
-}
-
-async function job<Result>(load: Helper, work: Job): Promise<Result> {
-  return (await load.ask(work)).result as Result
-}
-
-function expectAll({ name }: Entrant, failed: number, done: number, expected: number): void {
-  if (failed > 0 || done !== expected) {
-    throw new Error(`${name}: ${done} of ${expected}, ${failed} failed`)
   }
 }
 

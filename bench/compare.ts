@@ -4,8 +4,8 @@ import { join, resolve } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { parseArgs } from 'node:util'
 import { ENTRANTS, type Running, start } from './entrants.ts'
-import { type Helper, launch } from './helpers.ts'
-import type { Job, RequestsResult, StreamsResult } from './load.ts'
+import { count, delivered, expectAll, job, launch } from './helpers.ts'
+import type { RequestsResult, StreamsResult } from './load.ts'
 import { cpuTime } from './process.ts'
 import { median } from './report.ts'
 
@@ -26,12 +26,17 @@ const { values, positionals } = parseArgs({
 if (positionals.length !== 1) throw new Error('usage: node bench/compare.ts DIRECTORY [--pairs N]')
 const before = resolve(positionals[0]!)
 const pairs = Number(values.pairs)
+if (!Number.isInteger(pairs) || pairs < 1) throw new Error('--pairs must be a whole number above 0')
 
-const KINDS: Record<string, Omit<Job, 'target'>> = {
+type Work =
+  | { kind: 'requests'; connections: number; requests: number; promptBytes: number }
+  | { kind: 'streams'; streams: number; chunks: number; interval: number }
+
+const KINDS: Record<string, Work> = {
   'request 2 KB': whole(1_500, 2 * 1024),
   'request 64 KB': whole(300, 64 * 1024),
   'request 1 MB': whole(30, 1024 * 1024),
-  chunk: { kind: 'streams', streams: 100, chunks: 100, interval: 10 } as Omit<Job, 'target'>
+  chunk: { kind: 'streams', streams: 100, chunks: 100, interval: 10 }
 }
 
 const folder = mkdtempSync(join(tmpdir(), 'llmproxy-compare-'))
@@ -58,28 +63,35 @@ try {
 /** Starts both in this order and returns the medians of each kind of work. */
 async function compare(order: ('before' | 'now')[]) {
   const running = new Map<string, Running>()
-  for (const which of order) running.set(which, await begin(which, order.join('-')))
-  const old = running.get('before')!
-  const now = running.get('now')!
-  for (const each of running.values()) await warmUp(each)
-  const results = []
-  for (const kind of Object.keys(KINDS)) {
-    const times: { old: number; now: number }[] = []
-    for (let pair = 0; pair < pairs; pair++) {
-      const isEven = pair % 2 === 0
-      const one = await cpuOf(isEven ? old : now, kind)
-      const other = await cpuOf(isEven ? now : old, kind)
-      times.push(isEven ? { old: one, now: other } : { old: other, now: one })
+  try {
+    for (const which of order) running.set(which, await begin(which, order.join('-')))
+    for (const each of running.values()) await warmUp(each)
+    const old = running.get('before')!
+    const now = running.get('now')!
+    const results = []
+    for (const [kind, work] of Object.entries(KINDS)) {
+      results.push({ kind, ...(await inTurns(old, now, work)) })
     }
-    results.push({
-      kind,
-      old: median(times.map(each => each.old)),
-      now: median(times.map(each => each.now)),
-      ratio: median(times.map(each => each.now / each.old))
-    })
+    return results
+  } finally {
+    for (const each of running.values()) await each.stop()
   }
-  for (const each of running.values()) await each.stop()
-  return results
+}
+
+/** Medians of the CPU times (µs), and of their ratios. */
+async function inTurns(old: Running, now: Running, work: Work) {
+  const times: { old: number; now: number }[] = []
+  for (let pair = 0; pair < pairs; pair++) {
+    const isEven = pair % 2 === 0
+    const one = await cpuOf(isEven ? old : now, work)
+    const other = await cpuOf(isEven ? now : old, work)
+    times.push(isEven ? { old: one, now: other } : { old: other, now: one })
+  }
+  return {
+    old: median(times.map(each => each.old)),
+    now: median(times.map(each => each.now)),
+    ratio: median(times.map(each => each.now / each.old))
+  }
 }
 
 async function begin(which: 'before' | 'now', order: string): Promise<Running> {
@@ -93,31 +105,33 @@ async function begin(which: 'before' | 'now', order: string): Promise<Running> {
 }
 
 async function warmUp(running: Running): Promise<void> {
-  await job({ ...whole(24_000, 2 * 1024), target: running.target } as Job)
+  await cpuOf(running, whole(24_000, 2 * 1024))
   for (let turn = 0; turn < 3; turn++) {
-    for (const kind of Object.keys(KINDS)) await cpuOf(running, kind)
+    for (const work of Object.values(KINDS)) await cpuOf(running, work)
   }
 }
 
 /** CPU time (µs) for each request or chunk, with the delivery of every usage event. */
-async function cpuOf({ pid, target }: Running, kind: string): Promise<number> {
-  const work = { ...KINDS[kind]!, target } as Job
+async function cpuOf({ pid, target }: Running, work: Work): Promise<number> {
   const events = await count(sink!)
   const before = cpuTime(pid)
-  const result = await job<RequestsResult & StreamsResult>(work)
-  const exchanges = work.kind === 'streams' ? work.streams : result.requests
-  while ((await count(sink!)) < events + exchanges) await new Promise(done => setTimeout(done, 5))
-  return (cpuTime(pid) - before) / (result.chunks ?? result.requests)
+  const done = await doAll({ ...work, target })
+  await delivered(sink!, events + (work.kind === 'streams' ? work.streams : work.requests))
+  return (cpuTime(pid) - before) / done
 }
 
-async function job<Result>(work: Job): Promise<Result> {
-  return (await load!.ask(work)).result as Result
+/** Returns the number of requests or chunks. */
+async function doAll(work: Work & Pick<Running, 'target'>): Promise<number> {
+  if (work.kind === 'streams') {
+    const { chunks, failed } = await job<StreamsResult>(load!, work)
+    expectAll('llmproxy', failed, chunks, work.streams * work.chunks)
+    return chunks
+  }
+  const { requests, failed } = await job<RequestsResult>(load!, work)
+  expectAll('llmproxy', failed, requests, work.requests)
+  return requests
 }
 
-async function count(helper: Helper): Promise<number> {
-  return (await helper.ask({})).events as number
-}
-
-function whole(requests: number, promptBytes: number): Omit<Job, 'target'> {
-  return { kind: 'requests', connections: 32, requests, promptBytes } as Omit<Job, 'target'>
+function whole(requests: number, promptBytes: number): Work {
+  return { kind: 'requests', connections: 32, requests, promptBytes }
 }

@@ -1,6 +1,8 @@
 import { type ChildProcess, fork } from 'node:child_process'
 import { availableParallelism, cpus, release } from 'node:os'
+import { setTimeout as pause } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
+import type { Job } from './load.ts'
 
 /** What bench and soak share: the processes around an entrant, and the machine they run on. */
 
@@ -37,6 +39,37 @@ export function launch(file: string): Promise<Helper> {
       })
     })
   })
+}
+
+/** Lets the load do one job; its result is that of the job's kind. */
+export async function job<Result>(load: Helper, work: Job): Promise<Result> {
+  return (await load.ask(work)).result as Result
+}
+
+/** The number of usage events that have arrived. */
+export async function count(sink: Helper): Promise<number> {
+  return (await sink.ask({})).events as number
+}
+
+/** How long (ms) the last usage event may take. */
+const DELIVERY_TIMEOUT = 30_000
+
+/** Waits until so many usage events have arrived. */
+export async function delivered(sink: Helper, expected: number): Promise<void> {
+  const startedAt = performance.now()
+  while ((await count(sink)) < expected) {
+    if (performance.now() - startedAt > DELIVERY_TIMEOUT) {
+      throw new Error(`usage events are missing: ${await count(sink)} of ${expected}`)
+    }
+    await pause(20)
+  }
+}
+
+/** Throws unless the entrant has done all of its work. */
+export function expectAll(name: string, failed: number, done: number, expected: number): void {
+  if (failed > 0 || done !== expected) {
+    throw new Error(`${name}: ${done} of ${expected}, ${failed} failed`)
+  }
 }
 
 export function machine(): string {

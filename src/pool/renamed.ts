@@ -93,7 +93,7 @@ export class Renamed implements Tap {
         if (next === 'end') this.#reset()
         else if (reader.bytes === bytes) {
           from = this.#scan(bytes, reader.from, reader.to, from, parts)
-          if (reader.to === bytes.length) break
+          if (reader.to === bytes.length) continue
           if (this.#isOld) from = reader.to
         }
         // JSON has no line end within a string.
