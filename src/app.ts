@@ -24,7 +24,7 @@ import { keyFile } from './keys/key-store.ts'
 import { keyQuotaIssues, looksIntoStore, sourceIssues } from './keys/sources.ts'
 import { LimitsOptions, limitIssues } from './limits/policy.ts'
 import { closeInStages } from './lingering.ts'
-import { masked } from './masked.ts'
+import { maskedJson } from './masked.ts'
 import { checkOptions, Duration, type Given, OptionsError } from './options.ts'
 import { share } from './parts.ts'
 import type { Peers } from './peers.ts'
@@ -103,8 +103,8 @@ export type GivenOptions = Given<Omit<GatewayOptions, 'auth'>> & {
   ownsNotFound?: boolean
   /** Where several processes serve together. */
   peers?: Peers
-  /** What the admin API shows in front of the gateway's own options. */
-  settings?: () => object
+  /** What the admin API shows in front of the gateway's own options, and the schema of both together. */
+  settings?: () => { schema: object; value: object }
   /** Reads the configuration again for the admin API, if there is something to read; returns the changes as JSON. */
   reload?: () => Promise<string> | undefined
   /** Where usage records are kept until they are delivered; without it, in memory. */
@@ -143,7 +143,7 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
     onGateway,
     ownsNotFound,
     peers,
-    settings = () => ({}),
+    settings = () => ({ schema: GatewayOptions, value: {} }),
     reload = () => undefined,
     dataDir,
     prefix,
@@ -244,7 +244,8 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
         reload,
         config() {
           const { proxy, overload, drain_delay, drain_timeout, ...sections } = options
-          return { ...settings(), ...(masked(GatewayOptions, sections) as object) }
+          const { schema, value } = settings()
+          return maskedJson(schema, { ...value, ...sections })
         }
       }
       await scope.register(adminRoutes(administered))

@@ -21,6 +21,8 @@ export interface Changes {
   changed: Change[]
   /** Takes effect when the gateway is started again. */
   restart_needed: Change[]
+  /** Number of changes beyond those that a reload shows. */
+  omitted?: number
 }
 
 interface SchemaNode {

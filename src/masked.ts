@@ -1,3 +1,5 @@
+import { membersOf } from './fragments.ts'
+
 /** Options as they may be shown: in the form of the configuration file, without what is secret. */
 
 interface SchemaNode {
@@ -30,22 +32,68 @@ const TIMES = [
  * masked(schema, { token: 'abc', timeout: 90_000, other: 1 }) // { token: '***', timeout: '90s' }
  */
 export function masked(schema: object, value: unknown): unknown {
-  const { secret, secretPath, unit, items, properties, patternProperties } = alternativeFor(
-    schema as SchemaNode,
-    value
-  )
-  if (secret) return withoutLeaves(value)
+  const node = alternativeFor(schema as SchemaNode, value)
+  if (Array.isArray(value)) return value.map(item => masked(itemOf(node), item))
+  if (typeof value !== 'object' || value === null) return leaf(node, value)
+  const members = [...shownMembers(node, value)]
+  return Object.fromEntries(members.map(([name, inner, member]) => [name, masked(inner, member)]))
+}
+
+/**
+ * The same as JSON in many small pieces, so that a long one can be made in slices.
+ *
+ * @example
+ * const schema = { properties: { token: { secret: true }, ports: {} } }
+ * const pieces = [...maskedJson(schema, { token: 'abc', ports: [1, 2] })]
+ * pieces.join('') // '{"token":"***","ports":[1,2]}'
+ */
+export function* maskedJson(schema: object, value: unknown): Generator<string> {
+  const node = alternativeFor(schema as SchemaNode, value)
+  let separator = ''
+  if (Array.isArray(value)) {
+    yield '['
+    for (const item of value) {
+      yield separator
+      yield* maskedJson(itemOf(node), item)
+      separator = ','
+    }
+    yield ']'
+  } else if (typeof value !== 'object' || value === null) {
+    yield JSON.stringify(leaf(node, value))
+  } else {
+    yield '{'
+    for (const [name, inner, member] of shownMembers(node, value)) {
+      yield `${separator}${JSON.stringify(name)}:`
+      yield* maskedJson(inner, member)
+      separator = ','
+    }
+    yield '}'
+  }
+}
+
+function leaf({ secret, secretPath, unit }: SchemaNode, value: unknown): unknown {
+  if (secret) return value === '' || value === undefined ? value : MASK
   if (unit === 'ms' && typeof value === 'number') return toText(value)
-  if (typeof value === 'string') return maskedUrl(value, secretPath)
-  if (Array.isArray(value)) return value.map(item => masked(items ?? {}, item))
-  if (typeof value !== 'object' || value === null) return value
-  const other = Object.values(patternProperties ?? {})[0]
-  return Object.fromEntries(
-    Object.entries(value).flatMap(([name, member]) => {
-      const inner = Object.hasOwn(properties ?? {}, name) ? properties![name] : other
-      return inner === undefined || inner.notBuilt ? [] : [[name, masked(inner, member)]]
-    })
-  )
+  return typeof value === 'string' ? maskedUrl(value, secretPath) : value
+}
+
+/** What is in a secret is secret, too. */
+function itemOf(node: SchemaNode): SchemaNode {
+  return node.secret ? node : (node.items ?? {})
+}
+
+/** The members that the schema knows, each with its own schema. */
+function* shownMembers(
+  node: SchemaNode,
+  value: object
+): Generator<[name: string, schema: SchemaNode, member: unknown]> {
+  const { secret, properties, patternProperties } = node
+  const other = secret ? node : Object.values(patternProperties ?? {})[0]
+  for (const [name, member] of membersOf(value as Record<string, unknown>)) {
+    const isKnown = !secret && Object.hasOwn(properties ?? {}, name)
+    const inner = isKnown ? properties![name] : other
+    if (inner !== undefined && !inner.notBuilt && member !== undefined) yield [name, inner, member]
+  }
 }
 
 /** Of alternatives the one for a list, for a mapping, or for anything else. */
@@ -82,15 +130,6 @@ export function maskedUrl(text: string, secretPath: true | undefined): string {
     query === undefined ? '' : `?${MASK}`,
     fragment === undefined ? '' : `#${MASK}`
   ].join('')
-}
-
-function withoutLeaves(value: unknown): unknown {
-  if (value === '' || value === undefined) return value
-  if (Array.isArray(value)) return value.map(withoutLeaves)
-  if (typeof value !== 'object' || value === null) return MASK
-  return Object.fromEntries(
-    Object.entries(value).map(([name, member]) => [name, withoutLeaves(member)])
-  )
 }
 
 function toText(ms: number): string {

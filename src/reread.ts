@@ -1,6 +1,6 @@
 import { stat } from 'node:fs/promises'
 import { batchesOf } from './batches.ts'
-import { type Change, compare, takeOver } from './changes.ts'
+import { type Change, type Changes, compare, takeOver } from './changes.ts'
 import { type Config, ConfigSchema, loadConfig } from './config.ts'
 import { Assembly, type Fragment, freeze } from './fragments.ts'
 import { andMore } from './issues.ts'
@@ -38,6 +38,9 @@ const SMALL = 8 * 1024
 const SMALL_JSON = 32 * 1024
 /** Maximum number of paths that are named. */
 const MAX_NAMED = 50
+/** Maximum number of changes of each kind that are shown, and maximum length of a value in them (characters of JSON). */
+const MAX_SHOWN = 200
+const MAX_VALUE = 4_000
 
 /**
  * Reads a configuration file again.
@@ -70,7 +73,7 @@ export function toReread(wanted: Config, running: Json): Reread {
   return {
     config,
     json: toJson(config),
-    changes: JSON.stringify(changes),
+    changes: JSON.stringify(shown(changes)),
     changed: namesOf(changes.changed),
     restart_needed: namesOf(changes.restart_needed)
   }
@@ -81,6 +84,26 @@ export function toJson(config: Config): Json {
   const json = new Uint8Array(new SharedArrayBuffer(Buffer.byteLength(text)))
   Buffer.from(json.buffer).write(text)
   return json
+}
+
+/** Changes as the admin API shows them. */
+function shown({ changed, restart_needed }: Changes): Changes {
+  const omitted =
+    Math.max(0, changed.length - MAX_SHOWN) + Math.max(0, restart_needed.length - MAX_SHOWN)
+  return {
+    changed: changed.slice(0, MAX_SHOWN).map(withShortValues),
+    restart_needed: restart_needed.slice(0, MAX_SHOWN).map(withShortValues),
+    ...(omitted > 0 ? { omitted } : {})
+  }
+}
+
+function withShortValues(change: Change): Change {
+  const short = { ...change }
+  for (const side of ['before', 'after'] as const) {
+    const length = JSON.stringify(change[side])?.length ?? 0
+    if (length > MAX_VALUE) short[side] = `too long to show: ${length} characters`
+  }
+  return short
 }
 
 function namesOf(changes: readonly Change[]): string[] {

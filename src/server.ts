@@ -21,7 +21,6 @@ import { GatewayError, toGatewayError } from './errors.ts'
 import { networksOf } from './keys/key.ts'
 import { listen, serversOf } from './listen.ts'
 import { Log } from './logs/log.ts'
-import { masked } from './masked.ts'
 import { giveMemoryBack, keepYoung } from './memory.ts'
 import { LONGEST } from './options.ts'
 import { share } from './parts.ts'
@@ -218,7 +217,7 @@ export async function createApp(
     ...sections(config),
     settings: () => {
       const { server, log } = running
-      return masked(ConfigSchema, { server, log }) as object
+      return { schema: ConfigSchema, value: { server, log } }
     },
     ownsNotFound: true,
     ...(peers === undefined ? {} : { peers }),

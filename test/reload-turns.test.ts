@@ -12,7 +12,11 @@ const COUNT = process.env.LONG ? 100_000 : 5_000
 /** Maximum CPU time (ms) of a turn. Without STRICT=1, other work on the machine may slow it down. */
 const LONGEST = process.env.STRICT ? 50 : 100
 
+/** Maximum length of the changes that a reload shows (characters). */
+const MAX_CHANGES = 100_000
+
 const KEY = 'sk-always'
+const TOKEN = 'admin-token'
 const listOf = <T>(item: (at: number) => T) => Array.from({ length: COUNT }, (_, at) => item(at))
 const own = (more: object = {}) => ({ key: KEY, name: 'always', ...more })
 
@@ -84,6 +88,7 @@ async function run(t: TestContext, workers: number) {
       server: { listen: '127.0.0.1:0', workers },
       backends: [{ url: backend.url, models: ['m'] }],
       auth: { keys: [own()] },
+      admin: { enabled: true, token: TOKEN },
       ...content
     })
   const watch = new URL('./loop-watch.mjs', import.meta.url).href
@@ -100,18 +105,30 @@ async function run(t: TestContext, workers: number) {
   }
   const serving = workers === 1 ? [child.pid!] : workersOf(child.pid!)
   let resets = 0
+  /** Begins anew with the longest turns; those of before have been written then. */
+  async function reset(): Promise<void> {
+    for (const pid of serving) process.kill(pid, 'SIGWINCH')
+    await gateway.logged('heap', ++resets * serving.length)
+  }
+  const admin = async (method: string, path: string) => {
+    const response = await fetch(url + path, { method, headers: { 'x-admin-token': TOKEN } })
+    assert.equal(response.status, 200)
+    return response.text()
+  }
   return {
     url,
-    /** Returns the CPU time (ms) of the longest turn of all processes that serve. */
+    /** Reloads, and looks at the configuration. Returns the CPU time (ms) of the longest turn of all processes that serve. */
     async reload(content: object): Promise<number> {
-      for (const pid of serving) process.kill(pid, 'SIGWINCH')
-      await gateway.logged('heap', ++resets * serving.length)
+      await reset()
       const begun = lines.length
       write(content)
-      child.kill('SIGHUP')
+      const changes = await admin('POST', '/admin/reload')
+      assert.ok(changes.length < MAX_CHANGES, `${changes.length}`)
       // The gateway also watches the file, and a reload that it has made before may change nothing.
       const isDone = ({ changed }: (typeof lines)[number]) => (changed as string[])?.length > 0
       await eventually(() => lines.slice(begun).some(isDone))
+      assert.ok((await admin('GET', '/admin/config')).length > JSON.stringify(content).length / 4)
+      await reset()
       const turns = lines.slice(begun).filter(({ pid }) => serving.includes(Number(pid)))
       return Math.max(0, ...turns.map(({ ms }) => Number(ms)))
     }

@@ -186,6 +186,23 @@ test('what needs a restart is named until it is made or taken back; who asks at 
   assert.equal(await reload(), '{"changed":[],"restart_needed":[]}')
 })
 
+test('a reload shows the first 200 changes, the number of the others, and the length of long values', async t => {
+  const backends = [{ url: 'demo://' }]
+  const users = Object.fromEntries(Array.from({ length: 250 }, (_, at) => [`u-${at}`, {}]))
+  const trust_proxy = Array.from({ length: 500 }, (_, at) => `10.0.${at >> 8}.${at & 255}`)
+  const gateway = await serve(t, { backends })
+  const { changed, omitted } = await gateway.reload({ backends, rate_limit: { users } })
+  assert.deepEqual([changed.length, omitted], [200, 50])
+  const { restart_needed } = await gateway.reload({
+    backends,
+    rate_limit: { users },
+    server: { trust_proxy }
+  })
+  const { path, before, after } = restart_needed[0]!
+  assert.deepEqual([path, before], ['server.trust_proxy', false])
+  assert.match(String(after), /^too long to show: \d{4} characters$/)
+})
+
 test('the log names no more than fifty members', async t => {
   const gateway = await serve(t, { backends: [{ url: 'demo://' }] })
   const keys = Array.from({ length: 60 }, (_, at) => `key-${at}`)

@@ -1,9 +1,12 @@
+import { Readable } from 'node:stream'
+import { setImmediate } from 'node:timers/promises'
 import { Type } from 'typebox'
 import { GatewayError } from '../errors.ts'
 import type { Administered, AdminRoute, Changed } from './admin.ts'
 
 /** The configuration: what it is, and that it is read again. */
 
+const JSON_TYPE = 'application/json; charset=utf-8'
 const anything = (description: string) => Type.Optional(Type.Unknown({ description }))
 const ChangesShown = (description: string) =>
   Type.Array(
@@ -25,7 +28,10 @@ export default function configRoutes(
       url: '/config',
       summary: 'The running configuration; secrets are ***',
       response: { 200: Type.Object({}, { description: 'Its sections' }) },
-      handler: async () => config()
+      async handler(_request, reply) {
+        reply.type(JSON_TYPE)
+        return Readable.from(encoded(config()), { objectMode: false })
+      }
     },
     {
       method: 'POST',
@@ -36,9 +42,14 @@ export default function configRoutes(
         200: Type.Object(
           {
             changed: ChangesShown('What differs from before, and holds now'),
-            restart_needed: ChangesShown('What the file says, and holds when it is started again')
+            restart_needed: ChangesShown('What the file says, and holds when it is started again'),
+            omitted: Type.Optional(
+              Type.Integer({
+                description: 'Number of changes beyond the 200 of each kind that are shown'
+              })
+            )
           },
-          { description: 'What differs; secrets are ***' }
+          { description: 'What differs; secrets are ***, and a long value is its length' }
         )
       },
       async handler(request, reply) {
@@ -51,9 +62,24 @@ export default function configRoutes(
         }
         const changes = await reloading
         await changed(request, 'reload', {})
-        reply.type('application/json; charset=utf-8')
+        reply.type(JSON_TYPE)
         return changes
       }
     }
   ]
+}
+
+/** Number of characters that are sent before other work has its turn. */
+const PART = 64 * 1024
+
+async function* encoded(pieces: Iterable<string>): AsyncGenerator<Buffer> {
+  let part = ''
+  for (const piece of pieces) {
+    part += piece
+    if (part.length < PART) continue
+    yield Buffer.from(part)
+    part = ''
+    await setImmediate()
+  }
+  yield Buffer.from(part)
 }

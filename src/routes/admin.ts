@@ -31,8 +31,8 @@ export interface Administered {
   shared(): Promise<boolean>
   backends: Backends
   usage: UsageReports
-  /** The running configuration without its secrets. */
-  config(): object
+  /** Pieces of the running configuration as JSON, without its secrets. */
+  config(): Iterable<string>
   /** Reads the configuration again and takes it over; undefined: there is no file. */
   reload(): Promise<string> | undefined
 }
