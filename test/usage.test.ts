@@ -57,12 +57,14 @@ test('a record has the tokens that failed attempts have generated, and no cost o
   assert.deepEqual([first.failed_input_tokens, first.failed_output_tokens], [24, 1000])
   assert.deepEqual([first.attempts, first.total_tokens, first.cost], [4, 15, 15])
 
-  // A 500 that reaches the client.
-  const alone = await startGateway(t, { backends: [{ url: backends[0]!.url }], usage })
-  assert.equal((await post(`${alone.url}/v1/chat/completions`, CHAT)).status, 500)
-  const second = await hook.event(1)
-  assert.deepEqual([second.failed_input_tokens, second.failed_output_tokens], [12, 900])
-  assert.deepEqual([second.attempts, second.total_tokens], [1, 0])
+  // Errors that reach the client.
+  for (const [at, [status, output]] of [[500, 900] as const, [503, 100] as const].entries()) {
+    const alone = await startGateway(t, { backends: [{ url: backends[at]!.url }], usage })
+    assert.equal((await post(`${alone.url}/v1/chat/completions`, CHAT)).status, status)
+    const record = await hook.event(at + 1)
+    assert.deepEqual([record.failed_input_tokens, record.failed_output_tokens], [12, output])
+    assert.deepEqual([record.attempts, record.total_tokens], [1, 0])
+  }
 })
 
 test('each call that reached a backend is reported, in the fields of the page and of the original', async t => {

@@ -159,6 +159,8 @@ export class Attempt implements BackendHandler {
   #isCancelled = false
   /** The error answer, while it is not certain that it is the client's. */
   #refusal: Refusal | undefined
+  /** What the client gets of an error response, kept for the usage that it may report. */
+  #copy: Refusal | undefined
   /** It may be our own question for usage that is refused. */
   #isInDoubt = false
   /** Waits for the body of a 500. */
@@ -282,6 +284,7 @@ export class Attempt implements BackendHandler {
         this.#refusal = refusal
         return
       }
+      this.#copy = refusal
     }
     this.#answer = new Answer(controller)
     this.#first = this.#expect(this.#head)
@@ -345,6 +348,7 @@ export class Attempt implements BackendHandler {
   }
 
   #data(controller: Dispatcher.DispatchController, chunk: Buffer): void {
+    if (this.#copy?.data(chunk) === false) this.#copy = undefined
     if (this.#sink !== undefined) this.#sink.data(chunk)
     else if (this.#refusal === undefined) {
       this.#answer!.data(chunk)
@@ -357,7 +361,8 @@ export class Attempt implements BackendHandler {
     const isBegun = this.#isDelivered || this.#refusal !== undefined
     if (!isBegun) this.#judge(this.#first?.end() ?? 'response')
     this.#end()
-    if (this.#refusal !== undefined) this.#owner.read(this.#refusal)
+    const error = this.#refusal ?? this.#copy
+    if (error !== undefined) this.#owner.read(error)
     if (this.#isInDoubt) return this.#settleDoubt(this.#refusal!)
     if (this.#suspicion !== undefined) {
       this.#suspect(true)
