@@ -15,8 +15,13 @@ const LEAST = 20
 const MAX_BYTES = LONG ? 8 * 1024 * 1024 : 256 * 1024
 /** Until V8 has compiled the code that is measured. */
 const WARM_UP = 100
-/** CPU time (ms) that one turn of the event loop may take. */
+/**
+ * CPU time (ms) that a turn of the event loop may take. V8's collections of the whole heap come rarely and take up to
+ * 20 ms, so one turn in so many bodies may take longer than that, but not longer than `MAX_RARE_TURN`.
+ */
 const MAX_TURN = 20
+const MAX_RARE_TURN = 50
+const BODIES_PER_RARE_TURN = 5_000
 const MAX_NODES = 1_000_000
 const MAX_DEPTH = 128
 
@@ -104,13 +109,18 @@ test('no request body makes the gateway crash, leak, block, or differ from JSON.
     }
   }
   const longest = longestTurn(gateway)
-  t.diagnostic(`${JSON.stringify(counts)}, longest turn ${longest} ms, seed ${seed}`)
+  const rare = gateway.lines.filter(({ msg }) => msg === 'long turn').length
+  t.diagnostic(
+    `${JSON.stringify(counts)}, longest turn ${longest} ms, ${rare} above ${MAX_TURN} ms, seed ${seed}`
+  )
   assert.ok(counts.good > 0 && counts.bad > 0)
   assert.equal(gateway.child.exitCode, null)
   const metrics = await (await fetch(`${gateway.url}/metrics`)).text()
   assert.match(metrics, /^llmproxy_request_body_bytes 0$/m)
   if (!LONG) return
-  assert.ok(longest < MAX_TURN, `a turn of the event loop took ${longest} ms`)
+  assert.ok(longest < MAX_RARE_TURN, `a turn of the event loop took ${longest} ms`)
+  const bodies = counts.good + counts.bad + counts.aborted
+  assert.ok(rare <= bodies / BODIES_PER_RARE_TURN, `${rare} turns took more than ${MAX_TURN} ms`)
   const grown = (await external(gateway.url)) - early
   assert.ok(grown < 64 * 1024 * 1024, `${grown} bytes more outside the heap`)
 })

@@ -4,14 +4,15 @@ import { runInNewContext } from 'node:vm'
 import { isMainThread } from 'node:worker_threads'
 
 /**
- * Preloaded into a gateway: writes a line whenever one turn of the event loop took more CPU time than any before it.
- * CPU time, because wall time also counts what other processes do. Threads may take their time. SIGWINCH begins anew, and
+ * Preloaded into a gateway: writes a line whenever one turn of the event loop took more CPU time than any before it, and for
+ * each turn above 20 ms. CPU time, because wall time also counts what other processes do. Threads may take their time. SIGWINCH begins anew, and
  * writes the size of the heap after a collection.
  */
 
 setFlagsFromString('--expose-gc')
 const gc = runInNewContext('gc')
 
+const LONG_TURN = 20
 let worst = 0
 let before = 0
 process.on('SIGWINCH', () => {
@@ -40,10 +41,17 @@ function look() {
   const now = cpu()
   const ms = (now - before) / 1000
   before = now
-  if (ms > worst) {
+  const isCounted = worst !== Number.POSITIVE_INFINITY
+  if (isCounted && ms > LONG_TURN) write('long turn', ms)
+  if (isCounted && ms > worst) {
     worst = ms
-    process.stdout.write(`${JSON.stringify({ msg: 'longest turn', ms, pid: process.pid })}\n`)
+    write('longest turn', ms)
   }
   afterEvents(look)
 }
+
+function write(msg, ms) {
+  process.stdout.write(`${JSON.stringify({ msg, ms, pid: process.pid })}\n`)
+}
+
 if (isMainThread) look()
