@@ -40,3 +40,18 @@ export function isListed(list: BlockList, address: string): boolean {
 export function trusting(proxies: BlockList): (address: string | undefined) => boolean {
   return address => isListed(proxies, addressOf({ ip: address }))
 }
+
+/**
+ * The addresses that one client has: a single one of IPv4, a network of 64 bits of IPv6.
+ *
+ * @example
+ * networkOf('2001:db8::1') // '2001:db8:0:0'
+ */
+export function networkOf(address: string): string {
+  if (!address.includes(':')) return address
+  const [head, tail] = address.split('::') as [string, string | undefined]
+  const first = head === '' ? [] : head.split(':')
+  const last = tail === undefined || tail === '' ? [] : tail.split(':')
+  const zeros = new Array(Math.max(0, 8 - first.length - last.length)).fill('0')
+  return [...first, ...zeros, ...last].slice(0, 4).join(':')
+}

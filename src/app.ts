@@ -195,6 +195,11 @@ const gateway: FastifyPluginAsync<GivenOptions> = async function gateway(fastify
   await fastify.register(overload, options.overload ?? {})
   // Who is it? Before the body is read: a stranger costs nothing.
   await fastify.register(auth, { ...options.auth, storage: options.storage, dataDir })
+  // Is there such a route? Before a body is read that nobody wants.
+  fastify.addHook('onRequest', (request, reply, done) => {
+    if (request.is404) answerNotFound(request, reply)
+    else done()
+  })
   // What is asked? The body stays the bytes that came.
   await fastify.register(payload)
   // Does anybody have that model?

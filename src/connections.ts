@@ -1,7 +1,7 @@
 import type { Server } from 'node:http'
 import type { BlockList, Socket } from 'node:net'
 import type { FastifyBaseLogger } from 'fastify'
-import { addressOf, isListed } from './address.ts'
+import { addressOf, isListed, networkOf } from './address.ts'
 import { descriptorLimit, isAmongLast, servableConnections } from './descriptors.ts'
 import { networksOf } from './keys/key.ts'
 import { Complaint } from './logs/complaint.ts'
@@ -145,7 +145,7 @@ export class Connections {
 
   #enter(socket: Socket, port: Port): void {
     const address = addressOf({ ip: socket.remoteAddress })
-    const group = groupOf(address)
+    const group = networkOf(address)
     const ofGroup = port.byAddress.get(group) ?? 0
     const reason = this.#reasonAgainst(socket, port, address, ofGroup)
     if (reason !== undefined) {
@@ -191,14 +191,4 @@ export class Connections {
 
 function descriptorOf(socket: Socket): number {
   return (socket as Socket & { _handle?: { fd?: number } })._handle?.fd ?? -1
-}
-
-/** Addresses that one caller has: a single one of IPv4, a network of 64 bits of IPv6. */
-function groupOf(address: string): string {
-  if (!address.includes(':')) return address
-  const [head, tail] = address.split('::') as [string, string | undefined]
-  const first = head === '' ? [] : head.split(':')
-  const last = tail === undefined || tail === '' ? [] : tail.split(':')
-  const zeros = new Array(Math.max(0, 8 - first.length - last.length)).fill('0')
-  return [...first, ...zeros, ...last].slice(0, 4).join(':')
 }

@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import type { FastifyBaseLogger, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
-import { addressOf } from './address.ts'
+import { addressOf, networkOf } from './address.ts'
 import { BodyBudget } from './body-budget.ts'
 import type { Dialect } from './dialects/dialect.ts'
 import { openai } from './dialects/openai.ts'
@@ -209,8 +209,9 @@ export class Exchange {
 
   readonly #exchanges: Exchanges
   #prefixes: Prefixes | undefined
-  /** Bytes of its body that count in the budget of all bodies. */
+  /** Bytes of its body that count in the budget of all bodies, and for whom. */
   #held = 0
+  #heldFor: string | undefined
 
   constructor(request: FastifyRequest, reply: FastifyReply, exchanges: Exchanges) {
     this.#exchanges = exchanges
@@ -218,6 +219,11 @@ export class Exchange {
     this.reply = reply
     this.endpoint = request.routeOptions.config.endpoint
     this.clientIp = addressOf(request)
+  }
+
+  /** Whose it is: the caller's id, or the client's network where nobody is known. No id begins with a line end. */
+  get client(): string {
+    return this.request.caller?.id ?? `\n${networkOf(this.clientIp)}`
   }
 
   /** The model that is asked for, as the client names it. */
@@ -336,10 +342,11 @@ export class Exchange {
   /**
    * Counts bytes of its body that are kept.
    *
-   * @throws {GatewayError} `overloaded` where all bodies together would be too large
+   * @throws {GatewayError} `overloaded` where all bodies together, or those of its caller, would be too large
    */
   hold(bytes: number): void {
-    this.#exchanges.bodies.take(bytes)
+    this.#heldFor ??= this.client
+    this.#exchanges.bodies.take(this.#heldFor, bytes, this.#held)
     this.#held += bytes
   }
 
@@ -357,7 +364,7 @@ export class Exchange {
   }
 
   #release(): void {
-    this.#exchanges.bodies.give(this.#held)
+    if (this.#heldFor !== undefined) this.#exchanges.bodies.give(this.#heldFor, this.#held)
     this.#held = 0
   }
 

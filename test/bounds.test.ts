@@ -50,6 +50,7 @@ const UPLOADS =
 const BOUNDS: Record<string, Record<string, string>> = {
   'app.ts': { telling: FLIGHT },
   'batches.ts': { batch: LOCAL },
+  'body-budget.ts': { '#byCaller': FLIGHT },
   'changes.ts': { all: LOCAL, itemsBefore: LOCAL, itemsAfter: LOCAL },
   'commands/backup.ts': { files: LOCAL },
   'commands/keys.ts': { changes: LOCAL },

@@ -15,6 +15,7 @@ import {
   eventually,
   fakeBackend,
   post,
+  type RawClient,
   rawClient,
   rawPost,
   responded,
@@ -145,6 +146,51 @@ test('request bodies together are bounded, and one that ends makes room', async 
   await eventually(async () => (await gateway.metric('llmproxy_request_body_bytes')) === 0)
   assert.equal((await post(`${gateway.url}/v1/embeddings`, body)).status, 200)
   assert.equal(await gateway.metric('llmproxy_request_body_bytes'), 0)
+})
+
+test('slow uploads of one caller, or of a client without a key, leave memory to the others', async t => {
+  const backend = await fakeBackend(t, (_request, response) => response.end('{}'))
+  const keys = ['a', 'b', 'c'].map(key => ({ key, name: key }))
+  const skip_paths = ['/health', '/metrics']
+  for (const auth of [{ enabled: true, keys, skip_paths }, {}]) {
+    const gateway = await startGateway(t, {
+      backends: [{ url: backend.url }],
+      server: {
+        max_body_size: '64KB',
+        trust_proxy: true,
+        overload: { request_bodies: '256KB' }
+      },
+      auth
+    })
+    const begin = async (path: string, key: string, bytes: number) => {
+      const client = await rawClient(t, gateway.port)
+      const head = rawPost(path, '', [`authorization: Bearer ${key}`])
+      client.socket.write(
+        `${head.replace('content-length: 0', 'content-length: 60000')}{"input":"${'x'.repeat(bytes)}`
+      )
+      return client
+    }
+    const held = () => gateway.metric('llmproxy_request_body_bytes')
+    // Nobody reads what no route wants.
+    for (const path of ['/health/x', '/none', '/v1/none']) {
+      const client = await begin(path, '', 50_000)
+      await client.until(/^HTTP\/1.1 40[14] /)
+    }
+    assert.equal(await held(), 0)
+    const slow: RawClient[] = []
+    for (let count = 1; count <= 2; count++) {
+      slow.push(await begin('/v1/embeddings', 'a', 50_000))
+      await eventually(async () => (await held()) >= count * 50_000)
+    }
+    const third = await begin('/v1/embeddings', 'a', 50_000)
+    await third.until(/"code":"overloaded"/)
+    // Another key, or another address where there are none, has its share.
+    const headers = { authorization: 'Bearer b', 'x-forwarded-for': '203.0.113.9' }
+    const body = { model: 'm', input: 'x'.repeat(50_000) }
+    assert.equal((await post(`${gateway.url}/v1/embeddings`, body, headers)).status, 200)
+    for (const { socket } of slow) socket.destroy()
+    await gateway.fastify.close()
+  }
 })
 
 test('bodies that wait in the queue or are sent stay counted until a backend responds', async t => {

@@ -216,7 +216,7 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
   /** A body in a record counts with all others until the record is written down. */
   function holdBody(exchange: Exchange, body: Buffer): Buffer | undefined {
     try {
-      exchanges.bodies.take(body.length)
+      exchanges.bodies.take(exchange.client, body.length, 0)
       return body
     } catch {
       exchange.omittedBody = body.length
@@ -237,7 +237,10 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     const json = JSON.stringify(toRecord(exchange, fastify.prefix, rules.tags, price))
     const entry = toEntry(json, body)
     const recorded = exchange.booked?.then(() => sink.append(entry)) ?? sink.append(entry)
-    if (body !== undefined) void recorded.then(() => exchanges.bodies.give(body.length))
+    if (body !== undefined) {
+      const { client } = exchange
+      void recorded.then(() => exchanges.bodies.give(client, body.length))
+    }
     if (exchange.booked !== undefined) keepUntil(recorded)
     exchange.recorded = options.durability === 'strict' ? recorded : undefined
   })
