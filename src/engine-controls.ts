@@ -10,8 +10,8 @@ import { type Member, membersOf } from './wire/json-scanner.ts'
 /** Fields of request bodies, by the engine that reads them. */
 const FIELDS = new Set([
   // vLLM: the order of requests, ids of running requests, transfers between nodes, the key of the prefix cache.
-  ...['priority', 'request_id', 'kv_transfer_params', 'cache_salt', 'vllm_xargs'],
-  'logits_processors',
+  ...['priority', 'request_id', 'kv_transfer_params', 'ec_transfer_params', 'cache_salt'],
+  ...['vllm_xargs', 'logits_processors'],
   // SGLang: the same, sessions, nodes of a cluster, adapters, and code that runs in the server.
   ...['rid', 'extra_key', 'session_params', 'lora_path', 'custom_logit_processor'],
   ...['bootstrap_host', 'bootstrap_port', 'bootstrap_room', 'bootstrap_pair_key'],
@@ -22,18 +22,22 @@ const FIELDS = new Set([
   'nvext',
   // Ollama and LM Studio: when the model is unloaded; another model that is loaded beside it.
   ...['keep_alive', 'ttl', 'draft_model'],
-  // TGI: adapters.
-  'adapter_id',
+  // TGI and LoRAX: adapters, and where they come from.
+  ...['adapter_id', 'adapter_source', 'api_token'],
+  // TensorRT-LLM and LMDeploy: transfers between nodes, adapters, sessions.
+  ...['disaggregated_params', 'lora_request', 'session_id', 'migration_request', 'preserve_cache'],
   // OpenRouter, LiteLLM: other models and servers than the gateway has checked.
   ...['models', 'fallbacks', 'route', 'preset', 'context_window_fallbacks'],
   ...['content_policy_fallbacks', 'model_list', 'user_config', 'custom_llm_provider'],
-  ...['api_base', 'base_url', 'extra_body', 'extra_headers']
+  ...['api_base', 'base_url', 'extra_body', 'extra_headers', 'api_key', 'mock_response', 'cache'],
+  ...['litellm_params', 'num_retries', 'provider', 'plugins']
 ])
 
 /** Ollama's options that make it reload the model, or take resources of others. */
 const OPTIONS = new Set([
   ...['num_gpu', 'main_gpu', 'num_thread', 'num_batch'],
-  ...['use_mmap', 'use_mlock', 'numa', 'low_vram']
+  ...['use_mmap', 'use_mlock', 'numa', 'low_vram', 'vocab_only', 'embedding_only', 'f16_kv'],
+  ...['logits_all', 'num_gqa']
 ])
 /** The same of TGI's parameters. */
 const PARAMETERS = new Set(['adapter_id'])
@@ -55,13 +59,22 @@ const HEADERS = new Set([
   ...['x-original-url', 'x-original-uri', 'x-original-host', 'x-original-forwarded-for'],
   ...['x-rewrite-url', 'x-host', 'x-http-method', 'x-http-method-override', 'x-method-override'],
   ...['x-conversation-id', 'x-data-parallel-rank', 'x-vllm-priority', 'x-session-token'],
-  ...['x-gateway-destination-endpoint', 'x-prefiller-host-port'],
-  ...['x-smg-target-worker', 'x-smg-routing-key', 'routing-strategy'],
-  'endpoint-load-metrics-format'
+  // llm-d, NVIDIA Dynamo, AIBrix, Ray Serve: which engine, model or rank serves the request.
+  ...['x-prefiller-host-port', 'x-encoder-hosts-ports', 'x-data-parallel-host-port'],
+  ...['x-kv-cache-source-host-port', 'x-worker-instance-id', 'x-prefill-instance-id'],
+  ...['x-decode-instance-id', 'x-dp-rank', 'routing-strategy', 'target-pod', 'model'],
+  ...['serve_multiplexed_model_id', 'serve-multiplexed-model-id', 'endpoint-load-metrics-format'],
+  // Who the user is, as proxies tell applications.
+  ...['x-auth-request-user', 'x-auth-request-email', 'x-auth-request-groups'],
+  ...['x-authenticated-user', 'x-webauth-user', 'x-ms-client-principal', 'ssl-client-cert'],
+  ...['x-ssl-client-cert', 'x-client-cert', 'client-cert', 'client-cert-chain']
 ])
 
 /** Beginnings of such headers. */
-const HEADER_PREFIXES = ['x-forwarded-', 'x-original-', 'x-envoy-', 'x-smg-']
+const HEADER_PREFIXES = [
+  ...['x-forwarded-', 'x-original-', 'x-envoy-', 'x-smg-', 'x-gateway-', 'x-llm-d-', 'x-dynamo-'],
+  ...['cf-access-', 'x-ms-client-principal-', 'x-goog-authenticated-user-', 'x-amzn-oidc-']
+]
 
 /** All of them, for the description of the option. */
 export const ENGINE_CONTROLS = [...FIELDS, ...OPTIONS, ...HEADERS].sort()
