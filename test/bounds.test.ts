@@ -48,6 +48,7 @@ const UPLOADS =
 
 /** What bounds each of them: one of the above, or a row of docs/security.md. */
 const BOUNDS: Record<string, Record<string, string>> = {
+  'address.ts': { zeros: FIXED },
   'app.ts': { telling: FLIGHT },
   'batches.ts': { batch: LOCAL },
   'body-budget.ts': { '#byCaller': FLIGHT },
@@ -59,8 +60,7 @@ const BOUNDS: Record<string, Record<string, string>> = {
     refused: FIXED,
     '#sockets': 'Connections of clients',
     byAddress: 'Connections of clients',
-    '#complaints': FIXED,
-    zeros: FIXED
+    '#complaints': FIXED
   },
   'config.ts': { known: LOCAL, issues: LOCAL },
   'data-files.ts': { found: LOCAL },
@@ -145,6 +145,7 @@ const BOUNDS: Record<string, Record<string, string>> = {
     outputTeachers: FIXED,
     inputTeachers: FIXED
   },
+  'metering/prompt.ts': { DATA_NAMES: FIXED },
   'metering/sample.ts': { FRAME: FIXED },
   'metering/watcher.ts': { '#codes': FIXED, '#names': FIXED },
   'metrics/departed.ts': {

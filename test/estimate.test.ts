@@ -420,13 +420,64 @@ test('long text is counted in samples', () => {
   )
 })
 
-test('pictures in a prompt are no text', () => {
-  const prompt = (url: string) =>
-    prompted(JSON.stringify({ messages: [{ content: [{ text: 'What is it?' }, url] }] }))
-  const bare = prompt('')
-  const picture = prompt(`data:image/png;base64,${'iVBORw0KGgo/+A'.repeat(50_000)}`)
-  assert.deepEqual([bare.hasData, picture.hasData], [false, true])
-  assert.ok(characters(picture.counts) < characters(bare.counts) + 50)
+const BASE64 = 'iVBORw0KGgo/+A'.repeat(1_000)
+const URL_OF_DATA = `data:image/png;base64,${BASE64}`
+const ASKED = { text: 'What is it?' }
+
+test('pictures, sounds and files in a prompt are no text', () => {
+  const bare = prompted(JSON.stringify({ messages: [{ content: [ASKED] }] }))
+  assert.equal(bare.hasData, false)
+  for (const part of [
+    { image_url: { url: URL_OF_DATA } },
+    { image_url: URL_OF_DATA },
+    { source: { type: 'base64', data: BASE64 } },
+    { input_audio: { data: BASE64, format: 'wav' } },
+    { file: { file_data: URL_OF_DATA } },
+    { images: [BASE64, BASE64, BASE64] }
+  ]) {
+    for (const count of [1, 300]) {
+      const parts = Array.from({ length: count }, () => part)
+      for (const json of [
+        JSON.stringify({ messages: [{ content: [ASKED, ...parts] }] }),
+        JSON.stringify({ messages: [{ content: [ASKED, ...parts] }] }, undefined, 2)
+      ]) {
+        const prompt = prompted(json)
+        assert.ok(prompt.hasData)
+        const most = characters(bare.counts) + 250 * count
+        assert.ok(characters(prompt.counts) < most, `${count}: ${characters(prompt.counts)}`)
+      }
+    }
+  }
+})
+
+test('what only looks like a picture is text', () => {
+  const words = 'some words and more. '.repeat(3_000)
+  const least = words.length * 0.5
+  const some = BASE64.slice(0, 4_500)
+  for (const messages of [
+    [{ content: `${some}${words}` }],
+    [{ content: `${'-'.repeat(600)} ${words} `.repeat(2) }],
+    [{ content: [{ text: `${words.slice(0, 3_000)}${some}${words}` }] }],
+    // A name in the text itself, and a picture that has the text behind it.
+    [{ content: `"url":"${BASE64}${words}` }],
+    [{ content: [{ image_url: { url: `${URL_OF_DATA.slice(0, 9_000)}${words}` } }] }],
+    [{ content: [{ image_url: { url: URL_OF_DATA } }, { text: words }] }],
+    [
+      ...Array.from({ length: 3_000 }, () => ({ url: BASE64.slice(0, 9_000) })),
+      { content: words.repeat(20) }
+    ]
+  ]) {
+    const counted = characters(prompted(JSON.stringify({ messages })).counts)
+    assert.ok(counted > least, `${counted} of ${JSON.stringify(messages).slice(0, 80)}`)
+  }
+})
+
+test('a list of texts and tokens is counted whole', () => {
+  const words = 'some words and more. '.repeat(1_000)
+  for (const prompt of [[words, 1], [words, [1]], [1, words, 2], [[words, 1]]]) {
+    const counted = characters(prompted(JSON.stringify({ prompt }), COMPLETION).counts)
+    assert.ok(counted > words.length * 0.9, String(counted))
+  }
 })
 
 test('the models that were heard of last are remembered', () => {
@@ -555,7 +606,11 @@ test('tokens that a client sends as numbers are counted, and teach nothing', () 
 test('the text of a large body is counted in about a millisecond', t => {
   const content = 'Some words, and then some more. '.repeat(250_000)
   const image = `data:image/png;base64,${'iVBORw0KGgo/+A'.repeat(500_000)}`
-  const json = JSON.stringify({ model: 'm', messages: [{ content: [content, image] }], tools: [] })
+  const json = JSON.stringify({
+    model: 'm',
+    messages: [{ content: [content, { url: image }] }],
+    tools: []
+  })
   const bytes = Buffer.from(json)
   const body = { bytes, ...outlineOf(bytes) }
   const times = Array.from({ length: 9 }, () => {

@@ -56,9 +56,9 @@ export function noText(): TextCounts {
   return [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
 }
 
-/** Returns whether a byte can be part of Base64. */
-export function isBase64(byte: number): boolean {
-  const isSign = byte === 0x2b || byte === 0x2f || byte === 0x3d || byte === 0x2d || byte === 0x5f
+/** Returns whether a byte can be part of Base64, but for the alphabet of URLs, in which no API has data. */
+export function isBase64Byte(byte: number): boolean {
+  const isSign = byte === 0x2b || byte === 0x2f || byte === 0x3d
   return isSign || KIND_OF[byte]! <= DIGIT
 }
 
