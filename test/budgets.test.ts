@@ -571,6 +571,47 @@ test('usage.unpriced: refuse rejects what a quota of money would not notice', as
   }
 })
 
+test('a quota of money reserves the price of the dearest backend and model that may serve a request', async t => {
+  const backend = await answering(t)
+  const backends = [
+    { url: 'http://127.0.0.1:1', models: ['cheap'] },
+    { url: backend.url, models: ['dear'] }
+  ]
+  const usage = {
+    prices: [
+      { model: 'cheap', input: 0, output: 1 },
+      { model: 'dear', input: 0, output: 10 }
+    ]
+  }
+  const auth = { keys: [{ key: 'a', name: 'a', total_quota: 0.025, quota_unit: 'cost' }] }
+  const routing = { model_fallbacks: { cheap: ['dear'] } }
+  const gateway = await startGateway(t, { backends, usage, auth, routing })
+  const headers = { authorization: 'Bearer a' }
+  const body = { ...CHAT, model: 'cheap', max_tokens: 1_000 }
+  const responses = await Promise.all(
+    Array.from({ length: 20 }, () => post(`${gateway.url}/v1/chat/completions`, body, headers))
+  )
+  assert.equal(responses.filter(({ status }) => status === 200).length, 2)
+})
+
+test('usage.unpriced: refuse looks at each backend that may serve a request', async t => {
+  const backend = await answering(t)
+  const gateway = await startGateway(t, {
+    backends: ['up-a', 'up-b'].map(upstream => ({
+      url: backend.url,
+      name: upstream,
+      models: [{ m: upstream }]
+    })),
+    usage: { unpriced: 'refuse', prices: [{ model: 'up-a', input: 0, output: 1 }] },
+    auth: { keys: [{ key: 'a', name: 'a', total_quota: 1, quota_unit: 'cost' }] }
+  })
+  for (let count = 0; count < 3; count++) {
+    const headers = { authorization: 'Bearer a' }
+    const { status } = await post(`${gateway.url}/v1/chat/completions`, CHAT, headers)
+    assert.equal(status, 403)
+  }
+})
+
 test('a quota of money does not count a model without a price, and the log says so', async t => {
   const { gateway, call } = await start(
     t,

@@ -253,8 +253,7 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   function refuseUnpriced(exchange: Exchange, accounts: readonly Account[]): void {
     if (options.mode === 'shadow' || part(fastify, 'usage')?.refusesUnpriced !== true) return
     if (!maySpend(exchange.endpoint) || !accounts.some(isOfMoney)) return
-    const nothing = { input: 0, output: 0, cached: 0, cacheWrite: 0 }
-    if (part(fastify, 'usage')?.cost(exchange, nothing) !== undefined) return
+    if (part(fastify, 'usage')?.isPriced(exchange)) return
     throw new GatewayError('model_not_priced', exchange.model === undefined ? NO_MODEL : NO_PRICE)
   }
 

@@ -98,8 +98,13 @@ export interface UsageReports extends Readonly<OutboxState> {
   /** Whether requests without a price are rejected while a budget of money applies. */
   readonly refusesUnpriced: boolean
   update(options: UsageOptions, storage: StorageOptions): Promise<void>
-  /** What so many tokens cost in this exchange; undefined where its model has no price. */
+  /**
+   * What so many tokens cost in this exchange, before a backend is chosen at the dearest one; undefined where its model
+   * has no price.
+   */
   cost(exchange: Exchange, tokens: PricedTokens): number | undefined
+  /** Whether it has a price wherever it may be served. */
+  isPriced(exchange: Exchange): boolean
   /** What was spent; undefined where no reporter of type builtin keeps it in a file. */
   sums(query: SumQuery): Promise<Sum[] | undefined>
   /** Delivers what is pending until the signal fires. */
@@ -171,9 +176,10 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     onDelivery,
     update,
     cost(exchange, tokens) {
-      const price = priceOf(exchange)
-      return price && cost(price, tokens)
+      const costs = pricesOf(exchange).flatMap(price => (price ? [cost(price, tokens)] : []))
+      return costs.length === 0 ? undefined : Math.max(...costs)
     },
+    isPriced: exchange => pricesOf(exchange).every(price => price !== undefined),
     async sums(query) {
       if (!rules.isSummed || dataDir === undefined) return undefined
       store ??= openBuiltin(builtinFile(dataDir), log)
@@ -205,6 +211,15 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     }
     done()
   })
+  /** The price at the backend that has served it; before, those at each backend that may. */
+  function pricesOf(exchange: Exchange): (Price | undefined)[] {
+    if (!rules.hasPrices) return [undefined]
+    if (exchange.served !== undefined) return [priceOf(exchange)]
+    const candidates = part(fastify, 'backends')?.pool.candidates(exchange) ?? []
+    if (candidates.length === 0) return [rules.price(exchange.model)]
+    return candidates.map(({ upstream, model }) => rules.price(upstream, model))
+  }
+
   /** Before a backend is chosen it is the one that likely will be. */
   function priceOf(exchange: Exchange): Price | undefined {
     if (!rules.hasPrices) return undefined
