@@ -23,6 +23,8 @@ export interface Payload extends Body {
   hidesReasoning: boolean
   /** Maximum of generated tokens, of all sequences together; undefined: the request sets none. */
   maxTokens: number | undefined
+  /** Whether all servers of its API read that limit: some do not know `max_completion_tokens`. */
+  isLimitSure: boolean
   /** Number of sequences that are generated: for each prompt `n`, or `best_of` if that is more. */
   sequences: number
   prompts: number
@@ -106,7 +108,7 @@ export function toPayload(bytes: Buffer, outline: Outline, endpoint: Endpoint): 
   const options = fields.object('options', READ_IN_OPTIONS)
   fields.object('parameters', READ_IN_PARAMETERS)
   const streamOptions = fields.object('stream_options', READ_IN_STREAM_OPTIONS)
-  const most = maxTokens(fields, options, endpoint)
+  const { most, isSure } = maxTokens(fields, options, endpoint)
   const prompts = fields.prompts()
   const sequences = perPrompt(fields) * prompts
   return {
@@ -120,6 +122,7 @@ export function toPayload(bytes: Buffer, outline: Outline, endpoint: Endpoint): 
     runningUsage: streamOptions?.value('continuous_usage_stats') === true,
     hidesReasoning: fields.value('include_reasoning') === false,
     maxTokens: most && most * sequences,
+    isLimitSure: isSure,
     sequences,
     prompts,
     echo: fields.value('echo') === true,
@@ -148,15 +151,18 @@ function modelOf(fields: Fields, { dialect }: Endpoint): string | undefined {
 function maxTokens(fields: Fields, options: Fields | undefined, endpoint: Endpoint) {
   let most = 0
   let isLimited = false
+  let isSure = false
   for (const name of MAX_TOKENS) {
     const from = name === 'num_predict' ? options : fields
     const limit = from?.number(name, MAX_LIMIT)
     if (limit === undefined) continue
-    if (!(limit >= 1)) return undefined
+    if (!(limit >= 1)) return { most: undefined, isSure }
     most = Math.max(most, limit)
-    isLimited ||= endpoint.limitedBy?.includes(name) === true
+    if (endpoint.limitedBy?.includes(name) !== true) continue
+    isLimited = true
+    isSure ||= name !== 'max_completion_tokens'
   }
-  return isLimited ? most : undefined
+  return { most: isLimited ? most : undefined, isSure }
 }
 
 /** Returns the sequences of each prompt. vLLM takes "100" for 100, and other servers do not. */

@@ -7,6 +7,7 @@ import { MemoryStore } from '../src/limits/memory.ts'
 import {
   CHAT,
   chunk,
+  eventually,
   fakeBackend,
   post,
   rawClient,
@@ -592,6 +593,40 @@ test('a quota of money reserves the price of the dearest backend and model that 
     Array.from({ length: 20 }, () => post(`${gateway.url}/v1/chat/completions`, body, headers))
   )
   assert.equal(responses.filter(({ status }) => status === 200).length, 2)
+})
+
+test('max_completion_tokens limits what is reserved and billed only where the engine reads it', async t => {
+  for (const [owner, passing] of [
+    ['library', 1],
+    ['vllm', 20]
+  ] as const) {
+    const usage = { prompt_tokens: 20, completion_tokens: 422, total_tokens: 442 }
+    const backend = await fakeBackend(t, (request, response) => {
+      response.writeHead(200, { 'content-type': 'application/json' })
+      if (request.method === 'GET') {
+        return void response.end(JSON.stringify({ data: [{ id: 'm', owned_by: owner }] }))
+      }
+      // As Ollama does: the limit is ignored, and most of the text is not shown.
+      const choices = [{ index: 0, message: { content: 'Yes.' }, finish_reason: 'stop' }]
+      response.end(JSON.stringify({ choices, usage: owner === 'vllm' ? undefined : usage }))
+    })
+    const gateway = await startGateway(t, {
+      backends: [{ url: backend.url }],
+      auth: { keys: [{ key: 'a', name: 'a', total_quota: 3_000 }] }
+    })
+    const headers = { authorization: 'Bearer a' }
+    await eventually(async () => {
+      const models = await fetch(`${gateway.url}/v1/models`, { headers })
+      return (await models.text()).includes(owner)
+    })
+    const body = { ...CHAT, max_completion_tokens: 1 }
+    const ask = () => post(`${gateway.url}/v1/chat/completions`, body, headers)
+    const responses = await Promise.all(Array.from({ length: 20 }, ask))
+    assert.equal(responses.filter(({ status }) => status === 200).length, passing, owner)
+    if (owner === 'vllm') continue
+    const line = await gateway.logged({ msg: 'exchange', completionTokens: 422 })
+    assert.equal(line.exactness, 'exact')
+  }
 })
 
 test('usage.unpriced: refuse looks at each backend that may serve a request', async t => {

@@ -281,7 +281,9 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
     const most = mostOutput(exchange, input)
     const usual = typical.expect(subject(exchange.request), exchange.model ?? '', most)
     const hold = amount(exchange, isOpen ? mostInput(exchange, input, most) : input, most)
-    const leastOfAll = amount(exchange, least.tokens, mostOutput(exchange, least.tokens))
+    const asked = exchange.request.payload?.maxTokens ?? Number.POSITIVE_INFINITY
+    const output = Math.min(asked, mostOutput(exchange, least.tokens))
+    const leastOfAll = amount(exchange, least.tokens, output)
     return {
       hold: { ...hold, typical: amount(exchange, input, usual) },
       least: { ...leastOfAll, typical: least }
@@ -299,10 +301,13 @@ const limitsPlugin: FastifyPluginAsync<GivenLimitsOptions> = async function limi
   /** Output tokens that a request can get: what it allows, and what the context of its model leaves. */
   function mostOutput(exchange: Exchange, input: number): number {
     const { payload } = exchange.request
-    const { maxTokens, sequences = 1 } = payload ?? {}
-    const context = part(fastify, 'backends')?.pool.contextLength(exchange)
+    const { maxTokens, isLimitSure, sequences = 1 } = payload ?? {}
+    const pool = part(fastify, 'backends')?.pool
+    const context = pool?.contextLength(exchange)
     const room = context === undefined ? undefined : Math.max(1, context - input) * sequences
-    if (maxTokens !== undefined) return Math.min(maxTokens, room ?? maxTokens)
+    if (maxTokens !== undefined && (isLimitSure || pool?.readsCompletionLimit(exchange))) {
+      return Math.min(maxTokens, room ?? maxTokens)
+    }
     const { assumed_max_tokens: assumed } = options
     return assumed === undefined ? (room ?? UNKNOWN_TOKENS * sequences) : assumed * sequences
   }

@@ -206,9 +206,10 @@ function counted(exchange: Exchange, meter: Meter): { tokens: number; since: Pas
 function askedOf(exchange: Exchange, meter: Meter): Asked {
   const { prompt, endpoint, request, isDivided } = exchange
   const { payload, server } = request
+  const isLimited = payload?.isLimitSure || server.backends?.pool.readsCompletionLimit(exchange)
   return {
     prompt,
-    maxTokens: endpoint?.spends === 'input' ? 0 : payload?.maxTokens,
+    maxTokens: endpoint?.spends === 'input' ? 0 : isLimited ? payload?.maxTokens : undefined,
     sequences: payload?.sequences ?? 1,
     continued: isDivided ? passedOf(meter) : 0,
     // The context of models for audio says nothing: servers cut it into parts.

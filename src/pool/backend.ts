@@ -69,6 +69,9 @@ const REMEMBER_REFUSAL_MS = 10 * 60_000
 /** Owners of models, by which engines can be told that report the usage so far. */
 const RUNNING_USAGE = new Set(['vllm', 'sglang'])
 
+/** The same of engines that read `max_completion_tokens`. Ollama, TGI and llama-cpp-python do not. */
+const COMPLETION_LIMIT = new Set(['vllm', 'sglang', 'llamacpp', 'openai', 'system', 'llmproxy'])
+
 /** Largest head of an answer, in bytes. */
 const MAX_HEAD = 64 * 1024
 
@@ -105,8 +108,18 @@ export class Backend {
   get reportsRunningUsage(): boolean {
     const { continuousUsage } = this.config
     if (continuousUsage !== undefined) return continuousUsage
+    return RUNNING_USAGE.has(this.#owner)
+  }
+
+  /** Does it read `max_completion_tokens`, as far as is known? */
+  get readsCompletionLimit(): boolean {
+    return COMPLETION_LIMIT.has(this.#owner)
+  }
+
+  /** Who owns its first model: engines name themselves here. */
+  get #owner(): string {
     const [card] = this.live.models?.values() ?? []
-    return card !== undefined && RUNNING_USAGE.has(String(card.owned_by))
+    return String(card?.owned_by)
   }
 
   /** Sends a request, over a connection of its own if it must be `fresh`. */

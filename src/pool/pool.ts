@@ -187,6 +187,12 @@ export class Pool {
     return known.length === 0 ? undefined : Math.max(...known)
   }
 
+  /** Whether each backend that may get the request is known to read `max_completion_tokens`. */
+  readsCompletionLimit(wanted: Wanted): boolean {
+    const candidates = this.candidates(wanted)
+    return candidates.length > 0 && candidates.every(each => each.backend.readsCompletionLimit)
+  }
+
   /** The model that requests without one get: the configured one, or the only one there is, where that is known. */
   get impliedModel(): string | undefined {
     if (this.#defaultModel !== undefined) return this.#defaultModel
