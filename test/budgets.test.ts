@@ -7,7 +7,6 @@ import { MemoryStore } from '../src/limits/memory.ts'
 import {
   CHAT,
   chunk,
-  eventually,
   fakeBackend,
   post,
   rawClient,
@@ -601,24 +600,25 @@ test('max_completion_tokens limits what is reserved and billed only where the en
     ['vllm', 20]
   ] as const) {
     const usage = { prompt_tokens: 20, completion_tokens: 422, total_tokens: 442 }
-    const backend = await fakeBackend(t, (request, response) => {
-      response.writeHead(200, { 'content-type': 'application/json' })
-      if (request.method === 'GET') {
-        return void response.end(JSON.stringify({ data: [{ id: 'm', owned_by: owner }] }))
-      }
-      // As Ollama does: the limit is ignored, and most of the text is not shown.
-      const choices = [{ index: 0, message: { content: 'Yes.' }, finish_reason: 'stop' }]
-      response.end(JSON.stringify({ choices, usage: owner === 'vllm' ? undefined : usage }))
-    })
+    const backend = await fakeBackend(
+      t,
+      ({ url }, response) => {
+        response.writeHead(200, { 'content-type': 'application/json' })
+        if (url === '/v1/models') {
+          return void response.end(JSON.stringify({ data: [{ id: 'm', owned_by: owner }] }))
+        }
+        // As Ollama does: the limit is ignored, and most of the text is not shown.
+        const choices = [{ index: 0, message: { content: 'Yes.' }, finish_reason: 'stop' }]
+        response.end(JSON.stringify({ choices, usage: owner === 'vllm' ? undefined : usage }))
+      },
+      { listsModels: true }
+    )
     const gateway = await startGateway(t, {
       backends: [{ url: backend.url }],
       auth: { keys: [{ key: 'a', name: 'a', total_quota: 3_000 }] }
     })
     const headers = { authorization: 'Bearer a' }
-    await eventually(async () => {
-      const models = await fetch(`${gateway.url}/v1/models`, { headers })
-      return (await models.text()).includes(owner)
-    })
+    await gateway.logged({ msg: 'backend lists models' })
     const body = { ...CHAT, max_completion_tokens: 1 }
     const ask = () => post(`${gateway.url}/v1/chat/completions`, body, headers)
     const responses = await Promise.all(Array.from({ length: 20 }, ask))
