@@ -1598,6 +1598,33 @@ test('responses with several choices teach nothing about one', async t => {
   assert.equal(line.completionTokens, 30)
 })
 
+test('hidden reasoning that is not counted by itself teaches nothing, and no estimate exceeds max_tokens', async t => {
+  const whole = chatOf([100], () => last(ofChoice(400).usage))
+  const backend = await fakeBackend(t, (request, response) => {
+    response.writeHead(200, { 'content-type': SSE_TYPE })
+    if (request.body.includes('cut')) response.write(deltasOf(0, 60).join(''))
+    else response.end(whole)
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const url = `${gateway.url}/v1/chat/completions`
+  const cutTokens = async (user: string, more: object = {}) => {
+    const abort = new AbortController()
+    const body = { ...CHAT, user: `cut ${user}`, stream: true, ...more }
+    const cut = await post(url, body, {}, abort.signal)
+    await untilSeen(cut, 60)
+    abort.abort()
+    const requestId = cut.headers.get('x-llmproxy-request-id')
+    return Number((await gateway.logged({ msg: 'exchange', requestId })).completionTokens)
+  }
+  for (let at = 0; at < 30; at++) {
+    await (await post(url, { ...CHAT, stream: true, include_reasoning: false })).text()
+  }
+  assert.equal(await cutTokens('one'), 60)
+  for (let at = 0; at < 30; at++) await (await post(url, { ...CHAT, stream: true })).text()
+  assert.ok((await cutTokens('two')) > 100)
+  assert.equal(await cutTokens('three', { max_tokens: 70 }), 70)
+})
+
 test('a stream of several choices is only over when all of them have ended', async t => {
   const beginning = byTurns([
     [...deltasOf(0, 10), streamed(0, '', 'stop'), data({ choices: [], ...ofChoice(10) })],

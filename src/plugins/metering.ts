@@ -254,7 +254,9 @@ function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Us
   const source = sourceOf(exchange)
   const { promptTokens } = usage
   const passed = meter.passed(true)
-  const shown = shownTokens(usage, meter, () => estimates.output(source, passed))
+  // Whoever asks that no reasoning be shown may not be told how much of the output it was.
+  const isUnsure = payload.hidesReasoning && !usage.reasoningTokens
+  const shown = isUnsure ? 0 : shownTokens(usage, meter, () => estimates.output(source, passed))
   if (shown > 0) estimates.learnOutput(source, passed, shown)
   if (usage.reasoningTokens) estimates.noteReasoning(source, meter.hidesReasoning)
   const { prompt } = exchange
@@ -294,7 +296,9 @@ function estimate(
   const { tokens, since } = isWhole
     ? { tokens: 0, since: meter.passed(true) }
     : counted(exchange, meter)
-  const output = spends === 'input' ? 0 : tokens + estimates.output(source, since)
+  const { maxTokens = Number.POSITIVE_INFINITY } = askedOf(exchange, meter)
+  const passed = Math.min(tokens + estimates.output(source, since), Math.max(tokens, maxTokens))
+  const output = spends === 'input' ? 0 : passed
   const saidOutput = said?.completionTokens ?? 0
   const completionTokens = isRight && saidOutput > 0 ? saidOutput : Math.max(output, saidOutput)
   const prompt =
