@@ -1575,6 +1575,28 @@ test('the usage of several choices and prompts is their sum, however a server re
   }
 })
 
+test('vLLM’s sum of several choices is billed as it is, whatever the text looks like', async t => {
+  const choices = [0, 1].map(index => ({
+    index,
+    message: { content: 'SELECT A FROM B WHERE C = D; '.repeat(100) }
+  }))
+  const backend = await fakeBackend(
+    t,
+    ({ url }, response) => {
+      response.writeHead(200, { 'content-type': JSON_TYPE })
+      const data = [{ id: 'm', owned_by: 'vllm' }]
+      const { usage } = ofChoice(440)
+      response.end(json(url === '/v1/models' ? { data } : { choices, usage }))
+    },
+    { listsModels: true }
+  )
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  await gateway.logged({ msg: 'backend lists models' })
+  await (await post(`${gateway.url}/v1/chat/completions`, { ...CHAT, n: 2 })).text()
+  const line = await gateway.logged({ msg: 'exchange' })
+  assert.deepEqual([line.completionTokens, line.exactness], [440, 'exact'])
+})
+
 test('responses with several choices teach nothing about one', async t => {
   const whole = chatOf([40], () => last(ofChoice(40).usage))
   // A server that counts one of two choices, in a way of its own.

@@ -91,15 +91,16 @@ export class Choices {
    * Returns the usage that the backend has reported; undefined: none.
    *
    * @param prompts number of prompts in the request
+   * @param isSum the backend is known to report the sum of all choices
    */
-  total(prompts: number, texts: ChoiceTexts): Told | undefined {
+  total(prompts: number, texts: ChoiceTexts, isSum = false): Told | undefined {
     const { count } = this
     const perPrompt = Math.max(1, Math.round(count / prompts))
     const last = this.#whole.at(-1)
     const isRepeated = this.#whole.length === count
-    if (last !== undefined && !(isRepeated && isSum(this.#whole, texts.all))) {
+    if (last !== undefined && !(isRepeated && isEachOfOne(this.#whole, texts.all))) {
       const isOfOne =
-        last.completionTokens < Math.sqrt(texts.all * (texts.first ?? texts.all / count))
+        !isSum && last.completionTokens < Math.sqrt(texts.all * (texts.first ?? texts.all / count))
       return { usage: isOfOne ? completed(last, texts) : last, isAll: !isOfOne }
     }
     const reports = isRepeated ? this.#whole : this.#reports
@@ -142,7 +143,7 @@ function completed(usage: Usage, { all, first = all }: ChoiceTexts): Usage {
 }
 
 /** Whether as many usage objects as choices are of one choice each: their sum fits the text better than the last. */
-function isSum(reports: readonly Usage[], all: number): boolean {
+function isEachOfOne(reports: readonly Usage[], all: number): boolean {
   const last = reports.at(-1)!.completionTokens
   return all > Math.sqrt(last * sum(reports, 'completionTokens'))
 }

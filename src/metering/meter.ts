@@ -196,16 +196,17 @@ export class Meter {
    * What the backend reported of a response with several choices; undefined: nothing.
    *
    * @param prompts number of prompts in the request
+   * @param isSum the backend is known to report the sum of all choices
    * @param estimate returns the tokens of a text
    */
-  told(prompts: number, estimate: (passed: Passed) => number): Told | undefined {
+  told(prompts: number, isSum: boolean, estimate: (passed: Passed) => number): Told | undefined {
     this.#readRunning()
     const first = this.framing === 'json' ? this.#watcher.firstChoice : undefined
     const texts: ChoiceTexts = {
       all: estimate(this.passed(true)),
       first: first && estimate({ text: first, deltas: 0, isWhole: true })
     }
-    return this.#choices.total(prompts, texts)
+    return this.#choices.total(prompts, texts, isSum)
   }
 
   /** What the backend said, or undefined. */

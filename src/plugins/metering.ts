@@ -188,11 +188,16 @@ function reported(exchange: Exchange, meter: Meter, estimates: Estimates) {
   const source = sourceOf(exchange)
   // Text that repeats the prompt says nothing about the output.
   const tokensOf = (passed: Passed) => (echo ? 0 : estimates.output(source, passed))
-  const told = meter.choices > 1 ? meter.told(prompts, tokensOf) : undefined
+  const told = meter.choices > 1 ? meter.told(prompts, reportsSum(exchange), tokensOf) : undefined
   const { usage, isAll } = told ?? { usage: meter.usage, isAll: true }
   if (usage === undefined) return { usage, isAll }
   const isTrue = isPlausible(usage, askedOf(exchange, meter), passedOf(meter))
   return { usage: isTrue ? usage : undefined, isAll }
+}
+
+function reportsSum({ backend, request }: Exchange): boolean {
+  const { backends } = request.server.backends?.pool ?? {}
+  return backends?.find(({ name }) => name === backend)?.reportsSum ?? false
 }
 
 /** Tokens that the backend has counted on the way, if they can be true, and what has passed since. */

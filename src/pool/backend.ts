@@ -66,7 +66,7 @@ const RAMP_FROM = 0.1
 /** A server that refused a field is asked again after a while: it may have been upgraded. */
 const REMEMBER_REFUSAL_MS = 10 * 60_000
 
-/** Owners of models, by which engines can be told that report the usage so far. */
+/** Owners of models, by which engines can be told that report the usage so far, and the sum of all choices. */
 const RUNNING_USAGE = new Set(['vllm', 'sglang'])
 
 /** The same of engines that read `max_completion_tokens`. Ollama, TGI and llama-cpp-python do not. */
@@ -108,6 +108,11 @@ export class Backend {
   get reportsRunningUsage(): boolean {
     const { continuousUsage } = this.config
     if (continuousUsage !== undefined) return continuousUsage
+    return RUNNING_USAGE.has(this.#owner)
+  }
+
+  /** Does it report the sum of all choices, as far as is known? */
+  get reportsSum(): boolean {
     return RUNNING_USAGE.has(this.#owner)
   }
 
