@@ -22,6 +22,8 @@ const FIELDS = new Set([
   'nvext',
   // Ollama and LM Studio: when the model is unloaded; another model that is loaded beside it.
   ...['keep_alive', 'ttl', 'draft_model'],
+  // Ollama's /api/show: megabytes of vocabulary, of which callers may see nothing.
+  'verbose',
   // TGI and LoRAX: adapters, and where they come from.
   ...['adapter_id', 'adapter_source', 'api_token'],
   // TensorRT-LLM and LMDeploy: transfers between nodes, adapters, sessions.
@@ -60,6 +62,7 @@ const HEADERS = new Set([
   ...['x-rewrite-url', 'x-host', 'x-http-method', 'x-http-method-override', 'x-method-override'],
   ...['x-conversation-id', 'x-data-parallel-rank', 'x-vllm-priority', 'x-session-token'],
   // llm-d, NVIDIA Dynamo, AIBrix, Ray Serve: which engine, model or rank serves the request.
+  ...['x-gateway-destination-endpoint', 'x-smg-target-worker', 'x-smg-routing-key'],
   ...['x-prefiller-host-port', 'x-encoder-hosts-ports', 'x-data-parallel-host-port'],
   ...['x-kv-cache-source-host-port', 'x-worker-instance-id', 'x-prefill-instance-id'],
   ...['x-decode-instance-id', 'x-dp-rank', 'routing-strategy', 'target-pod', 'model'],

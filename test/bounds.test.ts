@@ -1,6 +1,8 @@
 import assert from 'node:assert/strict'
+import { execFileSync } from 'node:child_process'
 import { hash } from 'node:crypto'
 import { globSync, readFileSync } from 'node:fs'
+import { join } from 'node:path'
 import { DatabaseSync } from 'node:sqlite'
 import { test } from 'node:test'
 import { createClient } from '@redis/client'
@@ -186,7 +188,7 @@ const BOUNDS: Record<string, Record<string, string>> = {
     '#active': FLIGHT
   },
   'pool/attempt.ts': { asked: FIXED, withdrawn: FIXED },
-  'pool/backend.ts': { RUNNING_USAGE: FIXED, '#openingLater': FLIGHT },
+  'pool/backend.ts': { RUNNING_USAGE: FIXED, COMPLETION_LIMIT: FIXED, '#openingLater': FLIGHT },
   'pool/connector.ts': { left: FLIGHT, asked: FLIGHT },
   'pool/continuation.ts': {
     PLAIN: FIXED,
@@ -360,6 +362,14 @@ test('every map, cache, queue and set of labels has a bound', () => {
 const quota = (id: string) => account({ total_quota: 100 }, id)
 const UTC = new Periods('UTC')
 const log = pino({ level: 'silent' })
+
+test('with a small heap fewer client addresses are counted', () => {
+  const code = "import { MAX_ADDRESSES } from './src/limits/store.ts'; console.log(MAX_ADDRESSES)"
+  const flags = ['--max-old-space-size=256', '-C', 'llmproxy-source', '--input-type=module']
+  const cwd = join(import.meta.dirname, '..')
+  const most = Number(execFileSync(process.execPath, [...flags, '-e', code], { cwd }))
+  assert.ok(most > 10_000 && most < 30_000, String(most))
+})
 
 test('client addresses with a quota never exceed their bound, and keys are not forgotten', () => {
   const store = new MemoryStore(UTC)

@@ -187,6 +187,7 @@ const STEERING = {
   id_slot: 0,
   custom_logit_processor: 'code',
   ttl: 1,
+  verbose: true,
   draft_model: 'other',
   adapter_id: 'other',
   models: ['other'],
