@@ -4,6 +4,9 @@ import { GatewayError } from './errors.ts'
 const CONTENDED = 1 / 2
 const SHARE = 1 / 4
 
+/** In place of a caller: bodies in usage records that are not written down yet. No id of a caller begins with a line end. */
+export const RECORDS = '\nrecords'
+
 /**
  * The memory that request bodies may take together, from their first byte until a backend responds. Slow uploads and
  * long queues would otherwise fill the memory of the process, and those of one caller would keep out all others.
@@ -24,7 +27,7 @@ export class BodyBudget {
   readonly #byCaller = new Map<string, number>()
 
   /**
-   * @param caller whose body it is
+   * @param caller whose body it is, or {@link RECORDS}
    * @param before bytes of the same body that are kept already
    * @throws {GatewayError} `overloaded` where there is no room; nothing is taken then
    */

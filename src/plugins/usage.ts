@@ -4,6 +4,7 @@ import { resolve } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import type { FastifyPluginAsync } from 'fastify'
 import { type Static, Type } from 'typebox'
+import { RECORDS } from '../body-budget.ts'
 import { type Exchange, withExchanges } from '../exchange.ts'
 import type { Distinct } from '../issues.ts'
 import { isTagName } from '../keys/fields.ts'
@@ -231,7 +232,7 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
   /** A body in a record counts with all others until the record is written down. */
   function holdBody(exchange: Exchange, body: Buffer): Buffer | undefined {
     try {
-      exchanges.bodies.take(exchange.client, body.length, 0)
+      exchanges.bodies.take(RECORDS, body.length, 0)
       return body
     } catch {
       exchange.omittedBody = body.length
@@ -252,10 +253,7 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     const json = JSON.stringify(toRecord(exchange, fastify.prefix, rules.tags, price))
     const entry = toEntry(json, body)
     const recorded = exchange.booked?.then(() => sink.append(entry)) ?? sink.append(entry)
-    if (body !== undefined) {
-      const { client } = exchange
-      void recorded.then(() => exchanges.bodies.give(client, body.length))
-    }
+    if (body !== undefined) void recorded.then(() => exchanges.bodies.give(RECORDS, body.length))
     if (exchange.booked !== undefined) keepUntil(recorded)
     exchange.recorded = options.durability === 'strict' ? recorded : undefined
   })
