@@ -1647,6 +1647,28 @@ test('hidden reasoning that is not counted by itself teaches nothing, and no est
   assert.equal(await cutTokens('three', { max_tokens: 70 }), 70)
 })
 
+test('a response in a form in which no usage is read costs its prompt', async t => {
+  const backend = await fakeBackend(t, ({ body }, response) => {
+    response.writeHead(200, {
+      'content-type': body.includes('base') ? 'text/html' : 'application/octet-stream'
+    })
+    response.end(Buffer.from([0, 1, 2, 255]))
+  })
+  const gateway = await startGateway(t, { backends: [{ url: backend.url }] })
+  const text = 'some words and more. '.repeat(300)
+  for (const [path, body] of [
+    ['/v1/embeddings', { model: 'm', input: text, encoding_format: 'bytes' }],
+    ['/v1/embeddings', { model: 'base', input: text }],
+    ['/v1/rerank', { model: 'm', query: 'q', documents: [text] }]
+  ] as const) {
+    const response = await post(gateway.url + path, body)
+    assert.deepEqual([...new Uint8Array(await response.arrayBuffer())], [0, 1, 2, 255])
+    const requestId = response.headers.get('x-llmproxy-request-id')
+    const { promptTokens } = await gateway.logged({ msg: 'exchange', requestId })
+    assert.ok(Number(promptTokens) > 1_000, `${path}: ${promptTokens}`)
+  }
+})
+
 test('a stream of several choices is only over when all of them have ended', async t => {
   const beginning = byTurns([
     [...deltasOf(0, 10), streamed(0, '', 'stop'), data({ choices: [], ...ofChoice(10) })],

@@ -104,10 +104,16 @@ const meteringPlugin: FastifyPluginAsync = async function metering(fastify) {
     } else if (settlement?.isLost && stored !== undefined) {
       exchange.usage = promptAlone(stored.promptTokens)
       bill(exchange, stored, { usage: exchange.usage, isComplete: false })
-    } else if (exchange.outcome === 'client_gone' && exchange.isWaiting) {
+    } else if ((exchange.outcome === 'client_gone' && exchange.isWaiting) || isUnread(exchange)) {
       estimatePrompt(exchange, estimates)
     }
   })
+}
+
+/** Whether a backend has responded in a form in which no usage is read, such as embeddings as bytes. */
+function isUnread({ attempts, endpoint, statusCode, request }: Exchange): boolean {
+  const isRead = endpoint?.spends !== undefined && request.method === 'POST'
+  return isRead && attempts > 0 && statusCode >= 200 && statusCode <= 299
 }
 
 /** Maximum number of models, and of pairs of a model and a caller, whose tokens are learned. */
