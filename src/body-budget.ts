@@ -35,8 +35,8 @@ export class BodyBudget {
     const own = this.#byCaller.get(caller) ?? 0
     const held = this.held + bytes
     const isContended = held > this.most * CONTENDED
-    const hasMore = own > before
-    if (held > this.most || (isContended && hasMore && own + bytes > this.most * SHARE)) {
+    const hasOthers = own > before
+    if (held > this.most || (isContended && hasOthers && own + bytes > this.most * SHARE)) {
       throw new GatewayError(
         'overloaded',
         'The gateway holds as many request bodies as its memory allows. Retry in a moment.',

@@ -67,7 +67,7 @@ const HEADERS = new Set([
   ...['x-kv-cache-source-host-port', 'x-worker-instance-id', 'x-prefill-instance-id'],
   ...['x-decode-instance-id', 'x-dp-rank', 'routing-strategy', 'target-pod', 'model'],
   ...['serve_multiplexed_model_id', 'serve-multiplexed-model-id', 'endpoint-load-metrics-format'],
-  // Who the user is, as proxies tell applications.
+  // The user, as proxies name them to applications.
   ...['x-auth-request-user', 'x-auth-request-email', 'x-auth-request-groups'],
   ...['x-authenticated-user', 'x-webauth-user', 'x-ms-client-principal', 'ssl-client-cert'],
   ...['x-ssl-client-cert', 'x-client-cert', 'client-cert', 'client-cert-chain']

@@ -221,7 +221,7 @@ export class Exchange {
     this.clientIp = addressOf(request)
   }
 
-  /** Whose it is: the caller's id, or the client's network where nobody is known. No id begins with a line end. */
+  /** The caller's id, or the client's network if no caller is known. No id of a caller begins with a line end. */
   get client(): string {
     return this.request.caller?.id ?? `\n${networkOf(this.clientIp)}`
   }

@@ -77,7 +77,7 @@ function leaf({ secret, secretPath, unit }: SchemaNode, value: unknown): unknown
   return typeof value === 'string' ? maskedUrl(value, secretPath) : value
 }
 
-/** What is in a secret is secret, too. */
+/** Returns the schema of an item. All items of a secret list are secret. */
 function itemOf(node: SchemaNode): SchemaNode {
   return node.secret ? node : (node.items ?? {})
 }

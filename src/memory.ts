@@ -67,7 +67,7 @@ const QUIET_MS = 45_000
 const TRIM_PART = 1 / 250
 /**
  * Giving back takes about a millisecond per megabyte, so it waits while request bodies exceed this size (bytes).
- * Those of each second before count half as much as those of the next one.
+ * The weight of a body halves every second.
  */
 const MAX_BODIES = 4 * 1024 * 1024
 

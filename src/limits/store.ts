@@ -150,15 +150,15 @@ export function isRefusal(result: Lease | Refusal): result is Refusal {
 /** Begins the id of a client address, which stands in for a key where no key is known. No key's id begins like this. */
 export const ADDRESS = '\n'
 
-/** An address takes about 2 KB of the heap; all together may take an eighth of it. */
-const ADDRESSES_PER_BYTE = 1 / (16 * 1024)
+/** Heap (bytes) for each address. An address takes about 2 KB, so all together take at most an eighth of the heap. */
+const HEAP_PER_ADDRESS = 16 * 1024
 /**
  * Client addresses whose limits are counted: 100,000, or fewer where the heap is small. Of more, those that are looked
  * at next are forgotten.
  */
 export const MAX_ADDRESSES = Math.min(
   100_000,
-  Math.floor(getHeapStatistics().heap_size_limit * ADDRESSES_PER_BYTE)
+  Math.floor(getHeapStatistics().heap_size_limit / HEAP_PER_ADDRESS)
 )
 
 /** Whether this is the name of a client address: there may be any number of them. */

@@ -217,7 +217,7 @@ function isDataMember(bytes: Buffer, quote: number, dataEnd: number | undefined)
   return DATA_NAMES.has(bytes.toString('latin1', Math.max(0, begin) + before + 1, end))
 }
 
-/** Returns where the byte stands that is no white space, here or before. */
+/** Returns the place of the last byte up to here that is no white space. */
 function skipBack(bytes: Buffer, from: number): number {
   let at = from
   while (at > 0 && bytes[at]! <= SPACE) at--

@@ -217,10 +217,11 @@ function counted(exchange: Exchange, meter: Meter): { tokens: number; since: Pas
 function askedOf(exchange: Exchange, meter: Meter): Asked {
   const { prompt, endpoint, request, isDivided } = exchange
   const { payload, server } = request
-  const isLimited = payload?.isLimitSure || server.backends?.pool.readsCompletionLimit(exchange)
+  const isSure = () => payload?.isLimitSure || server.backends?.pool.readsCompletionLimit(exchange)
+  const limit = payload?.maxTokens
   return {
     prompt,
-    maxTokens: endpoint?.spends === 'input' ? 0 : isLimited ? payload?.maxTokens : undefined,
+    maxTokens: endpoint?.spends === 'input' ? 0 : limit && (isSure() ? limit : undefined),
     sequences: payload?.sequences ?? 1,
     continued: isDivided ? passedOf(meter) : 0,
     // The context of models for audio says nothing: servers cut it into parts.
@@ -265,7 +266,7 @@ function teach(exchange: Exchange, meter: Meter, estimates: Estimates, usage: Us
   const source = sourceOf(exchange)
   const { promptTokens } = usage
   const passed = meter.passed(true)
-  // Whoever asks that no reasoning be shown may not be told how much of the output it was.
+  // Hidden reasoning is part of the output, and the backend has not reported how many tokens it was.
   const isUnsure = payload.hidesReasoning && !usage.reasoningTokens
   const shown = isUnsure ? 0 : shownTokens(usage, meter, () => estimates.output(source, passed))
   if (shown > 0) estimates.learnOutput(source, passed, shown)

@@ -100,8 +100,8 @@ export interface UsageReports extends Readonly<OutboxState> {
   readonly refusesUnpriced: boolean
   update(options: UsageOptions, storage: StorageOptions): Promise<void>
   /**
-   * What so many tokens cost in this exchange, before a backend is chosen at the dearest one; undefined where its model
-   * has no price.
+   * What so many tokens cost in this exchange. Before a backend is chosen it is the highest price of those that may be.
+   * undefined: its model has no price.
    */
   cost(exchange: Exchange, tokens: PricedTokens): number | undefined
   /** Whether it has a price wherever it may be served. */
@@ -212,21 +212,15 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     }
     done()
   })
-  /** The price at the backend that has served it; before, those at each backend that may. */
+  /** The price at the backend that served the exchange. Before that: those at each backend that may, the likely one first. */
   function pricesOf(exchange: Exchange): (Price | undefined)[] {
     if (!rules.hasPrices) return [undefined]
-    if (exchange.served !== undefined) return [priceOf(exchange)]
-    const candidates = part(fastify, 'backends')?.pool.candidates(exchange) ?? []
-    if (candidates.length === 0) return [rules.price(exchange.model)]
-    return candidates.map(({ upstream, model }) => rules.price(upstream, model))
-  }
-
-  /** Before a backend is chosen it is the one that likely will be. */
-  function priceOf(exchange: Exchange): Price | undefined {
-    if (!rules.hasPrices) return undefined
-    const { model, upstream } =
-      exchange.served ?? part(fastify, 'backends')?.pool.expect(exchange) ?? {}
-    return rules.price(upstream, model, exchange.served ? undefined : exchange.model)
+    const { served, model } = exchange
+    const candidates = served
+      ? [served]
+      : (part(fastify, 'backends')?.pool.candidates(exchange) ?? [])
+    if (candidates.length === 0) return [rules.price(model)]
+    return candidates.map(each => rules.price(each.upstream, each.model))
   }
 
   /** A body in a record counts with all others until the record is written down. */
@@ -245,7 +239,7 @@ const usagePlugin: FastifyPluginAsync<GivenUsageOptions> = async function usage(
     if (sink === undefined || !rules.isOn) return
     const { settlement, usage, attempts } = exchange
     if (settlement === undefined ? attempts === 0 : usage === undefined) return
-    const price = priceOf(exchange)
+    const [price] = pricesOf(exchange)
     // One that began under another configuration may have let its body go.
     const given =
       rules.wantsBody && exchange.recordsBody ? exchange.request.payload?.bytes : undefined

@@ -361,8 +361,8 @@ export class Attempt implements BackendHandler {
     const isBegun = this.#isDelivered || this.#refusal !== undefined
     if (!isBegun) this.#judge(this.#first?.end() ?? 'response')
     this.#end()
-    const error = this.#refusal ?? this.#copy
-    if (error !== undefined) this.#owner.read(error)
+    const refusal = this.#refusal ?? this.#copy
+    if (refusal !== undefined) this.#owner.read(refusal)
     if (this.#isInDoubt) return this.#settleDoubt(this.#refusal!)
     if (this.#suspicion !== undefined) {
       this.#suspect(true)

@@ -69,7 +69,7 @@ const REMEMBER_REFUSAL_MS = 10 * 60_000
 /** Owners of models, by which engines can be told that report the usage so far, and the sum of all choices. */
 const RUNNING_USAGE = new Set(['vllm', 'sglang'])
 
-/** The same of engines that read `max_completion_tokens`. Ollama, TGI and llama-cpp-python do not. */
+/** Owners of models, by which engines can be told that read `max_completion_tokens`. Ollama ignores it. */
 const COMPLETION_LIMIT = new Set(['vllm', 'sglang', 'llamacpp', 'openai', 'system', 'llmproxy'])
 
 /** Largest head of an answer, in bytes. */
@@ -121,7 +121,7 @@ export class Backend {
     return COMPLETION_LIMIT.has(this.#owner)
   }
 
-  /** Who owns its first model: engines name themselves here. */
+  /** `owned_by` of its first model, in which engines give their own name. */
   get #owner(): string {
     const [card] = this.live.models?.values() ?? []
     return String(card?.owned_by)

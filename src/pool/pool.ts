@@ -155,11 +155,6 @@ export class Pool {
     return this.#current.candidates(wanted)
   }
 
-  /** The backend that a call would likely be given now. */
-  expect(wanted: Wanted): Candidate | undefined {
-    return this.candidates(wanted)[0]
-  }
-
   /**
    * Is there a backend for this model, or for one that may take its place, whether or not it is available now? A backend
    * that could not be asked for its models has none, if it is known what others have.
